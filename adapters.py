@@ -1,0 +1,77 @@
+"""Bottleneck adapters: Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751) and Pfeiffer et al. 2021
+(https://arxiv.org/abs/2005.00247).
+
+Each half of a BERT layer ends in `dense -> dropout -> add & norm`. With h = dropout(dense(.)), a = what came into
+the half (its residual), LN = the layer's own LayerNorm:
+
+    BERT       y = LN(h + a)
+    Houlsby    y = LN(h + Adapter(h) + a)                  after attention and after the FFN: two per layer
+    Pfeiffer   y = LN(h + Adapter(LN(h + a)) + a)          after the FFN only, the same LN used twice
+
+    Adapter(x) = W_up act(W_down x + b_down) + b_up        hidden -> bottleneck -> hidden
+
+"Houlsby" here is the authors' code (google-research/adapter-bert): tanh-GELU, weights from N(0, 1e-3) cut at two
+standard deviations, and every LayerNorm trains. "Pfeiffer" is adapter-hub's `seq_bn`: ReLU, N(0, 0.02), LayerNorms
+frozen. Both pass the skip connection around the adapter; it is the `h +` in the equations.
+"""
+from torch import nn
+
+
+class Adapter(nn.Module):
+    """The bottleneck without its skip connection: x (..., hidden) -> (..., hidden).
+
+    Trains 2 * hidden * bottleneck + bottleneck + hidden numbers.
+    """
+
+    def __init__(self, hidden, bottleneck, activation):
+        super().__init__()
+        self.down = nn.Linear(hidden, bottleneck)
+        self.activation = activation
+        self.up = nn.Linear(bottleneck, hidden)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        return self.up(self.activation(self.down(x)))  # (..., hidden) -> (..., bottleneck) -> (..., hidden)
+
+
+class HoulsbyOutput(nn.Module):
+    """Takes the place of BertSelfOutput or BertOutput `output`; h (batch, tokens, in), a (batch, tokens, hidden)."""
+
+    def __init__(self, output, bottleneck):
+        super().__init__()
+        self.dense, self.dropout, self.LayerNorm = output.dense, output.dropout, output.LayerNorm
+        self.adapter = Adapter(output.dense.out_features, bottleneck, nn.GELU(approximate="tanh"))
+        for linear in (self.adapter.down, self.adapter.up):  # a and b are absolute bounds, not multiples of std
+            nn.init.trunc_normal_(linear.weight, std=1e-3, a=-2e-3, b=2e-3)
+
+    def forward(self, h, a):
+        h = self.dropout(self.dense(h))  # (batch, tokens, hidden)
+        # y = LN(h + Adapter(h) + a)
+        return self.LayerNorm(h + self.adapter(h) + a)
+
+
+class PfeifferOutput(nn.Module):
+    """Takes the place of BertOutput `output`; h (batch, tokens, intermediate), a (batch, tokens, hidden)."""
+
+    def __init__(self, output, bottleneck):
+        super().__init__()
+        self.dense, self.dropout, self.LayerNorm = output.dense, output.dropout, output.LayerNorm
+        self.adapter = Adapter(output.dense.out_features, bottleneck, nn.ReLU())
+        for linear in (self.adapter.down, self.adapter.up):
+            nn.init.normal_(linear.weight, std=0.02)
+
+    def forward(self, h, a):
+        h = self.dropout(self.dense(h))  # (batch, tokens, hidden)
+        # y = LN(h + Adapter(LN(h + a)) + a): the skip is h, taken before add & norm
+        return self.LayerNorm(h + self.adapter(self.LayerNorm(h + a)) + a)
+
+
+def inject_adapters(model, placement, bottleneck):
+    """Put adapters of `bottleneck` units into every layer; placement: "houlsby" (two a layer) or "pfeiffer" (one)."""
+    for layer in model.bert.encoder.layer:
+        if placement == "houlsby":
+            layer.attention.output = HoulsbyOutput(layer.attention.output, bottleneck)
+            layer.output = HoulsbyOutput(layer.output, bottleneck)
+        else:
+            layer.output = PfeifferOutput(layer.output, bottleneck)

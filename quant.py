@@ -1,0 +1,36 @@
+"""4-bit NF4 weights: QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), through bitsandbytes.
+
+    Y = X doubleDequant(c1, c2, W_NF4)^T + X L1 L2        equation (5) of the paper; L1 L2 is LoRA's B A (lora.py)
+
+Each run of 64 weights is divided by its largest magnitude (absmax, c2) and every quotient is rounded to the nearest
+of 16 levels, the quantiles of a normal distribution, so that a weight costs 4 bits. Double quantisation stores the
+absmax values themselves in 8 bits, in blocks of 256 with one fp32 constant each (c1): 4.127 bits a weight in all.
+The forward pass dequantises a weight, multiplies, and forgets it; the backward pass dequantises it once more.
+"""
+import bitsandbytes as bnb
+from torch import nn
+
+
+def to_nf4(linear, compute_dtype):
+    """A frozen bnb.nn.Linear4bit with the weight and bias of `linear`; it multiplies in `compute_dtype`.
+
+    The weight is quantised at once if it is on the CPU, otherwise when the module moves to its GPU.
+    """
+    quantized = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None,
+                                  compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
+    quantized.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4",
+                                         compress_statistics=True, module=quantized)
+    if linear.bias is not None:  # bitsandbytes would cast it in place on the first forward; frozen means frozen
+        quantized.bias = nn.Parameter(linear.bias.detach().to(compute_dtype), requires_grad=False)
+    # In eval mode on some CPUs, bitsandbytes repacks the weight into a layout that has no backward: after the first
+    # validation, the layers below would silently get no gradient. This keeps the trainable layout.
+    quantized.support_avx512bf16_for_cpu = False
+    return quantized.to(linear.weight.device)
+
+
+def quantize_encoder(model, compute_dtype):
+    """Turn every nn.Linear of the encoder into NF4. Embeddings, LayerNorms, pooler and head stay as they are."""
+    for module in list(model.bert.encoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, to_nf4(child, compute_dtype))

@@ -1,0 +1,153 @@
+"""The command line: every flag with its default and unit, and from them the identity of a run.
+
+Imports nothing slow, so that --help, a typo and an already finished run are answered at once.
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; every other name is a folder or a Hugging Face hub id
+
+# Learning rates: (default small model, any other model). The first is the best of the grid 5e-5, 2e-4, 1e-3, 3e-3 by
+# validation macro-F1 on `movies` (README, "How the learning rates were chosen"); the second is for bert-base.
+DEFAULT_LR = {"full": (5e-5, 2e-5), "lora": (1e-3, 1e-4), "qlora": (1e-3, 1e-4), "adapter": (1e-3, 1e-4)}
+
+
+def fail(message):
+    """End with one line on stderr and exit status 1."""
+    sys.exit(f"error: {message}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the whole usage before the line that matters
+        fail(f"{message} (see --help)")
+
+
+def number(kind, low, high=float("inf"), below=False):
+    """An argparse type: an int or float in [low, high], or in [low, high) with below=True."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
+        if not low <= value <= high or (below and value == high):
+            bound = f"at least {low:g}" if high == float("inf") else \
+                f"from {low:g} to {'below ' if below else ''}{high:g}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
+        return value
+    return convert
+
+
+def make_parser():
+    p = Parser(description="Fine-tune BERT one way and measure it.", allow_abbrev=False,
+               formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=110))
+    count, positive = number(int, 1), number(float, 1e-12)
+    p.add_argument("--method", required=True, choices=["full", "lora", "qlora", "adapter"],
+                   help="what trains: all of BERT, LoRA, LoRA on a 4-bit base, or bottleneck adapters")
+    g = p.add_argument_group("the method")
+    g.add_argument("--r", type=count, default=None, metavar="N", help="rank of LoRA (default: lora 8, qlora 16)")
+    g.add_argument("--alpha", type=positive, default=32, help="LoRA's numerator: the update is scaled by alpha / r (default: 32)")
+    g.add_argument("--dropout", type=number(float, 0, 1, below=True), default=0.1, metavar="P",
+                   help="dropout probability on LoRA's input; BERT's own dropout stays as its config says (default: 0.1)")
+    g.add_argument("--placement", choices=["houlsby", "pfeiffer"], default="houlsby", help="where adapters sit (default: houlsby)")
+    size = g.add_mutually_exclusive_group()
+    size.add_argument("--bottleneck", type=count, metavar="N", help="width of an adapter, in units (default: 64)")
+    size.add_argument("--reduction", type=count, metavar="N", help="the same as hidden size / N; give one of the two")
+    g = p.add_argument_group("training")
+    g.add_argument("--lr", type=positive, help="peak learning rate (default: full 2e-5, others 1e-4; for "
+                   f"{DEFAULT_MODEL}: " + ", ".join(f"{m} {lr[0]:g}" for m, lr in DEFAULT_LR.items()) + ")")
+    g.add_argument("--epochs", type=count, default=3, metavar="N", help="passes over the training rows (default: 3)")
+    g.add_argument("--batch-size", type=count, default=32, metavar="N", help="sentences per optimizer step (default: 32)")
+    g.add_argument("--accumulation", type=count, default=1, metavar="N",
+                   help="pieces a batch is computed in, when it does not fit in memory (default: 1)")
+    g.add_argument("--max-length", type=number(int, 3), default=128, metavar="N", help="longest sentence, in tokens; the rest is cut (default: 128)")
+    g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, metavar="F",
+                   help="fraction of all steps in which the learning rate rises, before it falls to 0 (default: 0.1)")
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="seed of torch, numpy, random and transformers (default: 42)")
+    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+                   help="mixed precision; auto is bf16 where the hardware has it, else fp16 on CUDA, else off (default: auto)")
+    g.add_argument("--max-steps", type=count, metavar="N", help="stop after N optimizer steps, for smoke runs (default: no limit)")
+    g = p.add_argument_group("model, data and results")
+    g.add_argument("--model", default=DEFAULT_MODEL, help=f"hub id or local folder of a BERT (default: {DEFAULT_MODEL}, from the package registry)")
+    task = g.add_mutually_exclusive_group()
+    task.add_argument("--task", choices=["movies", "sst2", "ag_news"], default="movies",
+                      help="movies comes from the package registry, the others from the Hugging Face hub (default: movies)")
+    task.add_argument("--data", type=Path, metavar="DIR", help="your own train/validation/test files instead: .tsv or "
+                      ".csv with the columns sentence and label")
+    g.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="where metrics/, figures/ and checkpoints/ go (default: .)")
+    return p
+
+
+def fingerprint(folder):
+    """SHA-256 (first 16 hex digits) of the names and bytes of a folder's files, to tell changed data or weights."""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(p for p in folder.iterdir() if p.is_file()):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    except OSError as e:
+        fail(f"cannot read {folder}: {e.strerror}")
+    return digest.hexdigest()[:16]
+
+
+def settings_of(args):
+    """All that decides a run's result, as a dict for JSON. Flags that the method does not use are None, so that
+    passing --alpha to all methods does not make another full fine-tuning out of it."""
+    local_model = args.model != DEFAULT_MODEL and Path(args.model).is_dir()
+    is_lora, is_adapter = args.method in ("lora", "qlora"), args.method == "adapter"
+    return {
+        "method": args.method,
+        "r": (args.r or (8 if args.method == "lora" else 16)) if is_lora else None,
+        "alpha": args.alpha if is_lora else None,
+        "dropout": args.dropout if is_lora else None,
+        "placement": args.placement if is_adapter else None,
+        "bottleneck": (args.bottleneck or (None if args.reduction else 64)) if is_adapter else None,
+        "reduction": args.reduction if is_adapter else None,
+        "lr": args.lr or DEFAULT_LR[args.method][args.model != DEFAULT_MODEL],
+        "epochs": args.epochs, "batch_size": args.batch_size, "accumulation": args.accumulation,
+        "max_length": args.max_length, "warmup": args.warmup, "seed": args.seed, "amp": args.amp,
+        "max_steps": args.max_steps,
+        "task": args.data.resolve().name if args.data else args.task,
+        "data_sha256": fingerprint(args.data) if args.data else None,
+        "model": Path(args.model).resolve().name if local_model else args.model,
+        "model_sha256": fingerprint(Path(args.model)) if local_model else None,
+    }
+
+
+def run_name(s):
+    """A readable name and 8 hex digits of all settings: two different runs never share a file."""
+    size = {"full": "", "adapter": f"_{s['placement']}_" + (f"rf{s['reduction']}" if s["reduction"] else f"{s['bottleneck']}")}
+    tag = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{s['task']}_{s['method']}{size.get(s['method'], '_r%s' % s['r'])}_seed{s['seed']}_{tag}"
+
+
+def result_path(output, s):
+    """Where the run with the settings `s` leaves its JSON. The file exists if and only if the run is finished."""
+    return output / "metrics" / "runs" / f"{run_name(s)}.json"
+
+
+def write_whole(path, content):
+    """Write bytes so that `path` never exists half-written, whatever stops us: a neighbour first, then one rename."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}")
+
+
+def parse_args(argv=None):
+    """The flags of train.py; ends the process with status 0 where the same run is finished already."""
+    args = make_parser().parse_args(argv)
+    args.settings = settings_of(args)
+    args.result = result_path(args.output, args.settings)
+    if args.result.exists():
+        print(f"finished already: {args.result} (delete it to run again)")
+        sys.exit(0)
+    return args

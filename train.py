@@ -1,0 +1,204 @@
+"""Fine-tune BERT one way on one task, measure it, and leave one JSON file.
+
+    python train.py --method adapter --bottleneck 64
+
+The loop is the same for every method: what differs is which tensors exist and which of them train (methods.py).
+"""
+from settings import DEFAULT_MODEL, fail, parse_args, write_whole
+
+ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that a typo is answered at once
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+from sklearn.metrics import accuracy_score, f1_score
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification, get_linear_schedule_with_warmup
+
+import fast
+from data import Encoded, load_task
+from fetch import model_folder
+from methods import apply_method, count_params, trained_tensors
+
+WEIGHT_DECAY = 0.01  # on matrices only, as in BERT's own fine-tuning
+CLIP_NORM = 1.0  # largest L2 norm of all gradients together
+
+
+def has_bf16(device):
+    """Whether the hardware multiplies in bf16. Emulated bf16 on a CPU is some five times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def amp_dtype(mode, device):
+    """The type of autocast for --amp: torch.bfloat16, torch.float16, or None for plain fp32."""
+    if mode == "bf16" and not has_bf16(device):
+        fail(f"--amp bf16: this {device.type} has no bf16 arithmetic; use --amp {'fp16' if device.type == 'cuda' else 'off'}")
+    if mode == "fp16" and device.type != "cuda":
+        fail("--amp fp16 needs a CUDA device; use --amp auto")
+    if mode == "auto":
+        mode = "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[mode]
+
+
+def load_pretrained(name, label_names):
+    """(tokenizer, BertForSequenceClassification in fp32) of a hub id or folder; the new head comes from the seed."""
+    folder = model_folder() if name == DEFAULT_MODEL else name
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "bert":
+            fail(f"{name} is a {config.model_type!r} model; this project fine-tunes BERT (model_type 'bert')")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = BertForSequenceClassification.from_pretrained(folder, num_labels=len(label_names), dtype=torch.float32)
+    except Exception as e:  # transformers raises OSError, ValueError, SafetensorError, hub errors and more
+        first = str(e).strip().splitlines()[0] if str(e).strip() else ""
+        if Path(name).is_dir():
+            fail(f"{name} holds no BERT that can be loaded ({type(e).__name__}: {first})")
+        fail(f"cannot load {name!r}: it is no local folder, and the Hugging Face hub gave {type(e).__name__} ({first}). "
+             f"Offline, --model FOLDER and the default {DEFAULT_MODEL} work")
+    return tokenizer, model
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@torch.no_grad()
+def evaluate(model, data, device, dtype):
+    """{loss (mean per sentence), f1_macro, accuracy} of the model on an Encoded split."""
+    model.eval()
+    loss, predicted = 0.0, torch.empty_like(data.labels)
+    for rows in data.batches(128):
+        inputs = data.collate(rows, device)
+        with autocast(device, dtype):
+            out = model(**inputs)
+        loss += out.loss.item() * len(rows)
+        predicted[rows] = out.logits.argmax(-1).cpu()
+    return {"loss": loss / len(predicted), "f1_macro": f1_score(data.labels, predicted, average="macro"),
+            "accuracy": accuracy_score(data.labels, predicted)}
+
+
+def make_optimizer(model, lr):
+    """AdamW over exactly the trainable tensors; biases and LayerNorms are not decayed."""
+    trained = list(trained_tensors(model).values())
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def train_epoch(model, data, s, optimizer, schedule, scaler, rng, device, dtype, steps, title):
+    """One pass, or `steps` optimizer steps of it. Returns (mean loss per sentence, seconds)."""
+    model.train()
+    trained = list(trained_tensors(model).values())
+    batches = data.batches(s["batch_size"], rng)[:steps]
+    total_loss, start = torch.zeros((), device=device), time.perf_counter()
+    for batch in tqdm(batches, desc=title, unit="step", mininterval=1):
+        for rows in np.array_split(batch, min(s["accumulation"], len(batch))):  # gradients of the pieces add up
+            with autocast(device, dtype):
+                loss = model(**data.collate(rows, device)).loss * (len(rows) / len(batch))
+            scaler.scale(loss).backward()
+            total_loss += loss.detach() * len(batch)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        optimizer.zero_grad()
+    mean_loss = total_loss.item() / sum(map(len, batches))  # .item() waits for the GPU, so the clock is right
+    return mean_loss, time.perf_counter() - start
+
+
+def git_commit():
+    """Hash of the checked-out commit, with -dirty where files differ from it; None outside a git checkout."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
+    return git.stdout.strip() or None
+
+
+def environment(device, dtype):
+    import bitsandbytes
+    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "amp": str(dtype).removeprefix("torch.") if dtype else "off", "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "bitsandbytes": bitsandbytes.__version__, "git_commit": git_commit()}
+
+
+def main(args):
+    s = args.settings
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = amp_dtype(s["amp"], device)
+    checkpoint = args.output / "checkpoints" / f"{args.result.stem}.safetensors"
+    write_whole(checkpoint, b"")  # an unwritable output is found before the training, not after it
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    task = load_task(args)
+    print(f"{s['task']}: {len(task.train.labels):,} train, {len(task.validation.labels):,} validation, "
+          f"{len(task.test.labels):,} test rows, {len(task.label_names)} labels ({task.note})")
+    transformers.set_seed(s["seed"])  # random, numpy and torch, CUDA included
+    tokenizer, model = load_pretrained(args.model, task.label_names)
+    if s["max_length"] > model.config.max_position_embeddings:
+        fail(f"--max-length {s['max_length']} is more than the {model.config.max_position_embeddings} tokens of {args.model}")
+    apply_method(model, s, dtype or torch.float32)
+    if device.type == "cpu":
+        fast.install(model)
+    model.to(device)
+    params = count_params(model)
+    print(f"{s['method']}: {params['trainable_params']:,} of {params['total_params']:,} parameters train "
+          f"({params['trainable_pct']:.3f} %: {params['trainable_by_kind']}), lr {s['lr']:g}, {device.type}, amp {dtype}")
+
+    train, validation, test = (Encoded(rows, tokenizer, s["max_length"]) for rows in (task.train, task.validation, task.test))
+    steps_per_epoch = math.ceil(len(train.labels) / s["batch_size"])
+    total_steps = min(s["epochs"] * steps_per_epoch, s["max_steps"] or math.inf)
+    optimizer = make_optimizer(model, s["lr"])
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(s["warmup"] * total_steps), total_steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    rng = np.random.default_rng(s["seed"])  # the data order: its own generator, so no method can shift it
+    history = []
+    for epoch in range(1, math.ceil(total_steps / steps_per_epoch) + 1):
+        steps_left = total_steps - (epoch - 1) * steps_per_epoch
+        loss, seconds = train_epoch(model, train, s, optimizer, schedule, scaler, rng, device, dtype, steps_left,
+                                    f"epoch {epoch}/{s['epochs']}")
+        scores = evaluate(model, validation, device, dtype)
+        history.append({"epoch": epoch, "train_loss": loss, "validation_loss": scores["loss"],
+                        "validation_f1_macro": scores["f1_macro"], "seconds": seconds})
+        print(f"epoch {epoch}: train loss {loss:.4f}, validation loss {scores['loss']:.4f}, "
+              f"validation macro-F1 {scores['f1_macro']:.4f}, {seconds:.1f} s")
+        best = max(history, key=lambda h: h["validation_f1_macro"])  # the first of equals
+        if best is history[-1]:
+            write_whole(checkpoint, safetensors.torch.save({k: v.detach() for k, v in trained_tensors(model).items()}))
+
+    with torch.no_grad():  # only the best epoch sees the test rows, once
+        for name, tensor in safetensors.torch.load_file(checkpoint, device=str(device)).items():
+            trained_tensors(model)[name].copy_(tensor)
+    scores = evaluate(model, test, device, dtype)
+    result = {**params, "f1_macro": scores["f1_macro"], "accuracy": scores["accuracy"], "best_epoch": best["epoch"],
+              "epoch_time_s": float(np.mean([h["seconds"] for h in history])),
+              "peak_vram_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+              # Linux counts ru_maxrss in KiB, macOS in bytes
+              "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
+              "history": history, "label_names": task.label_names, "splits": task.note,
+              "rows": {"train": len(train.labels), "validation": len(validation.labels), "test": len(test.labels)},
+              "settings": s, "environment": environment(device, dtype)}
+    write_whole(args.result, json.dumps(result, indent=1).encode())
+    print(f"test macro-F1 {scores['f1_macro']:.4f} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, "
+          f"wrote {args.result}")
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was left half-done; the same command starts this run again")
