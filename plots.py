@@ -1,0 +1,149 @@
+"""Figures and tables from metrics/comparison.json, and from nothing else.
+
+    python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/ (default: beside this file)
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+from settings import fail
+
+# Okabe and Ito's colour-blind safe palette; colour and marker belong to a method in every figure.
+STYLE = {
+    "full_ft": ("full fine-tuning", "#000000", "o"),
+    "lora_r8": ("LoRA r=8", "#56B4E9", "s"),
+    "lora_r16": ("LoRA r=16", "#0072B2", "D"),
+    "qlora": ("QLoRA r=16", "#E69F00", "^"),
+    "adapter": ("adapter", "#009E73", "v"),
+}
+plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+                     "axes.spines.right": False, "axes.axisbelow": True, "figure.constrained_layout.use": True})
+
+
+def label(name, run):
+    s = run["settings"]
+    size = f" {s['placement'].capitalize()} {s['bottleneck'] or 'h/%d' % s['reduction']}" if name == "adapter" else ""
+    return STYLE[name][0] + size
+
+
+def study(runs):
+    """One line that says what was compared on what."""
+    run = runs["full_ft"]
+    s, rows = run["settings"], run["rows"]
+    return (f"{s['model']} on {s['task']} ({rows['train']:,} training, {rows['test']:,} test sentences), "
+            f"seed {s['seed']} (n = 1), {run['environment']['device']}, amp {run['environment']['amp']}")
+
+
+def curves(runs, path):
+    fig, axes = plt.subplots(1, 3, figsize=(12, 4))
+    for ax, key, title in zip(axes, ("train_loss", "validation_loss", "validation_f1_macro"),
+                              ("training loss (nats)", "validation loss (nats)", "validation macro-F1")):
+        for name, run in runs.items():
+            _, color, marker = STYLE[name]
+            epochs = [h["epoch"] for h in run["history"]]
+            ax.plot(epochs, [h[key] for h in run["history"]], color=color, marker=marker, label=label(name, run))
+        ax.set(title=title, xlabel="epoch", xticks=epochs)
+    axes[0].legend(fontsize=9)
+    fig.suptitle(study(runs), fontsize=10)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def bars(runs, values, errors, xlabel, path):
+    """One horizontal bar a method: values and errors in the unit that xlabel names; errors may be None."""
+    fig, ax = plt.subplots(figsize=(8, 3.2))
+    names = list(runs)
+    ax.barh(range(len(names)), values, xerr=errors, color=[STYLE[n][1] for n in names], ecolor="#888888", capsize=4, height=0.65)
+    for y, value in enumerate(values):
+        ax.annotate(f"{value:.3g}", (value + (errors[y] if errors else 0), y), xytext=(6, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(names)), [label(n, runs[n]) for n in names])
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(xlabel)
+    ax.set_title(study(runs), fontsize=9)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def peak_memory(runs):
+    """(values in GB, what they are): GPU memory where there was a GPU, else the whole process's resident memory."""
+    if all(run["peak_vram_gb"] is not None for run in runs.values()):
+        return [run["peak_vram_gb"] for run in runs.values()], "peak GPU memory (GB)"
+    return [run["peak_rss_gb"] for run in runs.values()], "peak resident memory (GB)"
+
+
+def epoch_seconds(run):
+    """(mean, sample standard deviation or 0 for a single epoch) of the training seconds of an epoch."""
+    seconds = [h["seconds"] for h in run["history"]]
+    return statistics.mean(seconds), statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+
+
+def table(runs):
+    """(header, rows) of the summary, as strings."""
+    memory, what = peak_memory(runs)
+    header = ["method", "lr", "trainable", "of which head", "% of all", "test macro-F1", "vs full (points)", "accuracy",
+              "best epoch", "s per epoch", what]
+    rows = []
+    for (name, run), gb in zip(runs.items(), memory):
+        mean, std = epoch_seconds(run)
+        rows.append([label(name, run), f"{run['settings']['lr']:g}", f"{run['trainable_params']:,}",
+                     f"{run['trainable_by_kind']['head']:,}", f"{run['trainable_pct']:.2f}", f"{run['f1_macro']:.4f}",
+                     f"{100 * (run['f1_macro'] - runs['full_ft']['f1_macro']):+.1f}", f"{run['accuracy']:.4f}",
+                     f"{run['best_epoch']} of {len(run['history'])}", f"{mean:.1f} ± {std:.1f}", f"{gb:.2f}"])
+    return header, rows
+
+
+def markdown(runs):
+    header, rows = table(runs)
+    lines = [" | ".join(cells) for cells in [header, ["---"] + ["---:"] * (len(header) - 1), *rows]]
+    return "".join(f"| {line} |\n" for line in lines) + f"\n{study(runs)}; ± is the spread over the epochs.\n"
+
+
+def summary(runs, path):
+    header, rows = table(runs)
+    fig, ax = plt.subplots(figsize=(13, 2.6))
+    ax.axis("off")
+    wrapped = [h.replace(" (", "\n(").replace("peak resident", "peak\nresident").replace("of which", "of which\n")
+               .replace("test ", "test\n").replace("best ", "best\n") for h in header]
+    drawn = ax.table(cellText=rows, colLabels=wrapped, loc="center", cellLoc="right", colLoc="right")
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(10)
+    drawn.auto_set_column_width(range(len(header)))
+    for (row, column), cell in drawn.get_celld().items():
+        cell.set_linewidth(0.4)
+        cell.set_height(0.22 if row == 0 else 0.13)
+        if row == 0:
+            cell.set_text_props(weight="bold")
+        elif column == 0:
+            cell.set_text_props(color=STYLE[list(runs)[row - 1]][1], weight="bold")
+    ax.set_title(study(runs) + "; ± is the spread over the epochs", fontsize=10)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def draw(output):
+    """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the table."""
+    source, figures = output / "metrics" / "comparison.json", output / "figures"
+    if not source.exists():
+        fail(f"there is no {source}; bash run_all.sh makes it")
+    runs = json.loads(source.read_text())
+    figures.mkdir(parents=True, exist_ok=True)
+    curves(runs, figures / "curves.png")
+    memory, what = peak_memory(runs)
+    bars(runs, memory, None, what, figures / "memory.png")
+    means, stds = zip(*map(epoch_seconds, runs.values()))
+    bars(runs, means, stds, "training time per epoch (s), with its spread over the epochs", figures / "epoch_time.png")
+    summary(runs, figures / "summary.png")
+    text = markdown(runs)
+    (figures / "summary.md").write_text(text, encoding="utf-8")
+    print(text + f"figures are in {figures}")
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

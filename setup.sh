@@ -1,0 +1,11 @@
+# Sourced by run_all.sh and tests/run.sh: makes .venv with the pinned requirements and sets $here and $python.
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="$here/.venv/bin/python"
+if ! cmp -s "$here/requirements.txt" "$here/.venv/installed.txt"; then
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: Python 3.11 or newer is needed, python3 is $(python3 -V 2>&1)" >&2; exit 1; }
+  echo "setting up .venv (once; some minutes and about 2 GB, more with CUDA)"
+  python3 -m venv "$here/.venv"
+  "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+  cp "$here/requirements.txt" "$here/.venv/installed.txt"  # last: an interrupted installation is done again
+fi

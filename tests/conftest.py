@@ -1,0 +1,62 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from settings import make_parser, settings_of  # noqa: E402
+
+
+def settings(*flags):
+    return settings_of(make_parser().parse_args([str(f) for f in flags]))
+
+
+def tiny_bert(seed=0):
+    """A 2-layer random BERT with non-zero biases and uneven LayerNorms, so that no term of an equation is invisible."""
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_labels=3,
+                                                     num_attention_heads=4, intermediate_size=128))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def tiny_inputs(seed=1):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 50, (4, 9), generator=g)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
+
+
+def run(*command, timeout=300, **kwargs):
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+def train(*flags, **kwargs):
+    return run(sys.executable, ROOT / "train.py", *flags, **kwargs)
+
+
+def one_line_error(done, *words):
+    """A failed process said one line on stderr, with these words, and nothing else."""
+    lines = done.stderr.splitlines()
+    assert done.returncode != 0 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A folder with 80 / 12 / 12 rows of a task that a few steps cannot solve, but that has both labels everywhere."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for split, n in ("train", 80), ("dev", 12), ("test", 12):
+        rows = [f"a {'good' if i % 2 else 'bad'} film number {i * i} of the {split} rows\t{'yes' if i % 2 else 'no'}" for i in range(n)]
+        (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    return folder

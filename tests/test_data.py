@@ -1,0 +1,134 @@
+"""The splits, the user's own files with all that can be wrong with them, and the batches."""
+import numpy as np
+import pytest
+import torch
+from conftest import settings
+
+import data
+from settings import make_parser
+
+
+def folder(path, **files):
+    path.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (path / name.replace("_", ".")).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def tsv(*rows):
+    return "sentence\tlabel\n" + "".join(f"{s}\t{y}\n" for s, y in rows)
+
+
+TRAIN = tsv(*[(f"sentence {i}", ["no", "yes"][i % 2]) for i in range(60)])
+
+
+def test_movies_splits_are_fixed_stratified_and_disjoint():
+    task = data.load_movies()
+    assert [len(rows.sentences) for rows in task[1:4]] == [8070, 1000, 1000]
+    sentences = [s for rows in task[1:4] for s in rows.sentences]
+    assert len(set(sentences)) == len(sentences) == 10_070
+    assert task.label_names == ["negative", "positive"]
+    shares = [np.mean(rows.labels) for rows in task[1:4]]
+    assert max(shares) - min(shares) < 0.001
+    again = data.load_movies()
+    assert again.test == task.test and again.train == task.train
+    lookup = dict(zip(task.train.sentences, task.train.labels))  # ratings 2.27 and -0.6 in the file
+    lookup |= dict(zip(task.validation.sentences + task.test.sentences, task.validation.labels + task.test.labels))
+    assert lookup["Effective but too tepid biopic"] == 0
+    assert [y for s, y in lookup.items() if s.startswith("The Rock is destined to be the 21st Century's")] == [1]
+
+
+def test_all_three_files_are_taken_as_given(tmp_path):
+    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN, validation_tsv=tsv(("v", "no")), test_tsv=tsv(("t", "yes"))))
+    assert task.label_names == ["no", "yes"] and len(task.train.labels) == 60
+    assert task.validation == (["v"], [0]) and task.test == (["t"], [1])
+
+
+def test_without_test_the_labelled_dev_rows_are_the_test_and_train_gives_the_validation(tmp_path):
+    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN, dev_tsv=tsv(("a", "no"), ("b", "yes"))))
+    assert task.test.sentences == ["a", "b"] and len(task.validation.labels) == 6 and len(task.train.labels) == 54
+    assert not set(task.validation.sentences) & set(task.train.sentences)
+    assert "2 labelled validation rows are the test" in task.note and "6 of train validate" in task.note
+
+
+def test_train_alone_is_split_three_ways(tmp_path):
+    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN))
+    assert [len(rows.labels) for rows in task[1:4]] == [48, 6, 6]
+    assert sorted(s for rows in task[1:4] for s in rows.sentences) == sorted(f"sentence {i}" for i in range(60))
+    assert sum(task.test.labels) == sum(task.validation.labels) == 3
+
+
+def test_integer_labels_sort_as_numbers_and_csv_quotes_are_read(tmp_path):
+    rows = "label,sentence\n" + "".join(f'{i % 3 + 8},"film ""{i}"", good"\n' for i in range(60))
+    task = data.load_folder(folder(tmp_path / "d", train_csv=rows))
+    assert task.label_names == ["8", "9", "10"]
+    assert 'film "0", good' in task.train.sentences + task.validation.sentences + task.test.sentences
+
+
+BAD = {
+    "column": (dict(train_tsv="text\tlabel\na\t1\n"), ["train.tsv", "'sentence'"]),
+    "empty": (dict(train_tsv=""), ["train.tsv"]),
+    "no rows": (dict(train_tsv=tsv()), ["train.tsv has no rows"]),
+    "unseen label": (dict(train_tsv=TRAIN, test_tsv=tsv(("t", "maybe"))), ["test", "'maybe'"]),
+    "broken utf-8": (dict(train_tsv=TRAIN.encode() + b"caf\xe9\tno\n"), ["train.tsv is not UTF-8", "0xe9"]),
+    "short row": (dict(train_tsv=TRAIN + "no tab here\n"), ["train.tsv, line 62", "no label"]),
+    "one label": (dict(train_tsv=tsv(*[("a", 1)] * 60)), ["only one label"]),
+    "too few": (dict(train_tsv=tsv(("a", 0), ("b", 1))), ["cannot split 2 training rows"]),
+    "no train": (dict(dev_tsv=TRAIN), ["neither train.tsv nor train.csv"]),
+    "two of one": (dict(train_tsv=TRAIN, dev_tsv=TRAIN, validation_csv=TRAIN), ["both validation.csv and dev.tsv"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_folder_gives_one_line(tmp_path, case):
+    files, words = BAD[case]
+    with pytest.raises(SystemExit) as e:
+        data.load_folder(folder(tmp_path / "d", **files))
+    assert e.value.code.startswith("error: ") and "\n" not in e.value.code
+    assert all(word in e.value.code for word in words), e.value.code
+
+
+def test_changed_data_is_another_run(tmp_path):
+    d = folder(tmp_path / "d", train_tsv=TRAIN)
+    before = settings("--method", "full", "--data", d)
+    (d / "train.tsv").write_text(TRAIN + "one more\tyes\n")
+    assert settings("--method", "full", "--data", d) != before
+
+
+class Characters:
+    """A tokenizer stand-in: a token a character."""
+    pad_token_id = 0
+
+    def __call__(self, sentences, truncation, max_length):
+        return {"input_ids": [[ord(c) for c in s][:max_length] for s in sentences]}
+
+
+@pytest.fixture
+def encoded():
+    rng = np.random.default_rng(0)
+    sentences = ["x" * n for n in rng.integers(1, 40, size=333)]
+    return data.Encoded(data.Rows(sentences, [len(s) % 2 for s in sentences]), Characters(), 30)
+
+
+def test_batches_cover_every_row_once_with_little_padding(encoded):
+    for rng in None, np.random.default_rng(1):
+        batches = encoded.batches(32, rng)
+        assert sorted(np.concatenate(batches)) == list(range(333)) and max(map(len, batches)) == 32
+        padded = sum(len(b) * encoded.lengths[b].max() for b in batches)
+        assert padded < 1.15 * encoded.lengths.sum()
+
+
+def test_order_comes_from_the_seed_and_changes_with_the_epoch(encoded):
+    flat = lambda rng: np.concatenate(encoded.batches(32, rng)).tolist()
+    rng = np.random.default_rng(1)
+    first, second = flat(rng), flat(rng)
+    assert first == flat(np.random.default_rng(1)) and first != second
+
+
+def test_collate_pads_masks_and_cuts(encoded):
+    long, short = int(encoded.lengths.argmax()), int(encoded.lengths.argmin())
+    x = encoded.collate(np.array([long, short]), torch.device("cpu"))
+    n = encoded.lengths[short]
+    assert encoded.lengths[long] == 30 and x["input_ids"].shape == (2, 30)
+    assert x["attention_mask"][0].all() and x["attention_mask"][1].tolist() == [1] * n + [0] * (30 - n)
+    assert x["input_ids"][1, n:].sum() == 0 and x["labels"].tolist() == [0, n % 2]

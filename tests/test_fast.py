@@ -1,0 +1,62 @@
+"""The fast dropout is dropout: right rate, right scale, independent, seeded; the fast attention is attention."""
+import pytest
+import torch
+from conftest import tiny_bert, tiny_inputs
+from torch import nn
+
+import fast
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mask_has_the_rate_and_scale_of_dropout(p, dtype):
+    torch.manual_seed(0)
+    x = torch.empty(1001, 999, dtype=dtype)
+    mask = fast.dropout_mask(x, p)
+    assert mask.dtype is dtype and mask.shape == x.shape
+    assert set(mask.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
+    n, dropped = mask.numel(), (mask == 0).float().mean().item()
+    assert abs(dropped - p) < 5 * (p * (1 - p) / n) ** 0.5  # five standard errors
+    flat = (mask.flatten() == 0).float()
+    for lag in 1, 2, 3, 4:  # four elements share one random number: they must not know of each other
+        both = (flat[lag:] * flat[:-lag]).mean().item()
+        assert abs(both - p * p) < 5 * (p * p * (1 - p * p) / n) ** 0.5
+
+
+def test_mask_obeys_the_seed():
+    x = torch.empty(1000)
+    torch.manual_seed(3)
+    first = fast.dropout_mask(x, 0.1)
+    assert not torch.equal(first, fast.dropout_mask(x, 0.1))
+    torch.manual_seed(3)
+    assert torch.equal(first, fast.dropout_mask(x, 0.1))
+
+
+def test_installed_model_is_the_same_model_in_eval_and_drops_in_training():
+    plain, quick, x = tiny_bert(), tiny_bert(), tiny_inputs()
+    fast.install(quick)
+    assert not any(type(m) is nn.Dropout for m in quick.modules())
+    assert list(quick.state_dict()) == list(plain.state_dict())
+    assert torch.allclose(quick(**x).logits, plain(**x).logits, atol=1e-5)
+    quick.train()
+    assert not torch.allclose(quick(**x).logits, quick(**x).logits, atol=1e-3)
+
+
+def test_training_gradients_equal_without_dropout():
+    plain, quick, x = tiny_bert(), tiny_bert(), tiny_inputs()
+    fast.install(quick)
+    for model in plain, quick:
+        model(**x).loss.backward()  # eval mode: no dropout
+    for (name, p), q in zip(plain.named_parameters(), quick.parameters()):
+        assert torch.allclose(p.grad, q.grad, atol=1e-5), name
+
+
+def test_attention_weights_are_dropped():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+    values = torch.eye(6).expand(2, 4, 6, 6)  # with V = I the output is the weights
+    weights, _ = fast.attention(None, q, k, values, None, scaling=8 ** -0.5, dropout=0.5)
+    exact = (q @ k.transpose(2, 3) * 8 ** -0.5).softmax(-1).transpose(1, 2)
+    kept = weights != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    assert torch.allclose(weights[kept], 2 * exact[kept], atol=1e-6)
