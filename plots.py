@@ -58,15 +58,17 @@ def bars(runs, values, errors, xlabel, path):
     """One horizontal bar a method: values and errors in the unit that xlabel names; errors may be None."""
     fig, ax = plt.subplots(figsize=(8, 3.2))
     names = list(runs)
-    ax.barh(range(len(names)), values, xerr=errors, color=[STYLE[n][1] for n in names], ecolor="#888888", capsize=4, height=0.65)
+    ax.barh(range(len(names)), values, xerr=errors, color=[STYLE[n][1] for n in names], ecolor="#888888", capsize=4,
+            height=0.65)
     for y, value in enumerate(values):
-        ax.annotate(f"{value:.3g}", (value + (errors[y] if errors else 0), y), xytext=(6, 0), textcoords="offset points", va="center")
+        ax.annotate(f"{value:.3g}", (value + (errors[y] if errors else 0), y), xytext=(6, 0),
+                    textcoords="offset points", va="center")
     ax.set_yticks(range(len(names)), [label(n, runs[n]) for n in names])
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(xlabel)
-    ax.set_title(study(runs), fontsize=9)
+    fig.suptitle(study(runs), fontsize=9)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
@@ -87,13 +89,15 @@ def epoch_seconds(run):
 def table(runs):
     """(header, rows) of the summary, as strings."""
     memory, what = peak_memory(runs)
-    header = ["method", "lr", "trainable", "of which head", "% of all", "test macro-F1", "vs full (points)", "accuracy",
+    header = ["method", "lr", "trainable", "of which method / LayerNorm / head", "% of all", "test macro-F1", "vs full (points)", "accuracy",
               "best epoch", "s per epoch", what]
     rows = []
     for (name, run), gb in zip(runs.items(), memory):
         mean, std = epoch_seconds(run)
+        kinds = run["trainable_by_kind"]
+        parts = "/".join(f" {kinds[kind]:,} " for kind in ("method", "layer_norm", "head")).strip()
         rows.append([label(name, run), f"{run['settings']['lr']:g}", f"{run['trainable_params']:,}",
-                     f"{run['trainable_by_kind']['head']:,}", f"{run['trainable_pct']:.2f}", f"{run['f1_macro']:.4f}",
+                     parts if name != "full_ft" else "everything", f"{run['trainable_pct']:.2f}", f"{run['f1_macro']:.4f}",
                      f"{100 * (run['f1_macro'] - runs['full_ft']['f1_macro']):+.1f}", f"{run['accuracy']:.4f}",
                      f"{run['best_epoch']} of {len(run['history'])}", f"{mean:.1f} ± {std:.1f}", f"{gb:.2f}"])
     return header, rows
@@ -109,7 +113,7 @@ def summary(runs, path):
     header, rows = table(runs)
     fig, ax = plt.subplots(figsize=(13, 2.6))
     ax.axis("off")
-    wrapped = [h.replace(" (", "\n(").replace("peak resident", "peak\nresident").replace("of which", "of which\n")
+    wrapped = [h.replace(" (", "\n(").replace("peak resident", "peak\nresident").replace("of which ", "of which method /\n").replace("\nmethod / ", "\n")
                .replace("test ", "test\n").replace("best ", "best\n") for h in header]
     drawn = ax.table(cellText=rows, colLabels=wrapped, loc="center", cellLoc="right", colLoc="right")
     drawn.auto_set_font_size(False)

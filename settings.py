@@ -51,34 +51,41 @@ def make_parser():
                    help="what trains: all of BERT, LoRA, LoRA on a 4-bit base, or bottleneck adapters")
     g = p.add_argument_group("the method")
     g.add_argument("--r", type=count, default=None, metavar="N", help="rank of LoRA (default: lora 8, qlora 16)")
-    g.add_argument("--alpha", type=positive, default=32, help="LoRA's numerator: the update is scaled by alpha / r (default: 32)")
+    g.add_argument("--alpha", type=positive, default=32, metavar="X",
+                   help="LoRA's update is scaled by alpha / r (default: 32)")
     g.add_argument("--dropout", type=number(float, 0, 1, below=True), default=0.1, metavar="P",
                    help="dropout probability on LoRA's input; BERT's own dropout stays as its config says (default: 0.1)")
-    g.add_argument("--placement", choices=["houlsby", "pfeiffer"], default="houlsby", help="where adapters sit (default: houlsby)")
+    g.add_argument("--placement", choices=["houlsby", "pfeiffer"], default="houlsby",
+                   help="adapters: two a layer, LayerNorms train; or one a layer, LayerNorms frozen (default: houlsby)")
     size = g.add_mutually_exclusive_group()
     size.add_argument("--bottleneck", type=count, metavar="N", help="width of an adapter, in units (default: 64)")
     size.add_argument("--reduction", type=count, metavar="N", help="the same as hidden size / N; give one of the two")
     g = p.add_argument_group("training")
-    g.add_argument("--lr", type=positive, help="peak learning rate (default: full 2e-5, others 1e-4; for "
+    g.add_argument("--lr", type=positive, metavar="X", help="peak learning rate (default: full 2e-5, others 1e-4; for "
                    f"{DEFAULT_MODEL}: " + ", ".join(f"{m} {lr[0]:g}" for m, lr in DEFAULT_LR.items()) + ")")
     g.add_argument("--epochs", type=count, default=3, metavar="N", help="passes over the training rows (default: 3)")
-    g.add_argument("--batch-size", type=count, default=32, metavar="N", help="sentences per optimizer step (default: 32)")
+    g.add_argument("--batch-size", type=count, default=32, metavar="N",
+                   help="sentences per optimizer step (default: 32)")
     g.add_argument("--accumulation", type=count, default=1, metavar="N",
                    help="pieces a batch is computed in, when it does not fit in memory (default: 1)")
-    g.add_argument("--max-length", type=number(int, 3), default=128, metavar="N", help="longest sentence, in tokens; the rest is cut (default: 128)")
+    g.add_argument("--max-length", type=number(int, 3), default=128, metavar="N",
+                   help="longest sentence, in tokens; the rest is cut (default: 128)")
     g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, metavar="F",
                    help="fraction of all steps in which the learning rate rises, before it falls to 0 (default: 0.1)")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="seed of torch, numpy, random and transformers (default: 42)")
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N",
+                   help="seed of torch, numpy, random and transformers (default: 42)")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                    help="mixed precision; auto is bf16 where the hardware has it, else fp16 on CUDA, else off (default: auto)")
-    g.add_argument("--max-steps", type=count, metavar="N", help="stop after N optimizer steps, for smoke runs (default: no limit)")
+    g.add_argument("--max-steps", type=count, metavar="N",
+                   help="stop after N optimizer steps, for smoke runs (default: no limit)")
     g = p.add_argument_group("model, data and results")
-    g.add_argument("--model", default=DEFAULT_MODEL, help=f"hub id or local folder of a BERT (default: {DEFAULT_MODEL}, from the package registry)")
+    g.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME",
+                   help=f"hub id or local folder of a BERT (default: {DEFAULT_MODEL}, from the package registry)")
     task = g.add_mutually_exclusive_group()
     task.add_argument("--task", choices=["movies", "sst2", "ag_news"], default="movies",
-                      help="movies comes from the package registry, the others from the Hugging Face hub (default: movies)")
-    task.add_argument("--data", type=Path, metavar="DIR", help="your own train/validation/test files instead: .tsv or "
-                      ".csv with the columns sentence and label")
+                      help="movies is from the package registry, the others from the Hugging Face hub (default: movies)")
+    task.add_argument("--data", type=Path, metavar="DIR", help="your own train, validation and test files instead: "
+                      ".tsv or .csv with the columns sentence and label (default: none)")
     g.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
                    help="where metrics/, figures/ and checkpoints/ go (default: beside this file)")
     return p
@@ -123,9 +130,9 @@ def settings_of(args):
 
 def run_name(s):
     """A readable name and 8 hex digits of all settings: two different runs never share a file."""
-    size = {"full": "", "adapter": f"_{s['placement']}_" + (f"rf{s['reduction']}" if s["reduction"] else f"{s['bottleneck']}")}
     tag = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{s['task']}_{s['method']}{size.get(s['method'], '_r%s' % s['r'])}_seed{s['seed']}_{tag}"
+    parts = [s["task"], s["method"], s["placement"], f"r{s['r']}" if s["r"] else s["bottleneck"], f"seed{s['seed']}", tag]
+    return "_".join(str(part) for part in parts if part)
 
 
 def result_path(output, s):

@@ -34,6 +34,7 @@ from methods import apply_method, count_params, trained_tensors
 
 WEIGHT_DECAY = 0.01  # on matrices only, as in BERT's own fine-tuning
 CLIP_NORM = 1.0  # largest L2 norm of all gradients together
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
 def has_bf16(device):
@@ -46,7 +47,7 @@ def has_bf16(device):
 def amp_dtype(mode, device):
     """The type of autocast for --amp: torch.bfloat16, torch.float16, or None for plain fp32."""
     if mode == "bf16" and not has_bf16(device):
-        fail(f"--amp bf16: this {device.type} has no bf16 arithmetic; use --amp {'fp16' if device.type == 'cuda' else 'off'}")
+        fail(f"--amp bf16: this {device.type} has no bf16 arithmetic; --amp auto takes what it has")
     if mode == "fp16" and device.type != "cuda":
         fail("--amp fp16 needs a CUDA device; use --amp auto")
     if mode == "auto":
@@ -133,7 +134,8 @@ def git_commit():
 
 
 def environment(device, dtype):
-    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+    cuda = device.type == "cuda"
+    return {"device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
             "amp": str(dtype).removeprefix("torch.") if dtype else "off", "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__,
             "bitsandbytes": version("bitsandbytes"), "git_commit": git_commit()}
@@ -153,16 +155,18 @@ def main(args):
     transformers.set_seed(s["seed"])  # random, numpy and torch, CUDA included
     tokenizer, model = load_pretrained(args.model, task.label_names)
     if s["max_length"] > model.config.max_position_embeddings:
-        fail(f"--max-length {s['max_length']} is more than the {model.config.max_position_embeddings} tokens of {args.model}")
+        fail(f"--max-length {s['max_length']}: {s['model']} reads at most {model.config.max_position_embeddings} tokens")
     apply_method(model, s, dtype or torch.float32)
     if device.type == "cpu":
         fast.install(model)
     model.to(device)
     params = count_params(model)
+    kinds = ", ".join(f"{kind} {n:,}" for kind, n in params["trainable_by_kind"].items() if n)
     print(f"{s['method']}: {params['trainable_params']:,} of {params['total_params']:,} parameters train "
-          f"({params['trainable_pct']:.3f} %: {params['trainable_by_kind']}), lr {s['lr']:g}, {device.type}, amp {dtype}")
+          f"({params['trainable_pct']:.3f} %: {kinds}), lr {s['lr']:g}, {device.type}, amp {dtype or 'off'}")
 
-    train, validation, test = (Encoded(rows, tokenizer, s["max_length"]) for rows in (task.train, task.validation, task.test))
+    train, validation, test = (Encoded(rows, tokenizer, s["max_length"])
+                               for rows in (task.train, task.validation, task.test))
     steps_per_epoch = math.ceil(len(train.labels) / s["batch_size"])
     total_steps = min(s["epochs"] * steps_per_epoch, s["max_steps"] or math.inf)
     optimizer = make_optimizer(model, s["lr"])
@@ -190,8 +194,7 @@ def main(args):
     result = {**params, "f1_macro": scores["f1_macro"], "accuracy": scores["accuracy"], "best_epoch": best["epoch"],
               "epoch_time_s": float(np.mean([h["seconds"] for h in history])),
               "peak_vram_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-              # Linux counts ru_maxrss in KiB, macOS in bytes
-              "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
+              "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9,
               "history": history, "label_names": task.label_names, "splits": task.note,
               "rows": {"train": len(train.labels), "validation": len(validation.labels), "test": len(test.labels)},
               "settings": s, "environment": environment(device, dtype)}
