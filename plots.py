@@ -89,15 +89,16 @@ def epoch_seconds(run):
 def table(runs):
     """(header, rows) of the summary, as strings."""
     memory, what = peak_memory(runs)
-    header = ["method", "lr", "trainable", "of which method / LayerNorm / head", "% of all", "test macro-F1", "vs full (points)", "accuracy",
-              "best epoch", "s per epoch", what]
+    header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", "test\nmacro-F1",
+              "vs full\n(points)", "accuracy", "best\nepoch", "s per epoch", what.replace("memory", "\nmemory")]
     rows = []
     for (name, run), gb in zip(runs.items(), memory):
         mean, std = epoch_seconds(run)
         kinds = run["trainable_by_kind"]
         parts = "/".join(f" {kinds[kind]:,} " for kind in ("method", "layer_norm", "head")).strip()
         rows.append([label(name, run), f"{run['settings']['lr']:g}", f"{run['trainable_params']:,}",
-                     parts if name != "full_ft" else "everything", f"{run['trainable_pct']:.2f}", f"{run['f1_macro']:.4f}",
+                     parts if name != "full_ft" else "everything",
+                     f"{run['trainable_pct']:.2f}", f"{run['f1_macro']:.4f}",
                      f"{100 * (run['f1_macro'] - runs['full_ft']['f1_macro']):+.1f}", f"{run['accuracy']:.4f}",
                      f"{run['best_epoch']} of {len(run['history'])}", f"{mean:.1f} ± {std:.1f}", f"{gb:.2f}"])
     return header, rows
@@ -105,6 +106,7 @@ def table(runs):
 
 def markdown(runs):
     header, rows = table(runs)
+    header = [" ".join(cell.split()) for cell in header]
     lines = [" | ".join(cells) for cells in [header, ["---"] + ["---:"] * (len(header) - 1), *rows]]
     return "".join(f"| {line} |\n" for line in lines) + f"\n{study(runs)}; ± is the spread over the epochs.\n"
 
@@ -113,9 +115,7 @@ def summary(runs, path):
     header, rows = table(runs)
     fig, ax = plt.subplots(figsize=(13, 2.6))
     ax.axis("off")
-    wrapped = [h.replace(" (", "\n(").replace("peak resident", "peak\nresident").replace("of which ", "of which method /\n").replace("\nmethod / ", "\n")
-               .replace("test ", "test\n").replace("best ", "best\n") for h in header]
-    drawn = ax.table(cellText=rows, colLabels=wrapped, loc="center", cellLoc="right", colLoc="right")
+    drawn = ax.table(cellText=rows, colLabels=header, loc="center", cellLoc="right", colLoc="right")
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(10)
     drawn.auto_set_column_width(range(len(header)))

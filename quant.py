@@ -11,13 +11,19 @@ import bitsandbytes as bnb
 from torch import nn
 
 
-def to_nf4(linear, compute_dtype):
-    """A frozen bnb.nn.Linear4bit with the weight and bias of `linear`; it multiplies in `compute_dtype`.
+class NF4Linear(bnb.nn.Linear4bit):
+    """Linear4bit answers in the type of its input, which under autocast is LayerNorm's fp32. This answers in its
+    compute type, as nn.Linear does under autocast; otherwise GELU and attention would keep twice the bytes."""
 
-    The weight is quantised at once if it is on the CPU, otherwise when the module moves to its GPU.
-    """
-    quantized = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None,
-                                  compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
+    def forward(self, x):
+        return super().forward(x.to(self.compute_dtype))
+
+
+def to_nf4(linear, compute_dtype):
+    """A frozen NF4Linear with the weight and bias of `linear`, quantised at once; it multiplies in `compute_dtype`."""
+    # on "meta" it draws no random weights that nobody reads: LoRA on it starts from the same A as LoRA without it
+    quantized = NF4Linear(linear.in_features, linear.out_features, bias=linear.bias is not None,
+                          compute_dtype=compute_dtype, device="meta")
     quantized.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4",
                                          compress_statistics=True, module=quantized)
     if linear.bias is not None:  # bitsandbytes would cast it in place on the first forward; frozen means frozen

@@ -9,7 +9,32 @@ from transformers import BertConfig, BertForSequenceClassification
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from methods import apply_method, trained_tensors  # noqa: E402
 from settings import make_parser, settings_of  # noqa: E402
+
+METHODS = {
+    "full": ["--method", "full"],
+    "lora": ["--method", "lora", "--r", 4, "--alpha", 12],
+    "qlora": ["--method", "qlora", "--r", 4, "--alpha", 12],
+    "houlsby": ["--method", "adapter", "--bottleneck", 16],
+    "pfeiffer": ["--method", "adapter", "--placement", "pfeiffer", "--bottleneck", 16],
+}
+
+
+def build(method):
+    """The tiny BERT in evaluation mode, turned into one of METHODS."""
+    model = tiny_bert()
+    apply_method(model, settings(*METHODS[method]), torch.float32)
+    return model
+
+
+def randomize(model):
+    """Move every trainable tensor away from its initial value: at B = 0 or Up = 0 most equalities hold by accident."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in trained_tensors(model).values():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
 
 
 def settings(*flags):

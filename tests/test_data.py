@@ -132,3 +132,24 @@ def test_collate_pads_masks_and_cuts(encoded):
     assert encoded.lengths[long] == 30 and x["input_ids"].shape == (2, 30)
     assert x["attention_mask"][0].all() and x["attention_mask"][1].tolist() == [1] * n + [0] * (30 - n)
     assert x["input_ids"][1, n:].sum() == 0 and x["labels"].tolist() == [0, n % 2]
+
+
+def test_hub_tasks_take_the_labelled_rows(monkeypatch):
+    """The hub's own layout, without the hub: SST-2's test labels are hidden (-1), AG News has no validation."""
+    import datasets
+
+    def fake(name, config):
+        names, column, hidden = {"nyu-mll/glue": (["negative", "positive"], "sentence", [-1] * 9),
+                                 "fancyzhx/ag_news": (["World", "Sports", "Business", "Sci/Tech"], "text", None)}[name]
+        features = datasets.Features({column: datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        labels = {"train": [i % len(names) for i in range(400)], "test": hidden or [3, 1]}
+        labels |= {"validation": [1, 0]} if hidden else {}
+        return datasets.DatasetDict({split: datasets.Dataset.from_dict(
+            {column: [f"{split} {i} " for i in range(len(y))], "label": y}, features=features) for split, y in labels.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    sst2, ag_news = data.load_hub("sst2"), data.load_hub("ag_news")
+    assert sst2.test == (["validation 0", "validation 1"], [1, 0]) and sst2.label_names == ["negative", "positive"]
+    assert ag_news.test == (["test 0", "test 1"], [3, 1]) and ag_news.label_names[3] == "Sci/Tech"
+    for task in sst2, ag_news:
+        assert len(task.validation.labels) == 40 and len(task.train.labels) == 360 and "40 of train validate" in task.note

@@ -1,10 +1,11 @@
 """The fast dropout is dropout: right rate, right scale, independent, seeded; the fast attention is attention."""
 import pytest
 import torch
-from conftest import tiny_bert, tiny_inputs
+from conftest import METHODS, build, randomize, tiny_inputs
 from torch import nn
 
 import fast
+from methods import trained_tensors
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -32,9 +33,17 @@ def test_mask_obeys_the_seed():
     assert torch.equal(first, fast.dropout_mask(x, 0.1))
 
 
-def test_installed_model_is_the_same_model_in_eval_and_drops_in_training():
-    plain, quick, x = tiny_bert(), tiny_bert(), tiny_inputs()
+@pytest.fixture(params=METHODS)
+def pair(request):
+    """(the method on Hugging Face's own modules, the same model made fast), every trained tensor moved from its start."""
+    plain, quick = (randomize(build(request.param)) for _ in range(2))
     fast.install(quick)
+    return plain, quick
+
+
+def test_fast_model_is_the_same_model_in_evaluation_and_drops_in_training(pair):
+    plain, quick = pair
+    x = tiny_inputs()
     assert not any(type(m) is nn.Dropout for m in quick.modules())
     assert list(quick.state_dict()) == list(plain.state_dict())
     assert torch.allclose(quick(**x).logits, plain(**x).logits, atol=1e-5)
@@ -42,13 +51,12 @@ def test_installed_model_is_the_same_model_in_eval_and_drops_in_training():
     assert not torch.allclose(quick(**x).logits, quick(**x).logits, atol=1e-3)
 
 
-def test_training_gradients_equal_without_dropout():
-    plain, quick, x = tiny_bert(), tiny_bert(), tiny_inputs()
-    fast.install(quick)
-    for model in plain, quick:
-        model(**x).loss.backward()  # eval mode: no dropout
-    for (name, p), q in zip(plain.named_parameters(), quick.parameters()):
-        assert torch.allclose(p.grad, q.grad, atol=1e-5), name
+def test_gradients_are_the_same_without_dropout(pair):
+    for model in pair:
+        model(**tiny_inputs()).loss.backward()  # evaluation mode: no dropout
+    plain, quick = (trained_tensors(model) for model in pair)
+    for name, p in plain.items():
+        assert p.grad.any() and torch.allclose(p.grad, quick[name].grad, atol=1e-5), name
 
 
 def test_attention_weights_are_dropped():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from methods import apply_method
-from quant import to_nf4
+from quant import quantize_encoder, to_nf4
 
 
 def nf4_levels():
@@ -59,7 +59,7 @@ def test_forward_and_input_gradient_equal_the_dequantised_layer(pair):
     weight = dequantize_4bit(quantized.weight.data, quantized.weight.quant_state)
     x = torch.randn(5, 128, requires_grad=True)
     grad = torch.randn(5, 192)
-    y, = [quantized(x)]
+    y = quantized(x)
     expected = F.linear(x, weight, quantized.bias)
     assert torch.allclose(y, expected, atol=1e-5)
     assert torch.allclose(torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(expected, x, grad)[0], atol=1e-5)
@@ -98,3 +98,16 @@ def test_gradients_still_flow_after_an_evaluation():
             assert not m.support_avx512bf16_for_cpu and not getattr(m.weight.quant_state, "packing_format_for_cpu", False)
     model.train()(**x).loss.backward()
     assert model.bert.encoder.layer[0].attention.self.query.lora_A.grad.abs().max() > 0
+
+
+def test_at_the_start_qlora_is_the_quantised_model():
+    plain, x = tiny_bert(), tiny_inputs()
+    original = plain(**x).logits
+    quantize_encoder(plain, torch.float32)
+    assert torch.equal(qlora()(**x).logits, plain(**x).logits) and not torch.equal(plain(**x).logits, original)
+
+
+def test_answers_in_the_compute_type_under_autocast(pair):
+    quantized = to_nf4(pair[0], torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantized(torch.randn(3, 128)).dtype is pair[0](torch.randn(3, 128)).dtype is torch.bfloat16
