@@ -7,6 +7,7 @@
 # All arguments go to every run (python train.py --help). Finished runs are skipped, so that an interrupted study goes on
 # where it was cut when the same command is given again.
 set -euo pipefail
+# shellcheck source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 for flag in "$@"; do

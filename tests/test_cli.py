@@ -37,7 +37,7 @@ def test_run_all_leaves_the_comparison(study):
     assert done.returncode == 0, done.stderr
     comparison = json.loads((output / "metrics" / "comparison.json").read_text())
     assert list(comparison) == RUNS
-    for name, r in comparison.items():
+    for r in comparison.values():
         assert r["trainable_params"] == sum(r["trainable_by_kind"].values())
         assert r["trainable_pct"] == pytest.approx(100 * r["trainable_params"] / r["total_params"])
         assert 0 <= r["f1_macro"] <= 1 and 0 <= r["accuracy"] <= 1 and r["peak_rss_gb"] > 0.1

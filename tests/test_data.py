@@ -5,7 +5,6 @@ import torch
 from conftest import settings
 
 import data
-from settings import make_parser
 
 
 def folder(path, **files):
