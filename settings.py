@@ -35,7 +35,8 @@ def number(kind, low, high=float("inf"), below=False):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if kind is int else 'number'}") from None
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}") from None
         if not low <= value <= high or (below and value == high) or math.isinf(value):
             bound = f"at least {low:g}" if high == float("inf") else \
                 f"from {low:g} to {'below ' if below else ''}{high:g}"

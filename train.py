@@ -82,53 +82,25 @@ def load_pretrained(name, label_names):
     return tokenizer, model
 
 
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
 @torch.no_grad()
-def evaluate(model, data, device, dtype):
+def evaluate(model, data, device, amp):
     """{loss (mean per sentence), f1_macro, accuracy} of the model on an Encoded split."""
     model.eval()
     loss, predicted = 0.0, torch.empty_like(data.labels)
     for rows in data.batches(128):
-        inputs = data.collate(rows, device)
-        with autocast(device, dtype):
-            out = model(**inputs)
+        with amp:
+            out = model(**data.collate(rows, device))
         loss += out.loss.item() * len(rows)
         predicted[rows] = out.logits.argmax(-1).cpu()
     return {"loss": loss / len(predicted), "f1_macro": f1_score(data.labels, predicted, average="macro"),
             "accuracy": accuracy_score(data.labels, predicted)}
 
 
-def make_optimizer(model, lr):
-    """AdamW over exactly the trainable tensors; biases and LayerNorms are not decayed."""
-    trained = list(trained_tensors(model).values())
+def make_optimizer(trained, lr):
+    """AdamW over a list of tensors; biases and LayerNorms, the one-dimensional ones, are not decayed."""
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-def train_epoch(model, data, s, optimizer, schedule, scaler, rng, device, dtype, steps, title):
-    """One pass, or `steps` optimizer steps of it. Returns (mean loss per sentence, seconds)."""
-    model.train()
-    trained = list(trained_tensors(model).values())
-    batches = data.batches(s["batch_size"], rng)[:steps]
-    total_loss, start = torch.zeros((), device=device), time.perf_counter()
-    for batch in tqdm(batches, desc=title, unit="step", mininterval=1):
-        for rows in np.array_split(batch, min(s["accumulation"], len(batch))):  # gradients of the pieces add up
-            with autocast(device, dtype):
-                loss = model(**data.collate(rows, device)).loss * (len(rows) / len(batch))
-            scaler.scale(loss).backward()
-            total_loss += loss.detach() * len(batch)
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
-        scaler.step(optimizer)
-        scaler.update()
-        schedule.step()
-        optimizer.zero_grad()
-    mean_loss = total_loss.item() / sum(map(len, batches))  # .item() waits for the GPU, so the clock is right
-    return mean_loss, time.perf_counter() - start
 
 
 def git_commit():
@@ -142,6 +114,7 @@ def git_commit():
 
 
 def environment(device, dtype):
+    """What made the numbers, besides the settings."""
     cuda = device.type == "cuda"
     return {"device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
             "amp": str(dtype).removeprefix("torch.") if dtype else "off", "python": platform.python_version(),
@@ -177,16 +150,34 @@ def main(args):
                                for rows in (task.train, task.validation, task.test))
     steps_per_epoch = math.ceil(len(train.labels) / s["batch_size"])
     total_steps = min(s["epochs"] * steps_per_epoch, s["max_steps"] or math.inf)
-    optimizer = make_optimizer(model, s["lr"])
+    trained = list(trained_tensors(model).values())
+    optimizer = make_optimizer(trained, s["lr"])
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(s["warmup"] * total_steps), total_steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)  # otherwise it does nothing
     rng = np.random.default_rng(s["seed"])  # the data order: its own generator, so no method can shift it
+
     history = []
     for epoch in range(1, math.ceil(total_steps / steps_per_epoch) + 1):
-        steps_left = total_steps - (epoch - 1) * steps_per_epoch
-        loss, seconds = train_epoch(model, train, s, optimizer, schedule, scaler, rng, device, dtype, steps_left,
-                                    f"epoch {epoch}/{s['epochs']}")
-        scores = evaluate(model, validation, device, dtype)
+        model.train()
+        batches = train.batches(s["batch_size"], rng)[:total_steps - (epoch - 1) * steps_per_epoch]
+        total_loss, start = torch.zeros((), device=device), time.perf_counter()
+        for batch in tqdm(batches, desc=f"epoch {epoch}/{s['epochs']}", unit="step", mininterval=1):
+            for rows in np.array_split(batch, min(s["accumulation"], len(batch))):  # gradients of the pieces add up
+                with amp:
+                    loss = model(**train.collate(rows, device)).loss * (len(rows) / len(batch))
+                scaler.scale(loss).backward()
+                total_loss += loss.detach() * len(batch)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad()
+        loss = total_loss.item() / sum(map(len, batches))  # .item() waits for the GPU: only then the clock is right
+        seconds = time.perf_counter() - start
+
+        scores = evaluate(model, validation, device, amp)
         history.append({"epoch": epoch, "train_loss": loss, "validation_loss": scores["loss"],
                         "validation_f1_macro": scores["f1_macro"], "seconds": seconds})
         print(f"epoch {epoch}: train loss {loss:.4f}, validation loss {scores['loss']:.4f}, "
@@ -197,7 +188,7 @@ def main(args):
 
     # Only the best epoch sees the test rows, once. The frozen tensors are not in the file and did not change.
     model.load_state_dict(load_file(args.checkpoint, device=str(device)), strict=False)
-    scores = evaluate(model, test, device, dtype)
+    scores = evaluate(model, test, device, amp)
     result = {**params, "f1_macro": scores["f1_macro"], "accuracy": scores["accuracy"], "best_epoch": best["epoch"],
               "epoch_time_s": float(np.mean([h["seconds"] for h in history])),
               "peak_vram_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
@@ -211,4 +202,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    try:
+        main(ARGS)
+    except torch.OutOfMemoryError:
+        fail("the GPU has no memory left; --accumulation 2 computes the same batches in halves")
