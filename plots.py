@@ -54,14 +54,14 @@ def curves(runs, path):
     plt.close(fig)
 
 
-def bars(runs, values, errors, xlabel, path):
+def bars(runs, values, errors, digits, xlabel, path):
     """One horizontal bar a method: values and errors in the unit that xlabel names; errors may be None."""
     fig, ax = plt.subplots(figsize=(8, 3.2))
     names = list(runs)
     ax.barh(range(len(names)), values, xerr=errors, color=[STYLE[n][1] for n in names], ecolor="#888888", capsize=4,
             height=0.65)
     for y, value in enumerate(values):
-        ax.annotate(f"{value:.3g}", (value + (errors[y] if errors else 0), y), xytext=(6, 0),
+        ax.annotate(f"{value:.{digits}f}", (value + (errors[y] if errors else 0), y), xytext=(6, 0),
                     textcoords="offset points", va="center")
     ax.set_yticks(range(len(names)), [label(n, runs[n]) for n in names])
     ax.invert_yaxis()
@@ -108,7 +108,7 @@ def markdown(runs):
     header, rows = table(runs)
     header = [" ".join(cell.split()) for cell in header]
     lines = [" | ".join(cells) for cells in [header, ["---"] + ["---:"] * (len(header) - 1), *rows]]
-    return "".join(f"| {line} |\n" for line in lines) + f"\n{study(runs)}; ± is the spread over the epochs.\n"
+    return "".join(f"| {line} |\n" for line in lines) + f"\n{study(runs)}; ± is the standard deviation over the epochs.\n"
 
 
 def summary(runs, path):
@@ -126,7 +126,7 @@ def summary(runs, path):
             cell.set_text_props(weight="bold")
         elif column == 0:
             cell.set_text_props(color=STYLE[list(runs)[row - 1]][1], weight="bold")
-    ax.set_title(study(runs) + "; ± is the spread over the epochs", fontsize=10)
+    ax.set_title(study(runs) + "; ± is the standard deviation over the epochs", fontsize=10)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
@@ -140,9 +140,10 @@ def draw(output):
     figures.mkdir(parents=True, exist_ok=True)
     curves(runs, figures / "curves.png")
     memory, what = peak_memory(runs)
-    bars(runs, memory, None, what, figures / "memory.png")
+    bars(runs, memory, None, 2, what, figures / "memory.png")
     means, stds = zip(*map(epoch_seconds, runs.values()))
-    bars(runs, means, stds, "training time per epoch (s), with its spread over the epochs", figures / "epoch_time.png")
+    bars(runs, means, stds, 1, "training time per epoch (s) and its standard deviation over the epochs",
+         figures / "epoch_time.png")
     summary(runs, figures / "summary.png")
     text = markdown(runs)
     (figures / "summary.md").write_text(text, encoding="utf-8")
