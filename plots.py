@@ -108,7 +108,8 @@ def markdown(runs):
     header, rows = table(runs)
     header = [" ".join(cell.split()) for cell in header]
     lines = [" | ".join(cells) for cells in [header, ["---"] + ["---:"] * (len(header) - 1), *rows]]
-    return "".join(f"| {line} |\n" for line in lines) + f"\n{study(runs)}; ± is the standard deviation over the epochs.\n"
+    note = f"{study(runs)}; ± is the standard deviation over the epochs."
+    return "".join(f"| {line} |\n" for line in lines) + f"\n{note}\n"
 
 
 def summary(runs, path):

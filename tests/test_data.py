@@ -152,3 +152,12 @@ def test_hub_tasks_take_the_labelled_rows(monkeypatch):
     assert ag_news.test == (["test 0", "test 1"], [3, 1]) and ag_news.label_names[3] == "Sci/Tech"
     for task in sst2, ag_news:
         assert len(task.validation.labels) == 40 and len(task.train.labels) == 360 and "40 of train validate" in task.note
+
+
+def test_tuned_learning_rates_are_for_the_default_study_only(tmp_path):
+    d = folder(tmp_path / "d", train_tsv=TRAIN)
+    full_size = [["--task", "sst2"], ["--data", d], ["--model", "bert-base-uncased"]]
+    for method, tuned, usual in ("full", 2e-4, 2e-5), ("lora", 1e-3, 1e-4), ("qlora", 1e-3, 1e-4), ("adapter", 1e-3, 1e-4):
+        assert settings("--method", method)["lr"] == tuned
+        assert [settings("--method", method, *flags)["lr"] for flags in full_size] == [usual] * 3
+        assert settings("--method", method, "--lr", "3e-3")["lr"] == 3e-3
