@@ -39,6 +39,10 @@ def study(runs):
             f"seed {s['seed']} (n = 1), {run['environment']['device']}, amp {run['environment']['amp']}")
 
 
+def caption(runs):
+    return study(runs) + "; ± is the standard deviation over the epochs"
+
+
 def curves(runs, path):
     fig, axes = plt.subplots(1, 3, figsize=(12, 4))
     for ax, key, title in zip(axes, ("train_loss", "validation_loss", "validation_f1_macro"),
@@ -108,8 +112,7 @@ def markdown(runs):
     header, rows = table(runs)
     header = [" ".join(cell.split()) for cell in header]
     lines = [" | ".join(cells) for cells in [header, ["---"] + ["---:"] * (len(header) - 1), *rows]]
-    note = f"{study(runs)}; ± is the standard deviation over the epochs."
-    return "".join(f"| {line} |\n" for line in lines) + f"\n{note}\n"
+    return "".join(f"| {line} |\n" for line in lines) + f"\n{caption(runs)}.\n"
 
 
 def summary(runs, path):
@@ -127,7 +130,7 @@ def summary(runs, path):
             cell.set_text_props(weight="bold")
         elif column == 0:
             cell.set_text_props(color=STYLE[list(runs)[row - 1]][1], weight="bold")
-    ax.set_title(study(runs) + "; ± is the standard deviation over the epochs", fontsize=10)
+    ax.set_title(caption(runs), fontsize=10)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 

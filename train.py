@@ -74,8 +74,8 @@ def load_pretrained(name, label_names):
             fail(f"{name} holds no BERT that can be loaded ({reason})")
         fail(f"cannot load {name!r}: no such folder, and the Hugging Face hub did not give it ({reason}). "
              f"Offline, --model FOLDER and the default {DEFAULT_MODEL} work")
-    random = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    if missing := sorted(key for key in random if not key.startswith("classifier.")):
+    untrained = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    if missing := sorted(key for key in untrained if not key.startswith("classifier.")):
         fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay random")
     nn.init.normal_(model.classifier.weight, std=config.initializer_range)  # new even where the folder brings a head
     nn.init.zeros_(model.classifier.bias)
