@@ -3,7 +3,6 @@
 Imports nothing slow, so that --help, a typo and an already finished run are answered at once.
 """
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -95,7 +94,6 @@ def make_parser():
     return p
 
 
-@functools.cache  # compare.py asks once a run
 def fingerprint(folder):
     """SHA-256 (first 16 hex digits) of the names and bytes of a folder's files, to tell changed data or weights."""
     digest = hashlib.sha256()
