@@ -1,10 +1,12 @@
-"""The five runs of the study: their flags, and their results brought together in metrics/comparison.json.
+"""The five runs of the sentence study: their flags, and their results together in metrics/comparison.json.
 
-`python compare.py --list` prints the five sets of flags for train.py. `python compare.py` finds the five results,
-writes the comparison and draws it. Other flags are train.py's, and select the runs that were trained with them.
+`python compare.py --list` prints the five commands. `python compare.py` finds the five results, writes the comparison
+and draws it. Other flags are train.py's, and select the runs that were trained with them.
 """
 import json
+import shlex
 import sys
+from pathlib import Path
 
 from settings import fail, make_parser, result_path, settings_of, write_whole
 
@@ -17,35 +19,49 @@ RUNS = {
 }
 
 
-def collect(argv):
-    """({run: result}, output folder) of the five runs with the flags `argv`; results of other settings are never
-    picked up, because a result's file name is made of its settings."""
+def given(flag, argv):
+    return any(word.split("=")[0] == flag for word in argv)
+
+
+def commands(runs, argv):
+    """One train.py command a run, for a shell. A bad flag ends here, not in the first run."""
+    for flags in runs.values():
+        settings_of(make_parser().parse_args(argv + flags.split()))
+    train = [sys.executable, str(Path(__file__).with_name("train.py")), *argv]
+    return "\n".join(f"{shlex.join(train)} {flags}" for flags in runs.values())
+
+
+def collect(runs, argv):
+    """({run: result}, names of the missing runs, output folder) of runs with the flags `argv`. Results of other
+    settings are never picked up, because a result's file name is made of its settings."""
     results, missing = {}, []
-    for name, flags in RUNS.items():
+    for name, flags in runs.items():
         args = make_parser().parse_args(argv + flags.split())
         path = result_path(args.output, settings_of(args))
         if path.exists():
             results[name] = json.loads(path.read_text())
         else:
             missing.append(name)
-    if missing:
-        fail(f"not finished with these settings: {', '.join(missing)}; bash run_all.sh with the same flags runs them")
     for key in "device", "amp":  # times and memory of different hardware do not compare
         if len(values := {str(r["environment"][key]) for r in results.values()}) > 1:
             fail(f"runs with different {key} do not compare: {', '.join(sorted(values))}; delete one kind's files")
-    return results, args.output
+    return results, missing, args.output
 
 
 def main(argv):
     for flag in "--method", "--r":
-        if any(word.split("=")[0] == flag for word in argv):
+        if given(flag, argv):
             fail(f"{flag} is what the five runs differ in; for one run of your own use train.py")
-    if "--list" in argv:
-        argv.remove("--list")
-        make_parser().parse_args(argv + ["--method", "full"])  # a bad flag ends here, not in the first run
-        print("\n".join(RUNS.values()))
+    to_list = "--list" in argv
+    argv = [word for word in argv if word != "--list"]
+    if settings_of(make_parser().parse_args(argv + ["--method", "full"]))["stride"]:
+        fail("run_all.sh compares sentence classifiers; for question answering there is run_grid.sh")
+    if to_list:
+        print(commands(RUNS, argv))
         return
-    results, output = collect(argv)
+    results, missing, output = collect(RUNS, argv)
+    if missing:
+        fail(f"not finished with these settings: {', '.join(missing)}; bash run_all.sh with the same flags runs them")
     text = json.dumps(results, indent=1) + "\n"
     write_whole(output / "metrics" / "comparison.json", lambda part: part.write_text(text))
     from plots import draw  # matplotlib is slow to import

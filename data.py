@@ -1,17 +1,19 @@
-"""Sentences and labels: the three tasks, the user's own files, and batches of similar length."""
+"""Sentences and labels: the three tasks, the user's own files, and batches of similar length.
+
+qa.py is the same for questions and passages.
+"""
 import csv
 import re
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 from torch.nn.utils.rnn import pad_sequence
 
 from fetch import movies_file
-from settings import fail
-
-SPLIT_SEED = 42  # splits are the same for every --seed, so that seeds are compared on the same test sentences
+from settings import SPLIT_SEED, fail
 
 
 class Rows(NamedTuple):
@@ -20,11 +22,12 @@ class Rows(NamedTuple):
 
 
 class Task(NamedTuple):
-    label_names: list  # of str
-    train: Rows
+    label_names: list | None  # of str; None for question answering
+    train: Rows  # or, for question answering, a list of questions
     validation: Rows
     test: Rows
     note: str  # how the splits came about
+    encode: type  # the kind of Encoded that makes batches of a split
 
 
 def carve(rows, n):
@@ -57,7 +60,7 @@ def make_task(train, validation=None, test=None):
         if unknown := set(rows.labels) - set(names):
             fail(f"the {split} rows have the label {min(unknown)!r}, which no training row has")
     splits = [Rows(rows.sentences, [names.index(label) for label in rows.labels]) for rows in (train, validation, test)]
-    return Task([str(name) for name in names], *splits, note)
+    return Task([str(name) for name in names], *splits, note, Sentences)
 
 
 def load_movies():
@@ -136,14 +139,15 @@ def load_task(args):
 
 
 class Encoded:
-    """The tokenised rows of one split: ids (list of 1-D int64 tensors), lengths and labels."""
+    """The tokenised rows of one split, for train.py's loop. Its kinds, Sentences here and qa.Windows, have
 
-    def __init__(self, rows, tokenizer, max_length):
-        ids = tokenizer(rows.sentences, truncation=True, max_length=max_length)["input_ids"]
-        self.ids = [torch.tensor(i) for i in ids]
-        self.lengths = np.array([len(i) for i in ids])
-        self.labels = torch.tensor(rows.labels)
-        self.pad_id = tokenizer.pad_token_id
+    n          rows or questions in the split
+    metric     the score that picks the best epoch
+    ids        list of 1-D int64 tensors, one a row; lengths: their lengths
+    collate    row numbers -> the model's inputs
+    predict    the model's output for some rows -> a list of one prediction a row
+    score      the predictions for all rows -> {measure: value}
+    """
 
     def batches(self, batch_size, rng=None):
         """Arrays of row numbers, each row in exactly one batch, rows of one length together: 0.5 % of the tokens
@@ -156,12 +160,33 @@ class Encoded:
             rng.shuffle(batches)
         return batches
 
-    def collate(self, rows, device):
-        """The model's inputs for some row numbers: input_ids, attention_mask (batch, tokens) and labels (batch,)."""
+    def pad(self, rows):
+        """input_ids and attention_mask, (batch, tokens) each, for some row numbers."""
         ids = pad_sequence([self.ids[i] for i in rows], batch_first=True, padding_value=self.pad_id)
         lengths = torch.from_numpy(self.lengths[rows])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        inputs = {"input_ids": ids, "attention_mask": mask, "labels": self.labels[rows]}
-        if device.type == "cuda":  # pinned memory: the copy does not hold up the CPU
-            return {k: v.pin_memory().to(device, non_blocking=True) for k, v in inputs.items()}
-        return inputs
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+class Sentences(Encoded):
+    metric = "f1_macro"
+
+    def __init__(self, rows, tokenizer, s):
+        ids = tokenizer(rows.sentences, truncation=True, max_length=s["max_length"])["input_ids"]
+        self.ids = [torch.tensor(i) for i in ids]
+        self.lengths = np.array([len(i) for i in ids])
+        self.labels = torch.tensor(rows.labels)
+        self.n, self.pad_id = len(ids), tokenizer.pad_token_id
+
+    def collate(self, rows):
+        """input_ids, attention_mask (batch, tokens) and labels (batch,)."""
+        ids, mask = self.pad(rows)
+        return {"input_ids": ids, "attention_mask": mask, "labels": self.labels[rows]}
+
+    def predict(self, out, rows):
+        """The most probable label of each row."""
+        return out.logits.argmax(-1).tolist()
+
+    def score(self, predictions):
+        """{f1_macro, accuracy}, in [0, 1]."""
+        return {"f1_macro": f1_score(self.labels, predictions, average="macro"),
+                "accuracy": accuracy_score(self.labels, predictions)}

@@ -67,10 +67,12 @@ def cls_forward(layer, hidden, attention_mask=None, *_, **__):
 
 
 def install(model):
-    """Make a BertForSequenceClassification fast in place. The weights and their names stay as they are."""
+    """Make a BertForSequenceClassification or BertForQuestionAnswering fast in place. The weights and their names
+    stay as they are."""
     model.set_attn_implementation("fast_cpu")
-    last = model.bert.encoder.layer[-1]
-    last.forward = functools.partial(cls_forward, last)
+    if model.bert.pooler is not None:  # a classifier; question answering reads every token
+        last = model.bert.encoder.layer[-1]
+        last.forward = functools.partial(cls_forward, last)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Dropout:

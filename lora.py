@@ -1,12 +1,19 @@
-r"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+r"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, https://arxiv.org/abs/2106.09685), and
+DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
 
-A frozen linear layer W0 gets a trainable low-rank neighbour:
+A frozen linear layer W0 gets a trainable low-rank neighbour, with s = alpha / r (LoRA's section 4.1):
 
-    h = W0 x + b + (alpha / r) B A dropout(x)        equation (3) of the paper, with its section 4.1 scaling
+    LoRA    h = W0 x + b + s B A dropout(x)               equation (3) of the LoRA paper
 
-        x ----> W0, b (frozen) -----------------------> + ----> h
-          \--> dropout --> A (r, in) --> B (out, r) --/
-                                          * alpha / r
+        x ----> W0, b (frozen) ----------------> + ----> h
+          \--> dropout --> A (r, in) --> B (out, r), * s
+
+DoRA learns the length of each row of the weight apart from its direction, ||.|| being the norm of a row:
+
+    DoRA    W' = m (W0 + s B A) / ||W0 + s B A||          equation (5) of the DoRA paper, m (out) starts as ||W0||
+            h  = W' x + b
+
+W' is never formed in training. With g = m / ||W0 + s B A||, one number per row, h = g (W0 x) + g s B A x + b.
 """
 import math
 
@@ -15,8 +22,13 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def frozen_weight(linear):
+    """The weight (out, in) that `linear` multiplies by; a 4-bit one is dequantised."""
+    return linear.dequantize() if hasattr(linear, "dequantize") else linear.weight
+
+
 class LoRALinear(nn.Module):
-    """A linear layer `base` (nn.Linear or bnb.nn.Linear4bit, in -> out features) plus a low-rank update of rank r.
+    """A linear layer `base` (nn.Linear or NF4Linear, in -> out features) plus a low-rank update of rank r.
 
     Trains r * (in + out) numbers: lora_A (r, in) and lora_B (out, r). Freezing `base` is the caller's job.
     forward: x (..., in) -> (..., out).
@@ -33,14 +45,51 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / r
 
     def forward(self, x):
-        # h = W0 x + b + (alpha / r) B A dropout(x), scaled while it is only r wide
+        # h = W0 x + b + s B A dropout(x), scaled while it is only r wide
         low_rank = self.scaling * F.linear(self.dropout(x), self.lora_A)  # (..., r)
         return self.base(x) + F.linear(low_rank, self.lora_B)  # (..., out)
 
+    @torch.no_grad()
+    def merged_weight(self):
+        """The one weight (out, in) that does the same: W0 + s B A, in fp32 whatever autocast says."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return torch.addmm(frozen_weight(self.base).float(), self.lora_B, self.lora_A, alpha=self.scaling)
 
-def inject_lora(model, r, alpha, dropout):
-    """Put LoRA on the query and value projections of every layer (the paper's choice, its section 7.1)."""
+
+class DoRALinear(LoRALinear):
+    """LoRALinear with a magnitude per output row: trains `magnitude` (out) too, r * (in + out) + out numbers."""
+
+    def __init__(self, base, r, alpha, dropout):
+        super().__init__(base, r, alpha, dropout)
+        self.magnitude = nn.Parameter(frozen_weight(base).detach().float().norm(dim=1))  # so that W' starts as W0
+
+    def row_norms(self):
+        """||W0 + s B A|| (out), a constant to autograd: the paper's section 4.3 drops its gradient, which costs no
+        accuracy and saves the memory of W0 + s B A."""
+        return super().merged_weight().norm(dim=1)
+
+    def forward(self, x):
+        # g = m / ||W0 + s B A||
+        g = self.magnitude / self.row_norms()  # (out)
+        dropped = self.dropout(x)
+        y = self.base(x)  # W0 x + b
+        y_dropped = self.base(dropped) if self.training and self.dropout.p > 0 else y
+        if self.base.bias is not None:
+            y_dropped = y_dropped - self.base.bias  # g scales W0 x, not b
+        # h = W0 x + b + (g - 1) W0 dropout(x) + g s B A dropout(x): without dropout it is g W0 x + g s B A x + b
+        low_rank = F.linear(F.linear(dropped, self.lora_A), (g * self.scaling)[:, None] * self.lora_B)  # (..., out)
+        return y + (g - 1).to(y.dtype) * y_dropped + low_rank
+
+    @torch.no_grad()
+    def merged_weight(self):
+        """W' (out, in)."""
+        # W' = m (W0 + s B A) / ||W0 + s B A||
+        return (self.magnitude / self.row_norms())[:, None] * super().merged_weight()
+
+
+def inject_lora(model, layer_class, r, alpha, dropout):
+    """Put `layer_class` (LoRALinear or DoRALinear) on query and value of every layer (LoRA's choice, section 7.1)."""
     for layer in model.bert.encoder.layer:
         attention = layer.attention.self
-        attention.query = LoRALinear(attention.query, r, alpha, dropout)
-        attention.value = LoRALinear(attention.value, r, alpha, dropout)
+        attention.query = layer_class(attention.query, r, alpha, dropout)
+        attention.value = layer_class(attention.value, r, alpha, dropout)

@@ -5,37 +5,45 @@
 | full           | nothing                                | everything                      |             |
 | lora           | A, B beside query and value            | A, B, head                      | lora.py     |
 | qlora          | NF4 encoder weights, then as lora      | A, B, head                      | quant.py    |
+| dora           | A, B, m beside query and value         | A, B, m, head                   | lora.py     |
+| qdora          | NF4 encoder weights, then as dora      | A, B, m, head                   | both        |
 | adapter        |                                        |                                 |             |
 |   houlsby      | two bottlenecks a layer                | bottlenecks, LayerNorms, head   | adapters.py |
 |   pfeiffer     | one bottleneck a layer                 | bottlenecks, head               | adapters.py |
 
-The head is the same nn.Linear on BERT's pooled [CLS] in all of them. The pooler is part of BERT: only `full` trains it.
+The head is the same nn.Linear in all of them: on BERT's pooled [CLS] for sentences, on every token for questions (start
+and end). The pooler is part of BERT: only `full` trains it, and question answering has none.
 """
 from adapters import inject_adapters
-from lora import inject_lora
+from lora import DoRALinear, LoRALinear, inject_lora
 from settings import fail
 
 # A parameter trains if its name contains one of these. Everything else is frozen.
+HEAD = ("classifier.", "qa_outputs.")
 TRAINS = {
     "full": ("",),
-    "lora": ("lora_", "classifier."),
-    "qlora": ("lora_", "classifier."),
-    "houlsby": (".adapter.", ".LayerNorm.", "classifier."),
-    "pfeiffer": (".adapter.", "classifier."),
+    "lora": ("lora_", *HEAD),
+    "qlora": ("lora_", *HEAD),
+    "dora": ("lora_", "magnitude", *HEAD),
+    "qdora": ("lora_", "magnitude", *HEAD),
+    "houlsby": (".adapter.", ".LayerNorm.", *HEAD),
+    "pfeiffer": (".adapter.", *HEAD),
 }
 
 
 def apply_method(model, s, compute_dtype):
-    """Turn a fresh BertForSequenceClassification into the method of the settings `s`, in place.
+    """Turn a fresh BertForSequenceClassification or BertForQuestionAnswering into the method of the settings `s`.
 
     compute_dtype: the type in which 4-bit weights are multiplied. Draws from torch's global generator only after the
     head was made, so all methods start from the same head.
     """
-    if s["method"] == "qlora":
+    if s["method"] in ("qlora", "qdora"):
         from quant import quantize_encoder  # bitsandbytes is slow to import and needed here only
         quantize_encoder(model, compute_dtype)
     if s["method"] in ("lora", "qlora"):
-        inject_lora(model, s["r"], s["alpha"], s["dropout"])
+        inject_lora(model, LoRALinear, s["r"], s["alpha"], s["dropout"])
+    if s["method"] in ("dora", "qdora"):
+        inject_lora(model, DoRALinear, s["r"], s["alpha"], s["dropout"])
     if s["method"] == "adapter":
         bottleneck = s["bottleneck"] or model.config.hidden_size // s["reduction"]
         if bottleneck < 1:
@@ -62,8 +70,8 @@ def count_params(model):
 
     kinds = {"method": 0, "layer_norm": 0, "head": 0, "base": 0}
     for name, p in trained_tensors(model).items():
-        kind = ("method" if "lora_" in name or ".adapter." in name else "head" if name.startswith("classifier.")
-                else "layer_norm" if ".LayerNorm." in name else "base")
+        kind = ("head" if name.startswith(HEAD) else "layer_norm" if ".LayerNorm." in name
+                else "method" if any(part in name for part in ("lora_", "magnitude", ".adapter.")) else "base")
         kinds[kind] += p.numel()
     trainable, total = sum(kinds.values()), sum(numel(p) for p in model.parameters())
     return {"trainable_params": trainable, "trainable_by_kind": kinds, "total_params": total,

@@ -1,4 +1,4 @@
-"""Figures and tables from metrics/comparison.json, and from nothing else.
+"""Figures and tables from metrics/comparison.json and metrics/grid.json, and from nothing else.
 
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/ (default: beside this file)
 """
@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from grid import METHODS, RUNS, best_of, rows_of, statistics_of
 from settings import fail
 
 # Okabe and Ito's colour-blind safe palette; colour and marker belong to a method in every figure.
@@ -20,7 +21,10 @@ STYLE = {
     "lora_r16": ("LoRA r=16", "#0072B2", "D"),
     "qlora": ("QLoRA r=16", "#E69F00", "^"),
     "adapter": ("adapter", "#009E73", "v"),
+    "dora": ("DoRA r=16", "#CC79A7", "P"),
+    "qdora": ("QDoRA r=16", "#D55E00", "X"),
 }
+STYLE |= {"full": STYLE["full_ft"], "lora": STYLE["lora_r16"]}  # their names in the grid
 plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                      "axes.spines.right": False, "axes.axisbelow": True, "figure.constrained_layout.use": True})
 
@@ -33,9 +37,10 @@ def label(name, run):
 
 def study(runs):
     """One line that says what was compared on what."""
-    run = runs["full_ft"]
-    s, rows = run["settings"], run["rows"]
-    return (f"{s['model']} on {s['task']} ({rows['train']:,} training, {rows['test']:,} test sentences), "
+    run = next(iter(runs.values()))
+    s, rows, what = run["settings"], run["rows"], "questions" if run["settings"]["stride"] else "sentences"
+    task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
+    return (f"{s['model']} on {task} ({rows['train']:,} training, {rows['test']:,} test {what}), "
             f"seed {s['seed']} (n = 1), {run['environment']['device']}, amp {run['environment']['amp']}")
 
 
@@ -108,11 +113,14 @@ def table(runs):
     return header, rows
 
 
-def markdown(runs):
-    header, rows = table(runs)
+def markdown_table(header, rows):
     header = [" ".join(cell.split()) for cell in header]
     lines = [" | ".join(cells) for cells in [header, ["---"] + ["---:"] * (len(header) - 1), *rows]]
-    return "".join(f"| {line} |\n" for line in lines) + f"\n{caption(runs)}.\n"
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def markdown(runs):
+    return markdown_table(*table(runs)) + f"\n{caption(runs)}.\n"
 
 
 def summary(runs, path):
@@ -137,11 +145,9 @@ def summary(runs, path):
 
 def draw(output):
     """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the table."""
-    source, figures = output / "metrics" / "comparison.json", output / "figures"
-    if not source.exists():
-        fail(f"there is no {source}; bash run_all.sh makes it")
-    runs = json.loads(source.read_text())
+    figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
+    runs = json.loads((output / "metrics" / "comparison.json").read_text())
     curves(runs, figures / "curves.png")
     memory, what = peak_memory(runs)
     bars(runs, memory, None, 2, what, figures / "memory.png")
@@ -154,5 +160,94 @@ def draw(output):
     print(text + f"figures are in {figures}")
 
 
+def grid_markdown(runs):
+    """Four tables of the question-answering grid: all runs, their statistics, the best of each method, the top five."""
+    rows = rows_of(runs)
+    header = ["run", "F1 (%)", "exact match (%)", "training (min)", "best epoch", "trainable"]
+    cells = [[row["run"], f"{row['f1']:.2f}", f"{row['exact_match']:.2f}", f"{row['minutes']:.2f}",
+              f"{row['best_epoch']} of {row['epochs']}", f"{row['trainable_params']:,}"] for row in rows]
+    by_run = {line[0]: line for line in cells}
+    spread = [[line["method"], str(line["n"])] + [
+        f"{line[f'{key}_mean']:.2f} ± " + ("–" if line[f"{key}_std"] is None else f"{line[f'{key}_std']:.2f}") +
+        f" ({line[f'{key}_min']:.2f} to {line[f'{key}_max']:.2f})" for key in ("f1", "exact_match", "minutes")]
+        for line in statistics_of(rows)]
+    missing = [name for name in RUNS if name not in runs]
+    return (f"All {len(runs)} runs by F1: {study(runs)}.\n\n" + markdown_table(header, cells)
+            + (f"\nMissing: {', '.join(missing)}.\n" if missing else "")
+            + "\nBy method, mean ± standard deviation (min to max) over the n configurations, not over seeds:\n\n"
+            + markdown_table(["method", "n", "F1 (%)", "exact match (%)", "training (min)"], spread)
+            + "\nBest configuration of each method:\n\n"
+            + markdown_table(header, [by_run[row["run"]] for row in best_of(rows)])
+            + "\nTop five:\n\n" + markdown_table(header, cells[:5]))
+
+
+def grid_bars(runs, path):
+    rows = rows_of(runs)
+    fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
+    ax.barh(range(len(rows)), [row["f1"] for row in rows], color=[STYLE[row["method"]][1] for row in rows], height=0.7)
+    for y, row in enumerate(rows):
+        ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(rows)), [row["run"] for row in rows])
+    ax.invert_yaxis()
+    ax.margins(x=0.08, y=0.02)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("test F1 (%)")
+    fig.suptitle(study(runs), fontsize=9)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def grid_boxes(runs, path):
+    """F1 and exact match by method: a box from quartile to quartile, its median, and every run as a marker."""
+    rows = rows_of(runs)
+    methods = [m for m in METHODS if any(row["method"] == m for row in rows)]
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for ax, key, title in zip(axes, ("f1", "exact_match"), ("test F1 (%)", "test exact match (%)")):
+        values = [[row[key] for row in rows if row["method"] == m] for m in methods]
+        ax.boxplot(values, widths=0.6, showfliers=False, medianprops={"color": "#555555"})
+        for x, (method, own) in enumerate(zip(methods, values), 1):
+            ax.plot([x] * len(own), own, STYLE[method][2], color=STYLE[method][1], alpha=0.8)
+        ax.set_xticks(range(1, len(methods) + 1), methods)
+        ax.set(title=title)
+    fig.suptitle(study(runs) + "\none marker a run (epochs and learning rates differ)", fontsize=9)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def grid_time(runs, path):
+    rows = rows_of(runs)
+    fig, ax = plt.subplots(figsize=(8, 4.5))
+    for method in METHODS:
+        for lr in sorted({row["lr"] for row in rows}):
+            own = [row for row in rows if row["method"] == method and row["lr"] == lr]
+            name, color, marker = STYLE[method]
+            ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker, color=color, markersize=8,
+                    fillstyle="full" if lr > 1e-4 else "none", label=f"{name}, {lr:g}" if own else None)
+    ax.set(xlabel="training time (min, evaluation excluded)", ylabel="test F1 (%)", xlim=(0, None))
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
+    fig.suptitle(study(runs), fontsize=9)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def draw_grid(output):
+    """Draw everything that output/metrics/grid.json holds into output/figures/, and print the tables."""
+    figures = output / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    runs = json.loads((output / "metrics" / "grid.json").read_text())
+    grid_bars(runs, figures / "grid_f1.png")
+    grid_boxes(runs, figures / "grid_boxes.png")
+    grid_time(runs, figures / "grid_time.png")
+    text = grid_markdown(runs)
+    (figures / "grid.md").write_text(text, encoding="utf-8")
+    print(text + f"\nfigures are in {figures}")
+
+
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    drawings = {"comparison.json": draw, "grid.json": draw_grid}
+    found = [drawing for name, drawing in drawings.items() if (folder / "metrics" / name).exists()]
+    if not found:
+        fail(f"{folder / 'metrics'} holds neither comparison.json nor grid.json; bash run_all.sh and run_grid.sh do")
+    for drawing in found:
+        drawing(folder)

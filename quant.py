@@ -18,6 +18,10 @@ class NF4Linear(bnb.nn.Linear4bit):
     def forward(self, x):
         return super().forward(x.to(self.compute_dtype))
 
+    def dequantize(self):
+        """The weight (out, in) that it multiplies by, in the type it had before it was quantised."""
+        return bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
+
 
 def to_nf4(linear, compute_dtype):
     """A frozen NF4Linear with the weight and bias of `linear`, quantised at once; it multiplies in `compute_dtype`."""

@@ -14,9 +14,8 @@ for flag in "$@"; do
   case "$flag" in -h | --help) exec "$python" "$here/train.py" --help ;; esac
 done
 runs="$("$python" "$here/compare.py" --list "$@")"
-while read -r flags; do
-  echo "== train.py $flags $*"
-  # shellcheck disable=SC2086  # $flags is several words on purpose
-  "$python" "$here/train.py" "$@" $flags < /dev/null
+while read -r run; do
+  echo "== $run"
+  bash -c "$run" < /dev/null
 done <<< "$runs"
 "$python" "$here/compare.py" "$@"

@@ -4,7 +4,7 @@
 
 The loop is the same for every method: what differs is which tensors exist and which of them train (methods.py).
 """
-from settings import DEFAULT_MODEL, fail, parse_args, write_whole
+from settings import DEFAULT_MODEL, fail, model_of, parse_args, write_whole
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that a typo is answered at once
 
@@ -23,17 +23,19 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification, get_linear_schedule_with_warmup
+from transformers import (AutoConfig, AutoTokenizer, BertForQuestionAnswering, BertForSequenceClassification,
+                          get_linear_schedule_with_warmup)
 
+import data
 import fast
-from data import Encoded, load_task
+import qa
 from fetch import model_folder
-from methods import apply_method, count_params, trained_tensors
+from methods import HEAD, apply_method, count_params, trained_tensors
 
 WEIGHT_DECAY = 0.01  # on matrices only, as in BERT's own fine-tuning
+EVAL_BATCH = 32
 CLIP_NORM = 1.0  # largest L2 norm of all gradients together
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
@@ -58,16 +60,18 @@ def amp_dtype(mode, device):
 
 
 def load_pretrained(name, label_names):
-    """(tokenizer, BertForSequenceClassification in fp32) of a hub id or folder; the new head comes from the seed."""
+    """(tokenizer, model in fp32) of a hub id or folder, with a new head that comes from the seed: a
+    BertForSequenceClassification with these labels, or a BertForQuestionAnswering where label_names is None."""
+    head_class = BertForSequenceClassification if label_names else BertForQuestionAnswering
     folder = model_folder() if name == DEFAULT_MODEL else name
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "bert":
             fail(f"{name} is a {config.model_type!r} model; this project fine-tunes BERT (model_type 'bert')")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, loading = BertForSequenceClassification.from_pretrained(
-            folder, num_labels=len(label_names), problem_type="single_label_classification", dtype=torch.float32,
-            output_loading_info=True, ignore_mismatched_sizes=True)
+        model, loading = head_class.from_pretrained(
+            folder, num_labels=len(label_names or ("start", "end")), problem_type="single_label_classification",
+            dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as e:  # transformers raises OSError, ValueError, SafetensorError, hub errors and more
         reason = f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"
         if Path(name).is_dir():
@@ -75,25 +79,38 @@ def load_pretrained(name, label_names):
         fail(f"cannot load {name!r}: no such folder, and the Hugging Face hub did not give it ({reason}). "
              f"Offline, --model FOLDER and the default {DEFAULT_MODEL} work")
     untrained = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    if missing := sorted(key for key in untrained if not key.startswith("classifier.")):
-        fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay random")
-    nn.init.normal_(model.classifier.weight, std=config.initializer_range)  # new even where the folder brings a head
-    nn.init.zeros_(model.classifier.bias)
+    if missing := sorted(key for key in untrained if not key.startswith(HEAD)):
+        hint = "; such a model fits question answering only" if all(".pooler." in key for key in missing) else ""
+        fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay random{hint}")
+    head = model.classifier if label_names else model.qa_outputs  # new even where the folder brings a head
+    nn.init.normal_(head.weight, std=config.initializer_range)
+    nn.init.zeros_(head.bias)
     return tokenizer, model
 
 
+def to_device(inputs, device):
+    """A dict of CPU tensors on the device; from pinned memory, so that the copy does not hold up the CPU."""
+    if device.type == "cuda":
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in inputs.items()}
+    return inputs
+
+
 @torch.no_grad()
-def evaluate(model, data, device, amp):
-    """{loss (mean per sentence), f1_macro, accuracy} of the model on an Encoded split."""
+def evaluate(model, split, device, amp):
+    """{loss (mean per row), and the split's own scores} of the model on an Encoded split."""
     model.eval()
-    loss, predicted = 0.0, torch.empty_like(data.labels)
-    for rows in data.batches(128):
+    loss, predictions = 0.0, [None] * len(split.ids)
+    for rows in split.batches(EVAL_BATCH):
         with amp:
-            out = model(**data.collate(rows, device))
+            out = model(**to_device(split.collate(rows), device))
         loss += out.loss.item() * len(rows)
-        predicted[rows] = out.logits.argmax(-1).cpu()
-    return {"loss": loss / len(predicted), "f1_macro": f1_score(data.labels, predicted, average="macro"),
-            "accuracy": accuracy_score(data.labels, predicted)}
+        for row, prediction in zip(rows, split.predict(out, rows)):
+            predictions[row] = prediction
+    return {"loss": loss / len(predictions), **split.score(predictions)}
+
+
+def show(scores):
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def make_optimizer(trained, lr):
@@ -130,11 +147,10 @@ def main(args):
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns for half a minute
 
-    task = load_task(args)
-    print(f"{s['task']}: {len(task.train.labels):,} train, {len(task.validation.labels):,} validation, "
-          f"{len(task.test.labels):,} test rows, {len(task.label_names)} labels ({task.note})")
+    task = (qa if s["stride"] else data).load_task(args)
+    print(f"{s['task']}: {task.note}")
     transformers.set_seed(s["seed"])  # random, numpy and torch, CUDA included
-    tokenizer, model = load_pretrained(args.model, task.label_names)
+    tokenizer, model = load_pretrained(model_of(args), task.label_names)
     if s["max_length"] > (longest := model.config.max_position_embeddings):
         fail(f"--max-length {s['max_length']}: {s['model']} reads {longest} tokens at most")
     apply_method(model, s, dtype or torch.float32)
@@ -146,9 +162,10 @@ def main(args):
     print(f"{s['method']}: {params['trainable_params']:,} of {params['total_params']:,} parameters train "
           f"({params['trainable_pct']:.3f} %: {kinds}), lr {s['lr']:g}, {device.type}, amp {dtype or 'off'}")
 
-    train, validation, test = (Encoded(rows, tokenizer, s["max_length"])
-                               for rows in (task.train, task.validation, task.test))
-    steps_per_epoch = math.ceil(len(train.labels) / s["batch_size"])
+    train, validation, test = (task.encode(rows, tokenizer, s) for rows in (task.train, task.validation, task.test))
+    rows = {"train": train.n, "validation": validation.n, "test": test.n}
+    print(", ".join(f"{n:,} {split}" for split, n in rows.items()) + f" rows; {len(train.ids):,} training examples")
+    steps_per_epoch = math.ceil(len(train.ids) / s["batch_size"])
     total_steps = min(s["epochs"] * steps_per_epoch, s["max_steps"] or math.inf)
     trained = list(trained_tensors(model).values())
     optimizer = make_optimizer(trained, s["lr"])
@@ -163,9 +180,9 @@ def main(args):
         batches = train.batches(s["batch_size"], rng)[:total_steps - (epoch - 1) * steps_per_epoch]
         total_loss, start = torch.zeros((), device=device), time.perf_counter()
         for batch in tqdm(batches, desc=f"epoch {epoch}/{s['epochs']}", unit="step", mininterval=1):
-            for rows in np.array_split(batch, min(s["accumulation"], len(batch))):  # gradients of the pieces add up
+            for piece in np.array_split(batch, min(s["accumulation"], len(batch))):  # gradients of the pieces add up
                 with amp:
-                    loss = model(**train.collate(rows, device)).loss * (len(rows) / len(batch))
+                    loss = model(**to_device(train.collate(piece), device)).loss * (len(piece) / len(batch))
                 scaler.scale(loss).backward()
                 total_loss += loss.detach() * len(batch)
             scaler.unscale_(optimizer)
@@ -178,27 +195,26 @@ def main(args):
         seconds = time.perf_counter() - start
 
         scores = evaluate(model, validation, device, amp)
-        history.append({"epoch": epoch, "train_loss": loss, "validation_loss": scores["loss"],
-                        "validation_f1_macro": scores["f1_macro"], "seconds": seconds})
-        print(f"epoch {epoch}: train loss {loss:.4f}, validation loss {scores['loss']:.4f}, "
-              f"validation macro-F1 {scores['f1_macro']:.4f}, {seconds:.1f} s")
-        best = max(history, key=lambda h: h["validation_f1_macro"])  # the first of equals
+        history.append({"epoch": epoch, "train_loss": loss, "seconds": seconds,
+                        **{f"validation_{name}": value for name, value in scores.items()}})
+        print(f"epoch {epoch}: train loss {loss:.4f}, validation {show(scores)}, {seconds:.1f} s")
+        best = max(history, key=lambda h: h[f"validation_{train.metric}"])  # the first of equals
         if best is history[-1]:
             write_whole(args.checkpoint, lambda part: save_file(trained_tensors(model), part))
 
     # Only the best epoch sees the test rows, once. The frozen tensors are not in the file and did not change.
     model.load_state_dict(load_file(args.checkpoint, device=str(device)), strict=False)
     scores = evaluate(model, test, device, amp)
-    result = {**params, "f1_macro": scores["f1_macro"], "accuracy": scores["accuracy"], "best_epoch": best["epoch"],
-              "epoch_time_s": float(np.mean([h["seconds"] for h in history])),
+    del scores["loss"]  # of test questions without a known place it is none
+    seconds = [h["seconds"] for h in history]
+    result = {**params, **scores, "best_epoch": best["epoch"],
+              "epoch_time_s": float(np.mean(seconds)), "train_time_s": sum(seconds),
               "peak_vram_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
               "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9,
               "history": history, "label_names": task.label_names, "splits": task.note,
-              "rows": {"train": len(train.labels), "validation": len(validation.labels), "test": len(test.labels)},
-              "settings": s, "environment": environment(device, dtype)}
+              "rows": rows, "settings": s, "environment": environment(device, dtype)}
     write_whole(args.result, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
-    print(f"test macro-F1 {scores['f1_macro']:.4f} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, "
-          f"wrote {args.result}")
+    print(f"test {show(scores)} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, wrote {args.result}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,14 +16,16 @@ METHODS = {
     "full": ["--method", "full"],
     "lora": ["--method", "lora", "--r", 4, "--alpha", 12],
     "qlora": ["--method", "qlora", "--r", 4, "--alpha", 12],
+    "dora": ["--method", "dora", "--r", 4, "--alpha", 12],
+    "qdora": ["--method", "qdora", "--r", 4, "--alpha", 12],
     "houlsby": ["--method", "adapter", "--bottleneck", 16],
     "pfeiffer": ["--method", "adapter", "--placement", "pfeiffer", "--bottleneck", 16],
 }
 
 
-def build(method):
+def build(method, head_class=BertForSequenceClassification):
     """The tiny BERT in evaluation mode, turned into one of METHODS."""
-    model = tiny_bert()
+    model = tiny_bert(head_class=head_class)
     apply_method(model, settings(*METHODS[method]), torch.float32)
     return model
 
@@ -41,11 +43,12 @@ def settings(*flags):
     return settings_of(make_parser().parse_args([str(f) for f in flags]))
 
 
-def tiny_bert(seed=0):
+def tiny_bert(seed=0, head_class=BertForSequenceClassification):
     """A 2-layer random BERT with non-zero biases and uneven LayerNorms, so that no term of an equation is invisible."""
     torch.manual_seed(seed)
-    model = BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_labels=3,
-                                                     num_attention_heads=4, intermediate_size=128))
+    labels = 3 if head_class is BertForSequenceClassification else 2  # start and end
+    model = head_class(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_labels=labels,
+                                  num_attention_heads=4, intermediate_size=128))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

@@ -106,7 +106,7 @@ class Characters:
 def encoded():
     rng = np.random.default_rng(0)
     sentences = ["x" * n for n in rng.integers(1, 40, size=333)]
-    return data.Encoded(data.Rows(sentences, [len(s) % 2 for s in sentences]), Characters(), 30)
+    return data.Sentences(data.Rows(sentences, [len(s) % 2 for s in sentences]), Characters(), {"max_length": 30})
 
 
 def test_batches_cover_every_row_once_with_little_padding(encoded):
@@ -126,7 +126,7 @@ def test_order_comes_from_the_seed_and_changes_with_the_epoch(encoded):
 
 def test_collate_pads_masks_and_cuts(encoded):
     long, short = int(encoded.lengths.argmax()), int(encoded.lengths.argmin())
-    x = encoded.collate(np.array([long, short]), torch.device("cpu"))
+    x = encoded.collate(np.array([long, short]))
     n = encoded.lengths[short]
     assert encoded.lengths[long] == 30 and x["input_ids"].shape == (2, 30)
     assert x["attention_mask"][0].all() and x["attention_mask"][1].tolist() == [1] * n + [0] * (30 - n)

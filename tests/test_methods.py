@@ -5,12 +5,15 @@ import re
 import pytest
 import torch
 from conftest import METHODS, build, randomize, settings, tiny_bert, tiny_inputs
+from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
 import fast
 from adapters import Adapter
+from lora import DoRALinear, LoRALinear, frozen_weight
 from methods import apply_method, count_params, trained_tensors
+from quant import to_nf4
 from train import make_optimizer
 
 # --- exact counts, on the real bert-base configuration -------------------------------------------------------------
@@ -19,6 +22,8 @@ BERT_BASE = {  # flags: (method, LayerNorm, head, base); 109,483,778 is BertForS
     ("--method", "full"): (0, 38_400, 1_538, 109_483_778 - 38_400 - 1_538),
     ("--method", "lora", "--r", 8): (294_912, 0, 1_538, 0),
     ("--method", "lora", "--r", 16): (589_824, 0, 1_538, 0),
+    ("--method", "dora", "--r", 8): (313_344, 0, 1_538, 0),
+    ("--method", "dora", "--r", 16): (608_256, 0, 1_538, 0),
     ("--method", "adapter", "--bottleneck", 64): (2_379_264, 38_400, 1_538, 0),
     ("--method", "adapter", "--reduction", 16): (1_789_056, 38_400, 1_538, 0),
     ("--method", "adapter", "--placement", "pfeiffer", "--reduction", 16): (894_528, 0, 1_538, 0),
@@ -37,9 +42,23 @@ def test_counts_on_bert_base(flags):
     assert counts["trainable_pct"] == pytest.approx(100 * counts["trainable_params"] / counts["total_params"])
 
 
-def test_qlora_counts_weights_not_bytes():
-    lora, qlora = count_params(build("lora")), count_params(build("qlora"))
-    assert qlora == lora
+QA = 109_483_778 - 590_592  # no pooler; the head has two outputs in both
+
+
+@pytest.mark.parametrize("method, flags, trained", [("full", [], QA), ("lora", ["--r", 16], 589_824 + 1_538),
+                                                    ("dora", ["--r", 16], 608_256 + 1_538)])
+def test_counts_on_bert_base_for_question_answering(method, flags, trained):
+    with torch.device("meta"):
+        model = BertForQuestionAnswering(BertConfig())
+        apply_method(model, settings("--method", method, *flags, "--task", "squad"), torch.float32)
+    counts = count_params(model)
+    assert counts["trainable_params"] == trained and counts["trainable_by_kind"]["head"] == 1_538
+    assert counts["total_params"] == QA + counts["trainable_by_kind"]["method"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_4_bit_methods_count_weights_not_bytes(method):
+    assert count_params(build("q" + method)) == count_params(build(method))
 
 
 # --- which tensors train -------------------------------------------------------------------------------------------
@@ -52,14 +71,17 @@ KEYS = {
                r"|bert\.embeddings\.LayerNorm\.(weight|bias)|classifier\.(weight|bias)",
     "pfeiffer": LAYER + r"output\.adapter\.(down|up)\.(weight|bias)|classifier\.(weight|bias)",
 }
-KEYS["qlora"] = KEYS["lora"]
-N_KEYS = {"full": 41, "lora": 2 * 4 + 2, "qlora": 2 * 4 + 2, "houlsby": 2 * (8 + 4) + 2 + 2, "pfeiffer": 2 * 4 + 2}
+KEYS["dora"] = KEYS["lora"].replace("lora_[AB]", "(lora_[AB]|magnitude)")
+KEYS["qlora"], KEYS["qdora"] = KEYS["lora"], KEYS["dora"]
+N_KEYS = {"full": 41, "lora": 2 * 4 + 2, "qlora": 2 * 4 + 2, "dora": 2 * 6 + 2, "qdora": 2 * 6 + 2, "houlsby": 2 * (8 + 4) + 2 + 2, "pfeiffer": 2 * 4 + 2}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_trainable_key_set(method):
     model = build(method)
     keys = set(trained_tensors(model))
+    in_qa = set(trained_tensors(build(method, BertForQuestionAnswering)))
+    assert in_qa == {k.replace("classifier", "qa_outputs") for k in keys if "pooler" not in k}
     assert keys == {name for name, _ in model.named_parameters() if re.fullmatch(KEYS[method], name)}
     assert len(keys) == N_KEYS[method]
     in_optimizer = [p for group in make_optimizer(list(trained_tensors(model).values()), 1e-3).param_groups for p in group["params"]]
@@ -82,9 +104,10 @@ def test_frozen_stays_bit_equal_and_everything_trainable_moves(method):
         assert same != p.requires_grad, f"{name}: {'did not move' if same else 'is frozen but moved'}"
 
 
-def test_qlora_starts_from_the_a_of_lora():
-    lora, qlora = trained_tensors(build("lora")), trained_tensors(build("qlora"))
-    assert lora.keys() == qlora.keys() and all(torch.equal(lora[k], qlora[k]) for k in lora)
+@pytest.mark.parametrize("method", ["qlora", "dora", "qdora"])
+def test_low_rank_methods_start_from_the_a_of_lora(method):
+    lora, other = trained_tensors(build("lora")), trained_tensors(build(method))
+    assert lora.keys() <= other.keys() and all(torch.equal(lora[k], other[k]) for k in lora)
 
 
 def test_all_methods_start_from_the_same_head():
@@ -95,10 +118,10 @@ def test_all_methods_start_from_the_same_head():
 
 # --- the equations -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method", ["lora", "pfeiffer", "houlsby"])
+@pytest.mark.parametrize("method", ["lora", "dora", "pfeiffer", "houlsby"])
 def test_identity_at_the_start(method):
     plain, model, x = tiny_bert(), build(method), tiny_inputs()
-    if method != "lora":  # with Up = 0 an adapter is the identity; its own start is close to that
+    if method in ("pfeiffer", "houlsby"):  # with Up = 0 an adapter is the identity; its own start is close to that
         h = torch.randn(100, 64)
         for module in model.modules():
             if isinstance(module, Adapter):
@@ -106,7 +129,10 @@ def test_identity_at_the_start(method):
         for name, p in trained_tensors(model).items():
             if ".up." in name:
                 p.data.zero_()
-    assert torch.equal(model(**x).logits, plain(**x).logits)
+    if method == "dora":  # m / ||W0|| is 1 exactly, but b is taken away and added again: equal up to rounding
+        assert torch.allclose(model(**x).logits, plain(**x).logits, atol=1e-6)
+    else:
+        assert torch.equal(model(**x).logits, plain(**x).logits)
     assert not torch.allclose(randomize(model)(**x).logits, plain(**x).logits, atol=1e-2)
 
 
@@ -130,6 +156,84 @@ def test_lora_dropout_is_on_the_low_rank_branch_only():
         assert torch.equal(q.train()(x), q.base(x))  # B = 0: whatever dropout did, the base path did not see it
         q.lora_B.normal_()
         assert not torch.allclose(q(x), q(x)) and torch.equal(q.eval()(x), q(x))
+
+
+# DoRA on a layer that is not square, with a bias, alpha != r, B and m far from their start: at the start most mistakes
+# (norm over the wrong dimension, scaled bias, scaling left out of the norm) are invisible.
+
+def dora_layer(base=None, dropout=0.0):
+    torch.manual_seed(0)
+    layer = DoRALinear(base or nn.Linear(64, 192), r=4, alpha=12, dropout=dropout)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        layer.magnitude.mul_(torch.rand(192) + 0.5)
+    return layer
+
+
+def written_out_dora(layer, x, detach=True):
+    """h = W' x + b with W' = m (W0 + s B A) / ||W0 + s B A||, the slow way, one row of W' at a time."""
+    updated = frozen_weight(layer.base) + 12 / 4 * layer.lora_B @ layer.lora_A
+    norms = torch.stack([row.pow(2).sum().sqrt() for row in updated])
+    norms = norms.detach() if detach else norms
+    rows = [m * row / norm for m, row, norm in zip(layer.magnitude, updated, norms)]
+    return torch.stack([x @ row for row in rows], -1) + layer.base.bias, torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+def test_dora_forward_merge_and_gradients_equal_the_written_out_layer(kind):
+    base = nn.Linear(64, 192)
+    layer = dora_layer(to_nf4(base, torch.float32) if kind == "nf4" else base)
+    x, grad = torch.randn(3, 5, 64, requires_grad=True), torch.randn(3, 5, 192)
+    h, (expected, weight) = layer(x), written_out_dora(layer, x)
+    assert torch.allclose(h, expected, atol=1e-5)
+    assert torch.allclose(layer.merged_weight(), weight, atol=1e-5)
+    assert torch.allclose(layer.merged_weight().norm(dim=1), layer.magnitude, atol=1e-5)  # rows of W' have norm m
+    assert torch.allclose(h, F.linear(x, layer.merged_weight(), layer.base.bias), atol=1e-5)  # merged = unmerged
+    assert not torch.allclose(h, layer.base(x), atol=0.1)
+    tensors = [layer.lora_A, layer.lora_B, layer.magnitude, x]
+    got = torch.autograd.grad(h, tensors, grad)
+    for name, a, b in zip(("A", "B", "m", "x"), got, torch.autograd.grad(expected, tensors, grad)):
+        assert torch.allclose(a, b, atol=1e-5 * b.abs().max().item()), name
+    undetached = torch.autograd.grad(written_out_dora(layer, x, detach=False)[0], tensors, grad)
+    for name, a, b, same in zip(("A", "B", "m"), got, undetached, (False, False, True)):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4) == same, name
+
+
+def test_dora_dropout_leaves_w0_x_alone():
+    """W0 x + b + (g - 1) W0 dropout(x) + g s B A dropout(x): with m = ||W0 + s B A||, g is 1."""
+    layer = dora_layer(dropout=0.5)
+    x = torch.randn(3, 5, 64)
+    with torch.no_grad():
+        assert not torch.allclose(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+        mask = 2.0 * (torch.rand(3, 5, 64) < 0.5)
+        layer.dropout = nn.Identity()
+        layer.dropout.p, layer.dropout.forward = 0.5, lambda x: x * mask
+        layer.train()
+        g = layer.magnitude / layer.row_norms()
+        w, s = layer.base.weight, 12 / 4
+        expected = (x @ w.T + layer.base.bias + (g - 1) * ((x * mask) @ w.T)
+                    + g * s * ((x * mask) @ layer.lora_A.T @ layer.lora_B.T))
+        assert torch.allclose(layer(x), expected, atol=1e-4)
+        layer.magnitude.copy_(layer.row_norms())
+        layer.lora_B.zero_()
+        layer.magnitude.copy_(layer.row_norms())
+        assert torch.allclose(layer(x), layer.base(x), atol=1e-5)
+
+
+def test_dora_norm_is_fp32_under_autocast():
+    layer = dora_layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.row_norms(), dora_layer().row_norms()) and layer.row_norms().dtype is torch.float32
+        assert torch.allclose(layer(x := torch.randn(3, 64)).float(), written_out_dora(layer, x)[0].float(), atol=0.2)
+
+
+def test_lora_merged_equals_unmerged():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(64, 192), r=4, alpha=12, dropout=0.1).eval()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 5, 64)
+    assert torch.allclose(layer(x), F.linear(x, layer.merged_weight(), layer.base.bias), atol=1e-4)
+    assert not torch.allclose(layer(x), layer.base(x), atol=0.1)
 
 
 def bottleneck(adapter, x, act):

@@ -1,0 +1,234 @@
+"""Extractive question answering: SQuAD-style data, windows over long passages, the best span, F1 and exact match.
+
+The task is that of SQuAD v1.1 (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250), the model BERT's (Devlin et
+al. 2019, section 4.2): the answer is the span i..j of the passage with the largest start_i + end_j.
+"""
+import json
+import re
+import string
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import Encoded, Task
+from settings import SPLIT_SEED, fail
+from synthetic import make_questions
+
+MAX_ANSWER = 30  # tokens in a predicted answer
+MAX_QUESTION = 64  # tokens of a question that are read, as in BERT's own SQuAD code
+
+
+class Question(NamedTuple):
+    id: str
+    context: str
+    question: str
+    answers: list  # of str: any of them is right
+    start: int | None  # where the first answer that is aligned stands in the context, in characters; None: none is
+    end: int | None  # one past its last character
+
+
+def make_question(q):
+    """The Question of a dict as the hub has it: id, context, question, answers {text: [], answer_start: []}."""
+    if not q["question"].strip():
+        fail(f"question {q['id']!r} is empty")
+    if not q["answers"]["text"]:
+        fail(f"question {q['id']!r} has no answer; SQuAD 2.0's unanswerable questions are not supported")
+    question = Question(q["id"], q["context"], q["question"].strip(), q["answers"]["text"], None, None)
+    for text, start in zip(q["answers"]["text"], q["answers"]["answer_start"]):
+        if text.strip() and start >= 0 and q["context"][start:start + len(text)] == text:
+            return question._replace(start=start, end=start + len(text))
+    return question
+
+
+def read_squad(path):
+    """The questions of a SQuAD v1.1 JSON file, as dicts of the hub's form."""
+    def get(owner, key, kind, where):
+        if not isinstance(owner, dict) or key not in owner:
+            fail(f"{path} is not SQuAD-shaped: no key {key!r} in {where}")
+        if not isinstance(owner[key], kind) or isinstance(owner[key], bool):
+            fail(f"{path} is not SQuAD-shaped: {key!r} in {where} is {str(owner[key])[:40]!r}, not a {kind.__name__}")
+        return owner[key]
+
+    try:
+        root = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as e:
+        fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
+    except (OSError, ValueError) as e:
+        fail(f"cannot read {path}: {e}")
+    questions = []
+    for i, article in enumerate(get(root, "data", list, "the whole")):
+        for j, paragraph in enumerate(get(article, "paragraphs", list, f"data[{i}]")):
+            where = f"data[{i}].paragraphs[{j}]"
+            context = get(paragraph, "context", str, where)
+            for k, qa in enumerate(get(paragraph, "qas", list, where)):
+                here = f"{where}.qas[{k}]"
+                answers = [(get(a, "text", str, f"{here}.answers"), get(a, "answer_start", int, f"{here}.answers"))
+                           for a in get(qa, "answers", list, here)]
+                questions.append({"id": str(qa.get("id", here)), "context": context,
+                                  "question": get(qa, "question", str, here),
+                                  "answers": dict(zip(("text", "answer_start"), map(list, zip(*answers)))) or
+                                  {"text": [], "answer_start": []}})
+    if not questions:
+        fail(f"{path} has no questions")
+    return questions
+
+
+def load_folder(folder):
+    """{split: questions as dicts} of the user's own train.json, validation.json (or dev.json) and test.json."""
+    if (folder / "validation.json").exists() and (folder / "dev.json").exists():
+        fail(f"{folder} has both validation.json and dev.json; keep one")
+    names = {"train.json": "train", "validation.json": "validation", "dev.json": "validation", "test.json": "test"}
+    return {split: read_squad(folder / name) for name, split in names.items() if (folder / name).exists()}
+
+
+def load_hub(task):
+    """{split: questions as dicts} of SQuAD v1.1 or of its translation by Deep Learning Brasil, train and validation."""
+    import datasets
+    name, revision = {"squad": ("rajpurkar/squad", None),
+                      "squad_pt": ("nunorc/squad_v1_pt", "refs/convert/parquet")}[task]  # its script no longer runs
+    try:
+        splits = datasets.load_dataset(name, revision=revision)
+    except Exception as e:  # no network shows as any of a dozen exception types
+        fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works offline: "
+             "--task synthetic, or your own SQuAD-format files with --data DIR")
+    return {split: list(splits[split]) for split in ("train", "validation")}
+
+
+def carve(questions):
+    """(rest, slice) of questions, drawn with SPLIT_SEED by whole passages: about a tenth, 1,000 at most."""
+    size = min(1000, len(questions) // 10)
+    passages = sorted({q.context for q in questions})
+    np.random.default_rng(SPLIT_SEED).shuffle(passages)
+    chosen, n = set(), 0
+    by_passage = Counter(q.context for q in questions)
+    for passage in passages:
+        if n >= size:
+            break
+        chosen.add(passage)
+        n += by_passage[passage]
+    rest, out = ([q for q in questions if (q.context in chosen) is is_out] for is_out in (False, True))
+    if not rest or not out:
+        fail(f"cannot split {len(questions)} questions on {len(passages)} passages; give validation and test files")
+    return rest, out
+
+
+def load_task(args):
+    """The question-answering Task that the flags name. What is missing is filled in as for sentences (data.make_task).
+
+    Answers that do not stand where the data says (answer_start) cannot be trained on: those questions are left out of
+    train and validation, counted and said. In test they stay, because scoring compares texts.
+    """
+    if args.data:
+        raw = load_folder(args.data)
+    elif args.task == "synthetic":
+        raw = {split: make_questions(split) for split in ("train", "validation", "test")}
+    else:
+        raw = load_hub(args.task)
+    splits = {split: [make_question(q) for q in questions] for split, questions in raw.items()}
+    note, n_misaligned = "splits as given", 0
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+        note = "no test file: the validation questions are the test"
+    for split in {"train", "validation"} & splits.keys():
+        aligned = [q for q in splits[split] if q.start is not None]
+        n_misaligned += len(splits[split]) - len(aligned)
+        if not aligned:
+            fail(f"no answer of the {len(splits[split])} {split} questions stands at its answer_start in its context")
+        splits[split] = aligned
+    for split in "test", "validation":
+        if split not in splits:
+            splits["train"], splits[split] = carve(splits["train"])
+            note += f"; some passages of train are the {split} (seed {SPLIT_SEED})"
+    if args.task == "synthetic" and not args.data:
+        note = f"SYNTHETIC passages and questions, seed {SPLIT_SEED}"
+    if n_misaligned:
+        note += f"; {n_misaligned:,} questions left out of training, their answers do not stand at answer_start"
+    return Task(None, splits["train"], splits["validation"], splits["test"], note, Windows)
+
+
+def normalize(text):
+    """Lower case, without punctuation, English articles and extra white space: the official SQuAD v1.1 script's."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer, reference):
+    return float(normalize(answer) == normalize(reference))
+
+
+def f1(answer, reference):
+    """Harmonic mean of precision and recall over the words that answer and reference share, in [0, 1]."""
+    a, b = normalize(answer).split(), normalize(reference).split()
+    shared = sum((Counter(a) & Counter(b)).values())
+    return 2 * shared / (len(a) + len(b)) if shared else 0.0
+
+
+class Windows(Encoded):
+    """The questions of one split as windows: [CLS] question [SEP] a piece of the passage [SEP], at most max_length
+    tokens. Neighbouring windows of a long passage share `stride` tokens. A window that does not hold the whole answer
+    has [CLS] for its start and end ("null window")."""
+    metric = "f1"
+
+    def __init__(self, questions, tokenizer, s):
+        self.questions, self.n, self.pad_id = questions, len(questions), tokenizer.pad_token_id
+        texts = [q.question for q in questions]
+        short = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        texts = [text[:o[:MAX_QUESTION][-1][1]] if o else text for text, o in zip(texts, short)]
+        out = tokenizer(texts, [q.context for q in questions], truncation="only_second", max_length=s["max_length"],
+                        stride=s["stride"], return_overflowing_tokens=True, return_offsets_mapping=True)
+        self.ids = [torch.tensor(ids) for ids in out["input_ids"]]
+        self.lengths = np.array([len(ids) for ids in self.ids])
+        self.question = out["overflow_to_sample_mapping"]  # of every window
+        self.offsets = out["offset_mapping"]  # of every window: (first, one past last) character of each token
+        self.passage = [(types.index(1), len(types) - 1) if 1 in types else (len(types), len(types))
+                        for types in out["token_type_ids"]]  # of every window: its tokens of the passage, last excluded
+        self.spans = torch.tensor([self.span(window) for window in range(len(self.ids))])  # (windows, 2)
+
+    def span(self, window):
+        """(first, last) token of the answer in a window, (0, 0) if the window does not hold all of it."""
+        q, offsets, (first, last) = self.questions[self.question[window]], self.offsets[window], self.passage[window]
+        inside = range(first, last)
+        if q.start is None or not inside or offsets[first][0] > q.start or offsets[last - 1][1] < q.end:
+            return 0, 0
+        tokens = [t for t in inside if offsets[t][0] < q.end and offsets[t][1] > q.start]  # that share a character
+        return (tokens[0], tokens[-1]) if tokens else (0, 0)
+
+    def collate(self, rows):
+        """input_ids, attention_mask, token_type_ids (1: passage), (batch, tokens); start_, end_positions (batch,)."""
+        ids, mask = self.pad(rows)
+        first = torch.tensor([self.passage[i][0] for i in rows])
+        starts, ends = self.spans[rows].unbind(1)
+        return {"input_ids": ids, "attention_mask": mask,
+                "token_type_ids": (torch.arange(ids.shape[1]) >= first[:, None]).long() * mask,
+                "start_positions": starts, "end_positions": ends}
+
+    def predict(self, out, rows):
+        """[(score, answer)] of the best valid span of each window: inside the passage, 1 to MAX_ANSWER tokens."""
+        start, end = out.start_logits.float(), out.end_logits.float()  # (batch, tokens)
+        tokens = start.shape[1]
+        position = torch.arange(tokens, device=start.device)
+        first, last = torch.tensor([self.passage[i] for i in rows], device=start.device)[:, :, None].unbind(1)
+        start = start.masked_fill((position < first) | (position >= last), -torch.inf)
+        valid = torch.ones(tokens, tokens, dtype=torch.bool, device=start.device).triu().tril(MAX_ANSWER - 1)
+        valid = valid & (position < last)[:, None, :]  # (batch, start, end)
+        # score(i, j) = start_i + end_j
+        scores = (start[:, :, None] + end[:, None, :]).masked_fill(~valid, -torch.inf)
+        best, where = scores.flatten(1).max(1)
+        answers = []
+        for row, score, at in zip(rows, best.tolist(), where.tolist()):
+            offsets, context = self.offsets[row], self.questions[self.question[row]].context
+            i, j = divmod(at, tokens)
+            answers.append((score, context[offsets[i][0]:offsets[j][1]] if score > -np.inf else ""))
+        return answers
+
+    def score(self, predictions):
+        """{f1, exact_match} in percent, from one (score, answer) a window: the best window answers the question, and
+        the reference that fits best counts."""
+        best = {}
+        for question, prediction in zip(self.question, predictions):
+            best[question] = max(best.get(question, prediction), prediction)
+        return {name: 100 * float(np.mean([max(measure(best[i][1], answer) for answer in q.answers)
+                                           for i, q in enumerate(self.questions)]))
+                for name, measure in (("f1", f1), ("exact_match", exact_match))}

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The question-answering study from nothing: twenty trainings (full, LoRA, QLoRA, DoRA, QDoRA x 2 or 3 epochs x two
+# learning rates), tables, CSV files and figures.
+#
+#   bash run_grid.sh           the default: a small BERT on generated questions, two CPU cores are enough
+#   bash run_grid.sh --task squad_pt --output results/squad_pt       BERTimbau on Portuguese SQuAD, for a GPU
+#   bash run_grid.sh --list [flags]      prints the twenty commands instead of running them
+#
+# All arguments go to every run (python train.py --help). Finished runs are skipped; a failed one does not stop the
+# others, and the exit status is then 1.
+set -euo pipefail
+# shellcheck source=setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+only_list=0
+for flag in "$@"; do
+  case "$flag" in
+    -h | --help) exec "$python" "$here/train.py" --help ;;
+    --list) only_list=1 ;;
+  esac
+done
+runs="$("$python" "$here/grid.py" --list "$@")"
+if ((only_list)); then
+  echo "$runs"
+  exit
+fi
+jobs=1
+if ! command -v nvidia-smi > /dev/null; then
+  # On a CPU two runs at a time, each on half of the cores: such small batches cannot keep all cores busy.
+  jobs=2
+  cores="$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)"
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}" TQDM_DISABLE=1
+fi
+failed=0
+# shellcheck disable=SC2016  # $0 is the inner shell's: the run
+printf '%s\n' "$runs" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" \
+  bash -c 'echo "== $0"; bash -c "$0" < /dev/null || { echo "failed: $0" >&2; exit 1; }' || failed=1
+"$python" "$here/grid.py" "$@"
+if ((failed)); then
+  echo "error: some runs failed, see above; the same command tries them again" >&2
+  exit 1
+fi
