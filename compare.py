@@ -54,7 +54,7 @@ def main(argv):
             fail(f"{flag} is what the five runs differ in; for one run of your own use train.py")
     to_list = "--list" in argv
     argv = [word for word in argv if word != "--list"]
-    if settings_of(make_parser().parse_args(argv + ["--method", "full"]))["stride"]:
+    if "stride" in settings_of(make_parser().parse_args(argv + ["--method", "full"])):
         fail("run_all.sh compares sentence classifiers; for question answering there is run_grid.sh")
     if to_list:
         print(commands(RUNS, argv))

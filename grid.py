@@ -80,7 +80,7 @@ def main(argv):
     if not given("--task", argv) and not given("--data", argv):
         argv = ["--task", "synthetic", *argv]
     args = make_parser().parse_args(argv + ["--method", "full"])
-    if not settings_of(args)["stride"]:
+    if "stride" not in settings_of(args):
         fail("run_grid.sh is for question answering; for sentences there is run_all.sh")
     merged = args.output / "metrics" / "grid.json"
     check_same_study(merged, argv)

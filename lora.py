@@ -64,8 +64,7 @@ class DoRALinear(LoRALinear):
         self.magnitude = nn.Parameter(frozen_weight(base).detach().float().norm(dim=1))  # so that W' starts as W0
 
     def row_norms(self):
-        """||W0 + s B A|| (out), a constant to autograd: the paper's section 4.3 drops its gradient, which costs no
-        accuracy and saves the memory of W0 + s B A."""
+        """||W0 + s B A|| (out), a constant to autograd, as section 4.3 of the paper proposes to save memory."""
         return super().merged_weight().norm(dim=1)
 
     def forward(self, x):

@@ -12,7 +12,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from grid import METHODS, RUNS, best_of, rows_of, statistics_of
-from settings import fail
+from settings import fail, short
 
 # Okabe and Ito's colour-blind safe palette; colour and marker belong to a method in every figure.
 STYLE = {
@@ -38,7 +38,7 @@ def label(name, run):
 def study(runs):
     """One line that says what was compared on what."""
     run = next(iter(runs.values()))
-    s, rows, what = run["settings"], run["rows"], "questions" if run["settings"]["stride"] else "sentences"
+    s, rows, what = run["settings"], run["rows"], "questions" if "stride" in run["settings"] else "sentences"
     task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
     return (f"{s['model']} on {task} ({rows['train']:,} training, {rows['test']:,} test {what}), "
             f"seed {s['seed']} (n = 1), {run['environment']['device']}, amp {run['environment']['amp']}")
@@ -222,7 +222,7 @@ def grid_time(runs, path):
             own = [row for row in rows if row["method"] == method and row["lr"] == lr]
             name, color, marker = STYLE[method]
             ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker, color=color, markersize=8,
-                    fillstyle="full" if lr > 1e-4 else "none", label=f"{name}, {lr:g}" if own else None)
+                    fillstyle="full" if lr > 1e-4 else "none", label=f"{name}, {short(lr)}" if own else None)
     ax.set(xlabel="training time (min, evaluation excluded)", ylabel="test F1 (%)", xlim=(0, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
     fig.suptitle(study(runs), fontsize=9)

@@ -29,7 +29,7 @@ if ! command -v nvidia-smi > /dev/null; then
   # On a CPU two runs at a time, each on half of the cores: such small batches cannot keep all cores busy.
   jobs=2
   cores="$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)"
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}" TQDM_DISABLE=1
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}" TQDM_DISABLE=1 PYTHONUNBUFFERED=1
 fi
 failed=0
 # shellcheck disable=SC2016  # $0 is the inner shell's: the run

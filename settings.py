@@ -122,11 +122,12 @@ def model_of(args):
 
 def settings_of(args):
     """All that decides a run's result, as a dict for JSON. Flags that the method does not use are None, so that
-    passing --alpha to all methods does not make another full fine-tuning out of it."""
+    passing --alpha to all methods does not make another full fine-tuning out of it. Only question answering has a
+    "stride"."""
     model = model_of(args)
     is_qa = (args.data / "train.json").exists() if args.data else args.task in QA_TASKS
     case = 2 if is_qa else 0 if model == DEFAULT_MODEL and args.task == "movies" and not args.data else 1
-    max_length, stride = args.max_length or (384 if is_qa else 128), (args.stride or 128) if is_qa else None
+    max_length, stride = args.max_length or (384 if is_qa else 128), args.stride or 128
     batch_size = args.batch_size or (32 if not is_qa else 4 if args.task == "synthetic" and not args.data else 8)
     if is_qa and max_length < stride + 70:  # 64 tokens of question, 3 special tokens, and some way to go
         fail(f"--max-length {max_length} leaves no room beside a question and --stride {stride}; at least stride + 70")
@@ -147,7 +148,7 @@ def settings_of(args):
         "reduction": args.reduction if is_adapter else None,
         "lr": args.lr or DEFAULT_LR[args.method][case],
         "epochs": args.epochs, "batch_size": batch_size, "accumulation": args.accumulation, "max_length": max_length,
-        "stride": stride, "warmup": args.warmup, "seed": args.seed, "amp": args.amp,
+        "warmup": args.warmup, "seed": args.seed, "amp": args.amp, **({"stride": stride} if is_qa else {}),
         "max_steps": args.max_steps,
         "task": args.data.resolve().name if args.data else args.task,
         "data_sha256": fingerprint(args.data) if args.data else None,
@@ -156,11 +157,19 @@ def settings_of(args):
     }
 
 
+def short(lr):
+    """A learning rate as it is said: 4.25e-05 is 4.25e-5, 0.0002 is 2e-4."""
+    mantissa, exponent = f"{lr:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def run_name(s):
-    """A readable name and 8 hex digits of all settings: two different runs never share a file."""
+    """A readable name and 8 hex digits of all settings: two different runs never share a file. Question answering
+    names a run as its study does: lora_epoch-3_lr_2e-4."""
     tag = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
     size = s["r"] and f"r{s['r']}" or s["reduction"] and f"rf{s['reduction']}" or s["bottleneck"]
-    parts = [s["task"], s["method"], s["placement"], size, f"seed{s['seed']}", tag]
+    start = [f"{s['method']}_epoch-{s['epochs']}_lr_{short(s['lr'])}", s["task"]] if "stride" in s else [s["task"], s["method"]]
+    parts = [*start, s["placement"], size, f"seed{s['seed']}", tag]
     return "_".join(str(part) for part in parts if part)
 
 

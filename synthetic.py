@@ -16,7 +16,7 @@ import random
 
 from settings import SPLIT_SEED
 
-SIZES = {"train": 1200, "validation": 200, "test": 300}  # questions, each with a passage of its own
+SIZES = {"train": 1000, "validation": 200, "test": 300}  # questions, each with a passage of its own
 
 # (statements, questions) of every relation, x being a person and y the answer. Of the statements the last two wordings
 # are for the test, the two before them for validation, the others for training; of the questions the last one and the

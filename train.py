@@ -132,8 +132,9 @@ def git_commit():
 
 def environment(device, dtype):
     """What made the numbers, besides the settings."""
-    cuda = device.type == "cuda"
-    return {"device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
             "amp": str(dtype).removeprefix("torch.") if dtype else "off", "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__,
             "bitsandbytes": version("bitsandbytes"), "git_commit": git_commit()}
@@ -147,7 +148,7 @@ def main(args):
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns for half a minute
 
-    task = (qa if s["stride"] else data).load_task(args)
+    task = (qa if "stride" in s else data).load_task(args)
     print(f"{s['task']}: {task.note}")
     transformers.set_seed(s["seed"])  # random, numpy and torch, CUDA included
     tokenizer, model = load_pretrained(model_of(args), task.label_names)

@@ -1,0 +1,397 @@
+"""Question answering: the data and all that can be wrong with it, windows, the best span, the scores, and the grid."""
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import METHODS, ROOT, build, one_line_error, randomize, run, settings, train
+from transformers import AutoTokenizer, BertForQuestionAnswering
+
+import fast
+import grid
+import qa
+import synthetic
+from fetch import model_folder
+from methods import trained_tensors
+from settings import result_path, run_name
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon".split()
+
+
+def question(context, text, question="where is it?", id="q"):
+    return qa.make_question({"id": id, "context": context, "question": question,
+                             "answers": {"text": [text], "answer_start": [context.index(text)]}})
+
+
+def squad(*paragraphs):
+    """SQuAD-shaped JSON from (context, [(question, answer text, answer_start)])."""
+    return {"version": "1.1", "data": [{"title": "t", "paragraphs": [
+        {"context": context, "qas": [{"id": f"{i}-{j}", "question": q, "answers": [{"text": text, "answer_start": start}]}
+                                     for j, (q, text, start) in enumerate(qas)]}
+        for i, (context, qas) in enumerate(paragraphs)]}]}
+
+
+def small_set(n, seed=0):
+    """SQuAD-shaped JSON of n questions on n passages, the answer being the word after `is`."""
+    rng = np.random.default_rng(seed)
+    paragraphs = []
+    for i in range(n):
+        a, b = rng.choice(WORDS, 2, replace=False)
+        context = f"passage {seed} {i}: the key is {a} and the lock was {b}."
+        paragraphs.append((context, [("what is the key?", str(a), context.index(f"is {a}") + 3)]))
+    return squad(*paragraphs)
+
+
+@pytest.fixture
+def qa_dir(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for seed, (split, n) in enumerate((("train", 40), ("dev", 10), ("test", 10))):
+        (tmp_path / "mine" / f"{split}.json").write_text(json.dumps(small_set(n, seed)))
+    return tmp_path / "mine"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(model_folder())
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+def test_scores_are_those_of_squad():
+    assert qa.normalize("  The Eiffel-Tower, in  an ANcient town! ") == "eiffeltower in ancient town"
+    assert qa.exact_match("the Cat.", "cat") == 1 and qa.exact_match("cats", "cat") == 0
+    assert qa.f1("the cat sat", "a cat sat down") == pytest.approx(2 * (2 / 2) * (2 / 3) / (2 / 2 + 2 / 3))
+    assert qa.f1("cat cat", "cat") == pytest.approx(2 / 3)  # a word counts as often as it is in both
+    assert qa.f1("dog", "cat") == 0 and qa.f1("", "cat") == 0
+
+
+def test_the_best_window_answers_and_the_best_reference_counts(tokenizer):
+    questions = [question("it is here", "here")._replace(answers=["there", "here and now"]), question("it is far", "far")]
+    windows = qa.Windows(questions, tokenizer, {"max_length": 64, "stride": 8})
+    windows.question = [0, 0, 1]
+    scores = windows.score([(1.0, "nowhere"), (2.0, "here"), (-5.0, "Far!")])
+    assert scores == {"f1": pytest.approx(100 * (0.5 + 1) / 2), "exact_match": 50}
+
+
+# --- windows and spans ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def long_passage(tokenizer):
+    rng = np.random.default_rng(0)
+    contexts = [" ".join(rng.choice(WORDS, 300)) + " unbelievable-answerables " + " ".join(rng.choice(WORDS, 100)), "it is here"]
+    questions = [question(contexts[0], "unbelievable-answerables"), question(contexts[1], "here")]
+    return questions, qa.Windows(questions, tokenizer, {"max_length": 128, "stride": 40})
+
+
+def test_windows_cover_the_passage_and_share_the_stride(long_passage):
+    questions, windows = long_passage
+    own = [w for w, q in enumerate(windows.question) if q == 0]
+    assert windows.n == 2 and len(own) > 4 and max(windows.lengths) == 128 and windows.question[-1] == 1
+    pieces = [windows.offsets[w][slice(*windows.passage[w])] for w in own]
+    assert pieces[0][0][0] == 0 and pieces[-1][-1][1] == len(questions[0].context)
+    for a, b in zip(pieces, pieces[1:]):
+        assert a[-40:] == b[:40]  # the same 40 tokens
+
+
+def test_answers_are_mapped_to_tokens_and_null_windows_to_cls(long_passage, tokenizer):
+    questions, windows = long_passage
+    holding = [w for w in range(len(windows.ids)) if windows.spans[w].any()]
+    assert 2 <= len(holding) < len(windows.ids)
+    for w in range(len(windows.ids)):
+        start, end = windows.spans[w].tolist()
+        q, offsets = questions[windows.question[w]], windows.offsets[w]
+        if w in holding:
+            assert q.context[offsets[start][0]:offsets[end][1]] == q.answers[0]
+            assert tokenizer.decode(windows.ids[w][start:end + 1]).replace(" ", "") == q.answers[0]
+        else:
+            piece = offsets[slice(*windows.passage[w])]
+            assert (start, end) == (0, 0) and not (piece[0][0] <= q.start and q.end <= piece[-1][1])
+
+
+def test_collate_marks_question_passage_and_padding(long_passage, tokenizer):
+    _, windows = long_passage
+    x = windows.collate(np.array([0, len(windows.ids) - 1]))
+    expected = tokenizer(["where is it?"], ["it is here"])
+    n = len(expected["input_ids"][0])
+    assert x["input_ids"][1, :n].tolist() == expected["input_ids"][0] and not x["input_ids"][1, n:].any()
+    assert x["token_type_ids"][1, :n].tolist() == expected["token_type_ids"][0] and not x["token_type_ids"][1, n:].any()
+    assert x["attention_mask"].sum(1).tolist() == [128, n]
+    assert x["start_positions"].tolist() == windows.spans[[0, -1], 0].tolist()
+
+
+def test_predicted_span_is_the_best_valid_one(long_passage):
+    questions, windows = long_passage
+    rows = np.arange(len(windows.ids))
+    torch.manual_seed(0)
+    start, end = torch.randn(2, len(rows), 128)
+    start[:, 1] = end[:, 1] = 9  # a token of the question: never an answer
+    start[:, 0] = end[:, 0] = 9  # [CLS] neither
+    start[:, -30], end[:, 20] = 8, 8  # end before start
+    for row, (score, answer) in zip(rows, windows.predict(SimpleNamespace(start_logits=start, end_logits=end), rows)):
+        first, last = windows.passage[row]
+        pairs = {(i, j): (start[row, i] + end[row, j]).item() for i in range(first, last) for j in range(i, min(last, i + 30))}
+        i, j = max(pairs, key=pairs.get)
+        offsets, context = windows.offsets[row], questions[windows.question[row]].context
+        assert score == pytest.approx(pairs[i, j]) and answer == context[offsets[i][0]:offsets[j][1]]
+
+
+def test_questions_are_cut_at_64_tokens_and_never_crowd_out_the_passage(tokenizer):
+    long = question("it is here", "here", question=" ".join(WORDS * 20))
+    windows = qa.Windows([long], tokenizer, {"max_length": 128, "stride": 40})
+    assert windows.passage[0][0] == 1 + 64 + 1 and windows.spans[0].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fast_model_is_the_same_model(method):
+    plain, quick = (randomize(build(method, BertForQuestionAnswering)) for _ in range(2))
+    fast.install(quick)
+    ids = torch.randint(1, 50, (4, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    x = {"input_ids": ids, "attention_mask": mask, "token_type_ids": (torch.arange(9) > 3).long().expand(4, 9),
+         "start_positions": torch.tensor([4, 5, 6, 0]), "end_positions": torch.tensor([4, 6, 8, 0])}
+    outs = [model(**x) for model in (plain, quick)]
+    kept = mask.bool()
+    assert torch.allclose(outs[0].start_logits[kept], outs[1].start_logits[kept], atol=1e-5)
+    for out in outs:
+        out.loss.backward()
+    for name, p in trained_tensors(plain).items():
+        assert torch.allclose(p.grad, trained_tensors(quick)[name].grad, atol=1e-5), name
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+def test_missing_splits_are_filled_by_whole_passages(tmp_path):
+    paragraphs = [(f"passage {i} is {w}.", [(f"what is it {j}?", w, len(f"passage {i} is ")) for j in range(3)]) for i, w in enumerate(WORDS)]
+    (tmp_path / "train.json").write_text(json.dumps(squad(*paragraphs)))
+    (tmp_path / "dev.json").write_text(json.dumps(small_set(5)))
+    task = qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
+    assert len(task.test) == 5 and len(task.train) + len(task.validation) == 60 and len(task.validation) == 6
+    assert not {q.context for q in task.train} & {q.context for q in task.validation}
+    assert "validation questions are the test" in task.note and "are the validation" in task.note
+
+
+def test_misaligned_answers_are_counted_and_left_out_of_training_only(tmp_path):
+    broken = [("it is here", [("where?", "there", 6)]), ("it is here", [("where?", "here", 5)]),
+              ("it is here", [("where?", "here", 600)]), ("it is here", [("where?", "here", -1)])]
+    for split in "train", "validation", "test":
+        content = small_set(6)
+        content["data"] += squad(*broken)["data"]
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    task = qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
+    assert [len(rows) for rows in task[1:4]] == [6, 6, 10] and "8 questions left out of training" in task.note
+    assert all(q.context[q.start:q.end] == q.answers[0] for q in task.train)
+    (tmp_path / "train.json").write_text(json.dumps(squad(*broken)))
+    with pytest.raises(SystemExit, match="no answer of the 4 train questions stands at its answer_start"):
+        qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
+
+
+GOOD = squad(("it is here", [("where?", "here", 6)]))
+
+
+def without(key, *path):
+    content = json.loads(json.dumps(GOOD))
+    owner = content
+    for step in path:
+        owner = owner[step]
+    del owner[key]
+    return content
+
+
+QAS = ("data", 0, "paragraphs", 0, "qas", 0)
+
+
+@pytest.mark.parametrize("content, words", [
+    (without("data"), "no key 'data' in the whole"),
+    ([], "no key 'data' in the whole"),
+    ({"data": {}}, "'data' in the whole is '{}', not a list"),
+    (without("paragraphs", "data", 0), r"no key 'paragraphs' in data\[0\]"),
+    (without("context", "data", 0, "paragraphs", 0), r"no key 'context' in data\[0\].paragraphs\[0\]"),
+    (without("question", *QAS), r"no key 'question' in data\[0\].paragraphs\[0\].qas\[0\]"),
+    (without("answers", *QAS), r"no key 'answers' in .*qas\[0\]"),
+    (without("answer_start", *QAS, "answers", 0), r"no key 'answer_start' in .*qas\[0\].answers"),
+    (squad(("it is here", [("where?", "here", "6")])), "'answer_start' in .* is '6', not a int"),
+    (squad(("it is here", [("  ", "here", 6)])), "question '0-0' is empty"),
+    ({"data": []}, "has no questions"),
+    (without(0, *QAS, "answers"), "has no answer; SQuAD 2.0"),
+])
+def test_json_that_is_not_squad(tmp_path, content, words):
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=words):
+        qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
+
+
+@pytest.mark.parametrize("content, words", [(b'{"data": [', "cannot read"), (b'{"data": "caf\xe9"}', "not UTF-8: byte 0xe9")])
+def test_files_that_are_not_json(tmp_path, content, words):
+    (tmp_path / "train.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=words):
+        qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
+
+
+# --- the generated questions ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("split", synthetic.SIZES)
+def test_synthetic_answers_stand_where_they_say_among_distractors_of_their_type(split):
+    made = synthetic.make_questions(split)
+    assert made == synthetic.make_questions(split) and len(made) == synthetic.SIZES[split]
+    years = 0
+    for q in made:
+        answer, start = q["answers"]["text"][0], q["answers"]["answer_start"][0]
+        sentences = q["context"].split(". ")
+        assert q["context"][start:start + len(answer)] == answer and len(sentences) == 4
+        named = [s for s in sentences if any(" ".join(pair) in q["question"] for pair in zip(s.rstrip(".").split(), s.rstrip(".").split()[1:]) if all(w[0].isupper() for w in pair))]
+        assert any(answer in s for s in named)  # the sentence with the name that the question has holds the answer
+        if re.fullmatch(r"\d{4}", answer):
+            years += 1
+            assert len(re.findall(r"\b\d{4}\b", q["context"])) == 2
+    assert 0.08 < years / len(made) < 0.3
+
+
+def test_synthetic_splits_share_no_name_and_no_wording():
+    words = {split: {w for q in synthetic.make_questions(split) for w in (q["context"] + q["question"]).replace(".", " ").replace("?", " ").split()}
+             for split in synthetic.SIZES}
+    for a, b in ("train", "validation"), ("train", "test"), ("validation", "test"):
+        shared = words[a] & words[b]
+        assert not {w for w in shared if w[0].isupper()} - {"When", "Which", "What", "Who", "How", "In", "For", "On", "Where", "At", "There", "The"}, shared
+        assert not {w for w in shared if w.isdigit()}
+    for statements, questions in synthetic.RELATIONS.values():
+        for texts, held_out in (statements, 2), (questions, 1):
+            parts = [synthetic.wordings(split, texts, held_out) for split in synthetic.SIZES]
+            assert sum(parts, []) == texts and all(parts) and len(set(texts)) == len(texts)
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished QDoRA run on a small folder of questions: (data folder, output folder, result, process)."""
+    base = tmp_path_factory.mktemp("qa")
+    (base / "mine").mkdir()
+    for seed, (split, n) in enumerate((("train", 40), ("dev", 10), ("test", 10))):
+        (base / "mine" / f"{split}.json").write_text(json.dumps(small_set(n, seed)))
+    done = train("--method", "qdora", "--data", base / "mine", "--epochs", 2, "--max-steps", 6, "--output", base / "out")
+    assert done.returncode == 0, done.stderr
+    result, = (base / "out" / "metrics" / "runs").iterdir()
+    return base / "mine", base / "out", json.loads(result.read_text()), done
+
+
+def test_one_run_measures_all(finished):
+    _, _, r, done = finished
+    assert r["trainable_by_kind"] == {"method": 6 * 2 * (16 * 2 * 384 + 384), "layer_norm": 0, "head": 770, "base": 0}
+    assert 0 <= r["exact_match"] <= r["f1"] <= 100 and len(r["history"]) == 2 and r["rows"] == {"train": 40, "validation": 10, "test": 10}
+    assert r["best_epoch"] == max(r["history"], key=lambda h: h["validation_f1"])["epoch"]
+    assert r["train_time_s"] == pytest.approx(sum(h["seconds"] for h in r["history"]))
+    assert (r["settings"]["stride"], r["settings"]["max_length"], r["settings"]["batch_size"]) == (128, 384, 8)
+    assert "f1_macro" not in r and "mine: splits as given" in done.stdout
+
+
+def test_same_seed_same_numbers(finished, tmp_path):
+    data, _, first, _ = finished
+    assert train("--method", "qdora", "--data", data, "--epochs", 2, "--max-steps", 6, "--output", tmp_path).returncode == 0
+    again = json.loads(next((tmp_path / "metrics" / "runs").iterdir()).read_text())
+    for h in first["history"] + again["history"]:
+        h.pop("seconds", None)
+    assert again["history"] == first["history"] and again["f1"] == first["f1"]
+
+
+def test_a_task_that_does_not_fit(finished, data_dir, tmp_path):
+    data, *_ = finished
+    one_line_error(run("bash", ROOT / "run_all.sh", "--data", data, "--output", tmp_path), "run_grid.sh")
+    one_line_error(run("bash", ROOT / "run_grid.sh", "--task", "movies", "--output", tmp_path), "run_all.sh")
+    one_line_error(run("bash", ROOT / "run_grid.sh", "--lr", "1e-3", "--output", tmp_path), "--lr", "train.py")
+    one_line_error(train("--method", "full", "--data", data_dir, "--stride", 8, "--output", tmp_path), "--stride")
+    one_line_error(train("--method", "full", "--data", data, "--max-length", 128, "--output", tmp_path), "--max-length", "--stride 128")
+    model = tmp_path / "qa_model"
+    shutil.copytree(model_folder(), model)
+    BertForQuestionAnswering.from_pretrained(model_folder()).save_pretrained(model)  # has no pooler
+    one_line_error(train("--method", "lora", "--model", model, "--output", tmp_path), "question answering only")
+
+
+def test_hub_questions_without_network(tmp_path):
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    for task in "squad", "squad_pt":
+        one_line_error(train("--method", "lora", "--task", task, "--output", tmp_path / "out", env=offline), "hub", "--task synthetic", "--data DIR")
+
+
+def test_portuguese_questions_take_the_portuguese_model():
+    assert settings("--method", "full", "--task", "squad_pt")["model"] == "neuralmind/bert-base-portuguese-cased"
+    assert settings("--method", "full", "--task", "squad_pt", "--model", "x")["model"] == "x"
+
+
+# --- the grid ------------------------------------------------------------------------------------------------------
+
+def test_twenty_runs_with_the_names_of_the_study():
+    assert len(grid.RUNS) == 20 and {"lora_epoch-3_lr_2e-4", "full_epoch-2_lr_4.25e-5", "qdora_epoch-2_lr_2e-4"} <= grid.RUNS.keys()
+    for name, flags in grid.RUNS.items():
+        s = settings(*flags.split(), "--task", "synthetic")
+        assert run_name(s).startswith(name + "_synthetic_")  # the file's name
+        assert float(name.split("_lr_")[1]) == s["lr"] and s["r"] == (None if s["method"] == "full" else 16)
+    assert settings("--method", "lora", "--lr", "4.25e-5") == settings("--method", "lora", "--lr", "4.25e-05")
+
+
+def leave(output, result, flags, names):
+    """Put results of some runs of the grid into `output`, as train.py would have, with recognisable scores."""
+    for i, name in enumerate(grid.RUNS):
+        if name in names:
+            s = settings(*flags, *grid.RUNS[name].split())
+            path = result_path(output, s)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**result, "settings": s, "f1": 50.0 + i, "exact_match": 40.0 + i, "train_time_s": 60.0 * (i + 1)}))
+
+
+def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tmp_path):
+    data, _, result, _ = finished
+    flags = ["--data", data, "--max-steps", 2]
+    there = [name for name in grid.RUNS if name.startswith("qlora")]
+    leave(tmp_path, result, flags, there)
+    done = run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads((tmp_path / "metrics" / "grid.json").read_text())) == there  # and no lora among them
+    assert "16 of 20 runs are missing" in done.stdout and "lora_epoch-2_lr_2e-4, lora_epoch-2_lr_4.25e-5" in done.stdout
+    with open(tmp_path / "metrics" / "grid_statistics.csv") as file:
+        line, = csv.DictReader(file)
+    f1s = [50.0 + i for i, name in enumerate(grid.RUNS) if name in there]
+    assert (line["method"], line["n"]) == ("qlora", "4") and float(line["f1_mean"]) == pytest.approx(np.mean(f1s))
+    assert float(line["f1_std"]) == pytest.approx(np.std(f1s, ddof=1)) and float(line["minutes_max"]) == f1s[-1] - 49
+    for figure in "grid_f1.png", "grid_boxes.png", "grid_time.png":
+        assert (tmp_path / "figures" / figure).stat().st_size > 10_000
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for other in ["--data", data, "--max-steps", 3], ["--task", "synthetic"], [*flags, "--seed", 7]:  # another study
+        one_line_error(run("bash", ROOT / "run_grid.sh", *other, "--output", tmp_path), "holds results of another study", "--output")
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(finished, tmp_path):
+    data, _, result, _ = finished
+    flags = ["--data", data, "--max-steps", 2]
+    fails, works = "full_epoch-2_lr_2e-4", "dora_epoch-3_lr_4.25e-5"
+    leave(tmp_path, result, flags, grid.RUNS.keys() - {fails, works})
+    stem = result_path(tmp_path, settings(*flags, *grid.RUNS[fails].split())).stem
+    (tmp_path / "checkpoints" / f"{stem}.safetensors").mkdir(parents=True)  # a folder where a file should go
+    one_thread = {**os.environ, "OMP_NUM_THREADS": result["environment"]["device"].split()[1]}  # as in the runs left there
+    done = run("bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path, env=one_thread)
+    assert done.returncode == 1 and f"failed: {sys.executable}" in done.stderr.replace(str(ROOT / ".venv/bin/python"), sys.executable)
+    assert "cannot write" in done.stderr and done.stdout.count("finished already") == 18
+    assert f"1 of 20 runs are missing: {fails}" in done.stdout
+    assert works in json.loads((tmp_path / "metrics" / "grid.json").read_text())
+    with open(tmp_path / "metrics" / "grid_results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["f1"]) for r in rows] == sorted((float(r["f1"]) for r in rows), reverse=True) and len(rows) == 19
+    (tmp_path / "checkpoints" / f"{stem}.safetensors").rmdir()
+    done = run("bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path, env=one_thread)
+    assert done.returncode == 0 and done.stdout.count("finished already") == 19 and "missing" not in done.stdout
+
+
+def test_list_prints_twenty_commands(finished, tmp_path):
+    data, *_ = finished
+    done = run("bash", ROOT / "run_grid.sh", "--list", "--data", data, "--output", tmp_path / "with space")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 20 and not list(tmp_path.iterdir())
+    for line, flags in zip(lines, grid.RUNS.values()):
+        assert "train.py --data" in line and line.endswith(flags) and "'" + str(tmp_path / "with space") + "'" in line
