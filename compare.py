@@ -19,6 +19,13 @@ RUNS = {
 }
 
 
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        fail(f"{path} is damaged ({e}); delete it")
+
+
 def given(flag, argv):
     return any(word.split("=")[0] == flag for word in argv)
 
@@ -39,13 +46,18 @@ def collect(runs, argv):
         args = make_parser().parse_args(argv + flags.split())
         path = result_path(args.output, settings_of(args))
         if path.exists():
-            results[name] = json.loads(path.read_text())
+            results[name] = read_json(path)
         else:
             missing.append(name)
-    for key in "device", "amp":  # times and memory of different hardware do not compare
-        if len(values := {str(r["environment"][key]) for r in results.values()}) > 1:
-            fail(f"runs with different {key} do not compare: {', '.join(sorted(values))}; delete one kind's files")
     return results, missing, args.output
+
+
+def mixed_hardware(results):
+    """A line that names what differs if times and memory of the results do not compare, else None."""
+    for key in "device", "amp":
+        if len(values := {str(r["environment"][key]) for r in results.values()}) > 1:
+            return f"runs with different {key} do not compare: {', '.join(sorted(values))}; delete one kind's files"
+    return None
 
 
 def main(argv):
@@ -62,6 +74,8 @@ def main(argv):
     results, missing, output = collect(RUNS, argv)
     if missing:
         fail(f"not finished with these settings: {', '.join(missing)}; bash run_all.sh with the same flags runs them")
+    if line := mixed_hardware(results):
+        fail(line)
     text = json.dumps(results, indent=1) + "\n"
     write_whole(output / "metrics" / "comparison.json", lambda part: part.write_text(text))
     from plots import draw  # matplotlib is slow to import

@@ -126,7 +126,7 @@ def load_folder(folder):
             fail(f"{folder} has both {found[0].name} and {found[1].name}; keep one")
         splits[split] = read_file(found[0]) if found else None
     if splits["train"] is None:
-        fail(f"{folder} has neither train.tsv nor train.csv")
+        fail(f"{folder} has neither train.tsv nor train.csv, nor train.json with questions")
     present = [rows for rows in splits.values() if rows]
     if all(re.fullmatch("-?[0-9]+", label) for rows in present for label in rows.labels):  # 10 sorts after 9
         splits = {k: rows and Rows(rows.sentences, [int(label) for label in rows.labels]) for k, rows in splits.items()}
@@ -144,6 +144,7 @@ class Encoded:
     n          rows or questions in the split
     metric     the score that picks the best epoch
     ids        list of 1-D int64 tensors, one a row; lengths: their lengths
+    usable     the row numbers that may be trained on
     collate    row numbers -> the model's inputs
     predict    the model's output for some rows -> a list of one prediction a row
     score      the predictions for all rows -> {measure: value}
@@ -151,9 +152,9 @@ class Encoded:
 
     def batches(self, batch_size, rng=None):
         """Arrays of row numbers, each row in exactly one batch, rows of one length together: 0.5 % of the tokens
-        are padding instead of the 48 % of random batches (movies, batch 32). With `rng` (numpy Generator), rows of
-        equal length are shuffled before batching, and the batches after it."""
-        order = np.arange(len(self.ids)) if rng is None else rng.permutation(len(self.ids))
+        are padding instead of the 48 % of random batches (movies, batch 32). With `rng` (numpy Generator), for
+        training: only usable rows, those of equal length shuffled before batching, and the batches after it."""
+        order = np.arange(len(self.ids)) if rng is None else rng.permutation(self.usable)
         order = order[np.argsort(self.lengths[order], kind="stable")]
         batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         if rng is not None:
@@ -175,7 +176,7 @@ class Sentences(Encoded):
         self.ids = [torch.tensor(i) for i in ids]
         self.lengths = np.array([len(i) for i in ids])
         self.labels = torch.tensor(rows.labels)
-        self.n, self.pad_id = len(ids), tokenizer.pad_token_id
+        self.n, self.usable, self.pad_id = len(ids), np.arange(len(ids)), tokenizer.pad_token_id
 
     def collate(self, rows):
         """input_ids, attention_mask (batch, tokens) and labels (batch,)."""

@@ -8,8 +8,9 @@ import json
 import statistics
 import sys
 
-from compare import collect, commands, given
-from settings import fail, make_parser, settings_of, write_whole
+from compare import collect, commands, given, mixed_hardware, read_json
+from fetch import model_folder
+from settings import DEFAULT_MODEL, fail, make_parser, model_of, settings_of, write_whole
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora")
 RUNS = {f"{method}_epoch-{epochs}_lr_{lr}":
@@ -59,12 +60,12 @@ def write_csv(path, rows):
 
 def check_same_study(path, argv):
     """End if grid.json at `path` is of another task, model, seed or setting than the flags: it would be overwritten."""
-    def shared(settings):
-        return {k: v for k, v in settings.items() if k not in ("method", "r", "alpha", "dropout", "epochs", "lr")}
-
-    if path.exists():
-        held = shared(next(iter(json.loads(path.read_text()).values()))["settings"])
-        asked = shared(settings_of(make_parser().parse_args(argv + ["--method", "full"])))
+    there = read_json(path) if path.exists() else {}
+    if not isinstance(there, dict) or not all(name in RUNS and "settings" in there[name] for name in there):
+        fail(f"{path} is damaged (not runs of the grid); delete it")
+    for name in there:
+        held = there[name]["settings"]
+        asked = settings_of(make_parser().parse_args(argv + RUNS[name].split()))
         for key in asked:
             if held.get(key) != asked[key]:
                 fail(f"{path} holds results of another study ({key} {held.get(key)}, here {asked[key]}); "
@@ -81,10 +82,13 @@ def main(argv):
         argv = ["--task", "synthetic", *argv]
     args = make_parser().parse_args(argv + ["--method", "full"])
     if "stride" not in settings_of(args):
-        fail("run_grid.sh is for question answering; for sentences there is run_all.sh")
+        fail("run_grid.sh is for question answering (with --data, a folder with train.json); for sentences there is "
+             "run_all.sh")
     merged = args.output / "metrics" / "grid.json"
     check_same_study(merged, argv)
     if to_list:
+        if model_of(args) == DEFAULT_MODEL:
+            model_folder()  # before several runs start at once and all download it
         print(commands(RUNS, argv))
         return
     results, missing, output = collect(RUNS, argv)
@@ -98,6 +102,8 @@ def main(argv):
     write_csv(output / "metrics" / "grid_statistics.csv", statistics_of(rows))
     from plots import draw_grid  # matplotlib is slow to import
     draw_grid(output)
+    if line := mixed_hardware(results):
+        print(f"warning: the minutes do not compare: {line}", file=sys.stderr)
     if missing:
         print(f"{len(missing)} of {len(RUNS)} runs are missing: {', '.join(missing)}")
 

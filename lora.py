@@ -74,7 +74,7 @@ class DoRALinear(LoRALinear):
         y = self.base(x)  # W0 x + b
         y_dropped = self.base(dropped) if self.training and self.dropout.p > 0 else y
         if self.base.bias is not None:
-            y_dropped = y_dropped - self.base.bias  # g scales W0 x, not b
+            y_dropped = y_dropped - self.base.bias.to(y.dtype)  # g scales W0 x, not b
         # h = W0 x + b + (g - 1) W0 dropout(x) + g s B A dropout(x): without dropout it is g W0 x + g s B A x + b
         low_rank = F.linear(F.linear(dropped, self.lora_A), (g * self.scaling)[:, None] * self.lora_B)  # (..., out)
         return y + (g - 1).to(y.dtype) * y_dropped + low_rank

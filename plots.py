@@ -40,8 +40,9 @@ def study(runs):
     run = next(iter(runs.values()))
     s, rows, what = run["settings"], run["rows"], "questions" if "stride" in run["settings"] else "sentences"
     task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
+    devices = " and ".join(sorted({r["environment"]["device"] for r in runs.values()}))
     return (f"{s['model']} on {task} ({rows['train']:,} training, {rows['test']:,} test {what}), "
-            f"seed {s['seed']} (n = 1), {run['environment']['device']}, amp {run['environment']['amp']}")
+            f"seed {s['seed']} (n = 1), {devices}, amp {run['environment']['amp']}")
 
 
 def caption(runs):

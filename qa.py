@@ -21,7 +21,6 @@ MAX_QUESTION = 64  # tokens of a question that are read, as in BERT's own SQuAD 
 
 
 class Question(NamedTuple):
-    id: str
     context: str
     question: str
     answers: list  # of str: any of them is right
@@ -35,10 +34,11 @@ def make_question(q):
         fail(f"question {q['id']!r} is empty")
     if not q["answers"]["text"]:
         fail(f"question {q['id']!r} has no answer; SQuAD 2.0's unanswerable questions are not supported")
-    question = Question(q["id"], q["context"], q["question"].strip(), q["answers"]["text"], None, None)
+    question = Question(q["context"], q["question"].strip(), q["answers"]["text"], None, None)
     for text, start in zip(q["answers"]["text"], q["answers"]["answer_start"]):
         if text.strip() and start >= 0 and q["context"][start:start + len(text)] == text:
-            return question._replace(start=start, end=start + len(text))
+            start += len(text) - len(text.lstrip())  # no token stands on white space
+            return question._replace(start=start, end=start + len(text.strip()))
     return question
 
 
@@ -49,13 +49,15 @@ def read_squad(path):
             fail(f"{path} is not SQuAD-shaped: no key {key!r} in {where}")
         if not isinstance(owner[key], kind) or isinstance(owner[key], bool):
             fail(f"{path} is not SQuAD-shaped: {key!r} in {where} is {str(owner[key])[:40]!r}, not a {kind.__name__}")
+        if kind is str and re.search("[\ud800-\udfff]", owner[key]):
+            fail(f"{path}: {key!r} in {where} holds half of a surrogate pair, which is no character")
         return owner[key]
 
     try:
         root = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as e:
         fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         fail(f"cannot read {path}: {e}")
     questions = []
     for i, article in enumerate(get(root, "data", list, "the whole")):
@@ -84,7 +86,8 @@ def load_folder(folder):
 
 
 def load_hub(task):
-    """{split: questions as dicts} of SQuAD v1.1 or of its translation by Deep Learning Brasil, train and validation."""
+    """{split: questions as dicts} of SQuAD v1.1 or of a machine translation of it into Portuguese, train and
+    validation. Empty questions and those without an answer are left out, and counted."""
     import datasets
     name, revision = {"squad": ("rajpurkar/squad", None),
                       "squad_pt": ("nunorc/squad_v1_pt", "refs/convert/parquet")}[task]  # its script no longer runs
@@ -93,7 +96,12 @@ def load_hub(task):
     except Exception as e:  # no network shows as any of a dozen exception types
         fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works offline: "
              "--task synthetic, or your own SQuAD-format files with --data DIR")
-    return {split: list(splits[split]) for split in ("train", "validation")}
+    questions = {split: list(splits[split]) for split in ("train", "validation")}
+    whole = {split: [q for q in part if q["question"].strip() and q["answers"]["text"]]
+             for split, part in questions.items()}
+    if n := sum(map(len, questions.values())) - sum(map(len, whole.values())):
+        print(f"{name}: {n:,} questions left out, which are empty or have no answer")
+    return whole
 
 
 def carve(questions):
@@ -127,10 +135,10 @@ def load_task(args):
     else:
         raw = load_hub(args.task)
     splits = {split: [make_question(q) for q in questions] for split, questions in raw.items()}
-    note, n_misaligned = "splits as given", 0
+    notes, n_misaligned = [], 0
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
-        note = "no test file: the validation questions are the test"
+        notes.append("no test file: the validation questions are the test")
     for split in {"train", "validation"} & splits.keys():
         aligned = [q for q in splits[split] if q.start is not None]
         n_misaligned += len(splits[split]) - len(aligned)
@@ -140,11 +148,14 @@ def load_task(args):
     for split in "test", "validation":
         if split not in splits:
             splits["train"], splits[split] = carve(splits["train"])
-            note += f"; some passages of train are the {split} (seed {SPLIT_SEED})"
+            notes.append(f"{len(splits[split]):,} questions of train, on passages of their own, are the {split} (seed "
+                         f"{SPLIT_SEED})")
     if args.task == "synthetic" and not args.data:
-        note = f"SYNTHETIC passages and questions, seed {SPLIT_SEED}"
+        notes.append(f"SYNTHETIC passages and questions, seed {SPLIT_SEED}")
     if n_misaligned:
-        note += f"; {n_misaligned:,} questions left out of training, their answers do not stand at answer_start"
+        notes.append(f"{n_misaligned:,} questions left out of train and validation, their answers do not stand at "
+                     "answer_start")
+    note = "; ".join(notes) or "splits as given"
     return Task(None, splits["train"], splits["validation"], splits["test"], note, Windows)
 
 
@@ -168,7 +179,7 @@ def f1(answer, reference):
 class Windows(Encoded):
     """The questions of one split as windows: [CLS] question [SEP] a piece of the passage [SEP], at most max_length
     tokens. Neighbouring windows of a long passage share `stride` tokens. A window that does not hold the whole answer
-    has [CLS] for its start and end ("null window")."""
+    has [CLS] for its start and end ("null window"); if no window holds it, none is used for training."""
     metric = "f1"
 
     def __init__(self, questions, tokenizer, s):
@@ -181,19 +192,22 @@ class Windows(Encoded):
         self.ids = [torch.tensor(ids) for ids in out["input_ids"]]
         self.lengths = np.array([len(ids) for ids in self.ids])
         self.question = out["overflow_to_sample_mapping"]  # of every window
-        self.offsets = out["offset_mapping"]  # of every window: (first, one past last) character of each token
-        self.passage = [(types.index(1), len(types) - 1) if 1 in types else (len(types), len(types))
-                        for types in out["token_type_ids"]]  # of every window: its tokens of the passage, last excluded
+        # of every window: first and one past the last character of each token, (tokens, 2)
+        self.offsets = [np.array(offsets, np.int32) for offsets in out["offset_mapping"]]
+        # of every window: first and one past the last token of the passage, before the last [SEP]
+        self.passage = [(types.index(1), len(types) - 1) for types in out["token_type_ids"]]
         self.spans = torch.tensor([self.span(window) for window in range(len(self.ids))])  # (windows, 2)
+        held = {self.question[window] for window in range(len(self.ids)) if self.spans[window].any()}
+        self.usable = np.array([window for window, question in enumerate(self.question) if question in held])
 
     def span(self, window):
         """(first, last) token of the answer in a window, (0, 0) if the window does not hold all of it."""
-        q, offsets, (first, last) = self.questions[self.question[window]], self.offsets[window], self.passage[window]
-        inside = range(first, last)
-        if q.start is None or not inside or offsets[first][0] > q.start or offsets[last - 1][1] < q.end:
+        q, (first, last) = self.questions[self.question[window]], self.passage[window]
+        starts, ends = self.offsets[window][first:last].T
+        if q.start is None or first == last or starts[0] > q.start or ends[-1] < q.end:
             return 0, 0
-        tokens = [t for t in inside if offsets[t][0] < q.end and offsets[t][1] > q.start]  # that share a character
-        return (tokens[0], tokens[-1]) if tokens else (0, 0)
+        tokens = first + np.flatnonzero((starts < q.end) & (ends > q.start))  # that share a character with the answer
+        return (tokens[0], tokens[-1]) if len(tokens) else (0, 0)
 
     def collate(self, rows):
         """input_ids, attention_mask, token_type_ids (1: passage), (batch, tokens); start_, end_positions (batch,)."""

@@ -35,7 +35,7 @@ from fetch import model_folder
 from methods import HEAD, apply_method, count_params, trained_tensors
 
 WEIGHT_DECAY = 0.01  # on matrices only, as in BERT's own fine-tuning
-EVAL_BATCH = 32
+EVAL_BATCH = 32  # rows; with windows of 384 tokens the attention of one layer of bert-base is 0.2 GB
 CLIP_NORM = 1.0  # largest L2 norm of all gradients together
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
@@ -69,6 +69,8 @@ def load_pretrained(name, label_names):
         if config.model_type != "bert":
             fail(f"{name} is a {config.model_type!r} model; this project fine-tunes BERT (model_type 'bert')")
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not label_names and not tokenizer.is_fast:
+            fail(f"{name} has no fast tokenizer, which alone tells where in the passage a token stands")
         model, loading = head_class.from_pretrained(
             folder, num_labels=len(label_names or ("start", "end")), problem_type="single_label_classification",
             dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -165,8 +167,9 @@ def main(args):
 
     train, validation, test = (task.encode(rows, tokenizer, s) for rows in (task.train, task.validation, task.test))
     rows = {"train": train.n, "validation": validation.n, "test": test.n}
-    print(", ".join(f"{n:,} {split}" for split, n in rows.items()) + f" rows; {len(train.ids):,} training examples")
-    steps_per_epoch = math.ceil(len(train.ids) / s["batch_size"])
+    print(", ".join(f"{n:,} {split}" for split, n in rows.items()) + f" rows; training examples: {len(train.usable):,}"
+          f" of {len(train.ids):,}")
+    steps_per_epoch = math.ceil(len(train.usable) / s["batch_size"])
     total_steps = min(s["epochs"] * steps_per_epoch, s["max_steps"] or math.inf)
     trained = list(trained_tensors(model).values())
     optimizer = make_optimizer(trained, s["lr"])

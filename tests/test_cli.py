@@ -44,7 +44,7 @@ def test_run_all_leaves_the_comparison(study):
         assert r["epoch_time_s"] == pytest.approx(sum(h["seconds"] for h in r["history"]) / len(r["history"]))
         best = max(r["history"], key=lambda h: h["validation_f1_macro"])
         assert r["best_epoch"] == best["epoch"] and len(r["history"]) == 1
-        assert {"epoch", "train_loss", "validation_loss", "validation_f1_macro", "seconds"} == set(r["history"][0])
+        assert {"epoch", "train_loss", "validation_loss", "validation_f1_macro", "validation_accuracy", "seconds"} == set(r["history"][0])
         assert (r["settings"]["task"], r["settings"]["model"], r["settings"]["seed"]) == ("mine", "all-MiniLM-L6-v2", 42)
         assert {"device", "amp", "torch", "transformers", "bitsandbytes", "git_commit"} <= set(r["environment"])
     counts = [(r["trainable_params"], r["trainable_by_kind"]["head"]) for r in comparison.values()]

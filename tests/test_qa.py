@@ -48,14 +48,6 @@ def small_set(n, seed=0):
     return squad(*paragraphs)
 
 
-@pytest.fixture
-def qa_dir(tmp_path):
-    (tmp_path / "mine").mkdir()
-    for seed, (split, n) in enumerate((("train", 40), ("dev", 10), ("test", 10))):
-        (tmp_path / "mine" / f"{split}.json").write_text(json.dumps(small_set(n, seed)))
-    return tmp_path / "mine"
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(model_folder())
@@ -96,7 +88,7 @@ def test_windows_cover_the_passage_and_share_the_stride(long_passage):
     pieces = [windows.offsets[w][slice(*windows.passage[w])] for w in own]
     assert pieces[0][0][0] == 0 and pieces[-1][-1][1] == len(questions[0].context)
     for a, b in zip(pieces, pieces[1:]):
-        assert a[-40:] == b[:40]  # the same 40 tokens
+        assert np.array_equal(a[-40:], b[:40])  # the same 40 tokens
 
 
 def test_answers_are_mapped_to_tokens_and_null_windows_to_cls(long_passage, tokenizer):
@@ -133,12 +125,25 @@ def test_predicted_span_is_the_best_valid_one(long_passage):
     start[:, 1] = end[:, 1] = 9  # a token of the question: never an answer
     start[:, 0] = end[:, 0] = 9  # [CLS] neither
     start[:, -30], end[:, 20] = 8, 8  # end before start
+    start[0, 40], end[0, 70], end[0, 69] = 8, 8, 7  # 31 tokens, too many; 30 tokens
     for row, (score, answer) in zip(rows, windows.predict(SimpleNamespace(start_logits=start, end_logits=end), rows)):
         first, last = windows.passage[row]
         pairs = {(i, j): (start[row, i] + end[row, j]).item() for i in range(first, last) for j in range(i, min(last, i + 30))}
         i, j = max(pairs, key=pairs.get)
         offsets, context = windows.offsets[row], questions[windows.question[row]].context
         assert score == pytest.approx(pairs[i, j]) and answer == context[offsets[i][0]:offsets[j][1]]
+        assert row != 0 or (i, j) == (40, 69)
+
+
+def test_windows_without_their_answer_are_not_trained_on(tokenizer):
+    words = " ".join(WORDS * 4)
+    long = question(words, " ".join(WORDS * 3))  # longer than what neighbouring windows share: in none as a whole
+    padded = question("it is  here ", " here ")
+    assert padded.context[padded.start:padded.end] == "here"
+    windows = qa.Windows([padded, long, padded], tokenizer, {"max_length": 64, "stride": 8})
+    assert windows.usable.tolist() == [0, len(windows.ids) - 1] and len(windows.ids) == 4
+    trained = np.concatenate(windows.batches(4, np.random.default_rng(0)))
+    assert sorted(trained) == windows.usable.tolist() and len(np.concatenate(windows.batches(4))) == len(windows.ids)
 
 
 def test_questions_are_cut_at_64_tokens_and_never_crowd_out_the_passage(tokenizer):
@@ -174,7 +179,7 @@ def test_missing_splits_are_filled_by_whole_passages(tmp_path):
     task = qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
     assert len(task.test) == 5 and len(task.train) + len(task.validation) == 60 and len(task.validation) == 6
     assert not {q.context for q in task.train} & {q.context for q in task.validation}
-    assert "validation questions are the test" in task.note and "are the validation" in task.note
+    assert "validation questions are the test; 6 questions of train" in task.note
 
 
 def test_misaligned_answers_are_counted_and_left_out_of_training_only(tmp_path):
@@ -185,7 +190,7 @@ def test_misaligned_answers_are_counted_and_left_out_of_training_only(tmp_path):
         content["data"] += squad(*broken)["data"]
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     task = qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
-    assert [len(rows) for rows in task[1:4]] == [6, 6, 10] and "8 questions left out of training" in task.note
+    assert [len(rows) for rows in task[1:4]] == [6, 6, 10] and "8 questions left out of train and validation" in task.note
     assert all(q.context[q.start:q.end] == q.answers[0] for q in task.train)
     (tmp_path / "train.json").write_text(json.dumps(squad(*broken)))
     with pytest.raises(SystemExit, match="no answer of the 4 train questions stands at its answer_start"):
@@ -219,6 +224,9 @@ QAS = ("data", 0, "paragraphs", 0, "qas", 0)
     (squad(("it is here", [("where?", "here", "6")])), "'answer_start' in .* is '6', not a int"),
     (squad(("it is here", [("  ", "here", 6)])), "question '0-0' is empty"),
     ({"data": []}, "has no questions"),
+    (squad(("it is here", [("where?", "here", True)])), "'answer_start' in .* is 'True', not a int"),
+    (squad(("it is \ud800 here", [("where?", "here", 8)])), "half of a surrogate pair"),
+    ({"data": [3]}, r"no key 'paragraphs' in data\[0\]"),
     (without(0, *QAS, "answers"), "has no answer; SQuAD 2.0"),
 ])
 def test_json_that_is_not_squad(tmp_path, content, words):
@@ -227,7 +235,7 @@ def test_json_that_is_not_squad(tmp_path, content, words):
         qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
 
 
-@pytest.mark.parametrize("content, words", [(b'{"data": [', "cannot read"), (b'{"data": "caf\xe9"}', "not UTF-8: byte 0xe9")])
+@pytest.mark.parametrize("content, words", [(b'{"data": [', "cannot read"), (b'{"data": "caf\xe9"}', "not UTF-8: byte 0xe9"), (b"[" * 100_000, "cannot read")])
 def test_files_that_are_not_json(tmp_path, content, words):
     (tmp_path / "train.json").write_bytes(content)
     with pytest.raises(SystemExit, match=words):
@@ -362,9 +370,18 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tm
     for figure in "grid_f1.png", "grid_boxes.png", "grid_time.png":
         assert (tmp_path / "figures" / figure).stat().st_size > 10_000
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    for other in ["--data", data, "--max-steps", 3], ["--task", "synthetic"], [*flags, "--seed", 7]:  # another study
+    model = tmp_path.parent / "another_model"
+    shutil.copytree(model_folder(), model)
+    for other in (["--data", data, "--max-steps", 3], ["--task", "synthetic"], [*flags, "--seed", 7],
+                  [*flags, "--alpha", 16], [*flags, "--model", model]):
         one_line_error(run("bash", ROOT / "run_grid.sh", *other, "--output", tmp_path), "holds results of another study", "--output")
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    leave(tmp_path, {**result, "environment": {**result["environment"], "device": "another"}}, flags, list(grid.RUNS)[:1])
+    done = run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path)
+    assert done.returncode == 0 and "the minutes do not compare" in done.stderr and "full_epoch-2_lr_2e-4" in done.stdout
+    for damage in '{"full": {}}', "{", "[]":
+        (tmp_path / "metrics" / "grid.json").write_text(damage)
+        one_line_error(run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path), "damaged", "delete it")
 
 
 def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(finished, tmp_path):

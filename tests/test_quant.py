@@ -100,6 +100,12 @@ def test_gradients_still_flow_after_an_evaluation():
     assert model.bert.encoder.layer[0].attention.self.query.lora_A.grad.abs().max() > 0
 
 
+def test_at_the_start_qdora_is_the_quantised_model_too():
+    model, x = tiny_bert(), tiny_inputs()
+    apply_method(model, settings("--method", "qdora", "--r", 4), torch.float32)
+    assert torch.allclose(model(**x).logits, qlora()(**x).logits, atol=1e-6)
+
+
 def test_at_the_start_qlora_is_the_quantised_model():
     plain, x = tiny_bert(), tiny_inputs()
     original = plain(**x).logits

@@ -1,4 +1,5 @@
-"""The committed results are those of one default study, and the README shows them and nothing else."""
+"""The committed results are those of the two default studies, and the README shows them and nothing else."""
+import csv
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import pytest
 from conftest import ROOT, run, settings
 
 import compare
+import grid
 import plots
 
 
@@ -28,6 +30,23 @@ def test_committed_comparison_is_the_five_default_runs():
 def test_readme_table_is_the_one_of_the_results():
     table = plots.markdown(json.loads(committed("metrics/comparison.json")))
     assert committed("figures/summary.md") == table and table in committed("README.md")
+
+
+def test_committed_grid_is_the_twenty_default_runs():
+    results = json.loads(committed("metrics/grid.json"))
+    assert {name: r["settings"] for name, r in results.items()} == \
+        {name: settings("--task", "synthetic", *flags.split()) for name, flags in grid.RUNS.items()}
+    assert len({r["environment"]["git_commit"] for r in results.values()}) == 1
+    assert not any(r["environment"]["git_commit"].endswith("-dirty") for r in results.values())
+
+
+def test_readme_tables_of_the_grid_are_those_of_the_results():
+    results = json.loads(committed("metrics/grid.json"))
+    tables = plots.grid_markdown(results)
+    assert committed("figures/grid.md") == tables and tables in committed("README.md")
+    rows = list(csv.DictReader(committed("metrics/grid_results.csv").splitlines()))
+    assert [row["run"] for row in rows] == [row["run"] for row in grid.rows_of(results)] and len(rows) == 20
+    assert {row["run"]: float(row["f1"]) for row in rows} == {name: r["f1"] for name, r in results.items()}
 
 
 def test_every_link_of_the_readme_leads_somewhere():
