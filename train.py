@@ -169,6 +169,8 @@ def main(args):
     rows = {"train": train.n, "validation": validation.n, "test": test.n}
     print(", ".join(f"{n:,} {split}" for split, n in rows.items()) + f" rows; training examples: {len(train.usable):,}"
           f" of {len(train.ids):,}")
+    if not len(train.usable):
+        fail("no window holds the whole of its question's answer; try a larger --max-length or --stride")
     steps_per_epoch = math.ceil(len(train.usable) / s["batch_size"])
     total_steps = min(s["epochs"] * steps_per_epoch, s["max_steps"] or math.inf)
     trained = list(trained_tensors(model).values())

@@ -315,6 +315,10 @@ def test_a_task_that_does_not_fit(finished, data_dir, tmp_path):
     one_line_error(run("bash", ROOT / "run_grid.sh", "--lr", "1e-3", "--output", tmp_path), "--lr", "train.py")
     one_line_error(train("--method", "full", "--data", data_dir, "--stride", 8, "--output", tmp_path), "--stride")
     one_line_error(train("--method", "full", "--data", data, "--max-length", 128, "--output", tmp_path), "--max-length", "--stride 128")
+    (tmp_path / "long").mkdir()
+    words = " ".join(WORDS * 9)  # no window of 96 tokens holds such an answer
+    (tmp_path / "long" / "train.json").write_text(json.dumps(squad(*[(f"{i} {words}", [("where?", words, len(f"{i} "))]) for i in range(30)])))
+    one_line_error(train("--method", "full", "--data", tmp_path / "long", "--max-length", 96, "--stride", 8, "--output", tmp_path), "no window", "--max-length")
     model = tmp_path / "qa_model"
     shutil.copytree(model_folder(), model)
     BertForQuestionAnswering.from_pretrained(model_folder()).save_pretrained(model)  # has no pooler
