@@ -46,21 +46,21 @@ def make_task(train, validation=None, test=None):
     names = sorted(set(train.labels))
     if len(names) < 2:
         fail(f"the training rows have only one label, {names[0]!r}; a classifier needs two")
-    n, note = min(1000, len(train.sentences) // 10), "splits as given"
+    n, notes = min(1000, len(train.sentences) // 10), []
     if test is None and validation is not None:
         test, validation = validation, None
-        note = f"no test rows: the {len(test.sentences):,} labelled validation rows are the test"
+        notes.append(f"no test rows: the {len(test.sentences):,} labelled validation rows are the test")
     if test is None:
         train, test = carve(train, n)
-        note = f"no test rows: {n:,} of train are the test"
+        notes.append(f"no test rows: {n:,} of train are the test (seed {SPLIT_SEED})")
     if validation is None:
         train, validation = carve(train, n)
-        note = note.replace("splits as given", "no validation rows") + f"; {n:,} of train validate (seed {SPLIT_SEED})"
+        notes.append(f"{n:,} of train validate (seed {SPLIT_SEED})")
     for split, rows in ("validation", validation), ("test", test):
         if unknown := set(rows.labels) - set(names):
             fail(f"the {split} rows have the label {min(unknown)!r}, which no training row has")
     splits = [Rows(rows.sentences, [names.index(label) for label in rows.labels]) for rows in (train, validation, test)]
-    return Task([str(name) for name in names], *splits, note, Sentences)
+    return Task([str(name) for name in names], *splits, "; ".join(notes) or "splits as given", Sentences)
 
 
 def load_movies():
