@@ -76,17 +76,22 @@ def load_movies():
     return make_task(train, validation, test)._replace(note=f"stratified with seed {SPLIT_SEED}")
 
 
+def from_hub(name, config, revision, offline_task):
+    """The splits of a data set on the Hugging Face hub, as a datasets.DatasetDict."""
+    import datasets  # slow, and needed here only
+    try:
+        return datasets.load_dataset(name, config, revision=revision)
+    except Exception as e:  # no network shows as any of a dozen exception types
+        fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works offline: "
+             f"--task {offline_task}, or your own files with --data DIR")
+
+
 def load_hub(task):
     """sst2: GLUE hides its test labels, so its 872 labelled validation rows are the test and 1,000 rows of train
     validate. ag_news: the 7,600 test rows are the test and 1,000 of the 120,000 training rows validate."""
-    import datasets
     name, config, column = {"sst2": ("nyu-mll/glue", "sst2", "sentence"),
                             "ag_news": ("fancyzhx/ag_news", "default", "text")}[task]
-    try:
-        splits = datasets.load_dataset(name, config)
-    except Exception as e:  # no network shows as any of a dozen exception types
-        fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works offline: --task movies, "
-             "or your own files with --data DIR")
+    splits = from_hub(name, config, None, "movies")
     rows = {split: Rows([text.strip() for text in part[column]], list(part["label"])) for split, part in splits.items()}
     labelled = {split: r for split, r in rows.items() if -1 not in r.labels}
     return make_task(**labelled)._replace(label_names=splits["train"].features["label"].names)

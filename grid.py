@@ -81,7 +81,7 @@ def main(argv):
     argv = [word for word in argv if word != "--list"]
     if not given("--task", argv) and not given("--data", argv):
         argv = ["--task", "synthetic", *argv]
-    args = make_parser().parse_args(argv + ["--method", "full"])
+    args = make_parser().parse_args(argv + ["--method", "full"])  # a bad flag ends here, not in the first run
     if "stride" not in settings_of(args):
         fail("run_grid.sh is for question answering (with --data, a folder with train.json); for sentences there is "
              "run_all.sh")

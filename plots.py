@@ -49,6 +49,11 @@ def caption(runs):
     return study(runs) + "; ± is the standard deviation over the epochs"
 
 
+def save(fig, path):
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 def curves(runs, path):
     fig, axes = plt.subplots(1, 3, figsize=(12, 4))
     for ax, key, title in zip(axes, ("train_loss", "validation_loss", "validation_f1_macro"),
@@ -60,8 +65,7 @@ def curves(runs, path):
         ax.set(title=title, xlabel="epoch", xticks=epochs)
     axes[0].legend(fontsize=9)
     fig.suptitle(study(runs), fontsize=10)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save(fig, path)
 
 
 def bars(runs, values, errors, digits, xlabel, path):
@@ -79,8 +83,7 @@ def bars(runs, values, errors, digits, xlabel, path):
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(xlabel)
     fig.suptitle(study(runs), fontsize=9)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save(fig, path)
 
 
 def peak_memory(runs):
@@ -140,8 +143,7 @@ def summary(runs, path):
         elif column == 0:
             cell.set_text_props(color=STYLE[list(runs)[row - 1]][1], weight="bold")
     ax.set_title(caption(runs), fontsize=10)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save(fig, path)
 
 
 def draw(output):
@@ -194,8 +196,7 @@ def grid_bars(runs, path):
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("test F1 (%)")
     fig.suptitle(study(runs), fontsize=9)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save(fig, path)
 
 
 def grid_boxes(runs, path):
@@ -211,8 +212,7 @@ def grid_boxes(runs, path):
         ax.set_xticks(range(1, len(methods) + 1), methods)
         ax.set(title=title)
     fig.suptitle(study(runs) + "\none marker a run (epochs and learning rates differ)", fontsize=9)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save(fig, path)
 
 
 def grid_time(runs, path):
@@ -227,8 +227,7 @@ def grid_time(runs, path):
     ax.set(xlabel="training time (min, evaluation excluded)", ylabel="test F1 (%)", xlim=(0, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
     fig.suptitle(study(runs), fontsize=9)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    save(fig, path)
 
 
 def draw_grid(output):

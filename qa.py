@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import Encoded, Task
+from data import Encoded, Task, from_hub
 from settings import SPLIT_SEED, fail
 from synthetic import make_questions
 
@@ -88,14 +88,9 @@ def load_folder(folder):
 def load_hub(task):
     """{split: questions as dicts} of SQuAD v1.1 or of a machine translation of it into Portuguese, train and
     validation. Empty questions and those without an answer are left out, and counted."""
-    import datasets
     name, revision = {"squad": ("rajpurkar/squad", None),
                       "squad_pt": ("nunorc/squad_v1_pt", "refs/convert/parquet")}[task]  # its script no longer runs
-    try:
-        splits = datasets.load_dataset(name, revision=revision)
-    except Exception as e:  # no network shows as any of a dozen exception types
-        fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works offline: "
-             "--task synthetic, or your own SQuAD-format files with --data DIR")
+    splits = from_hub(name, None, revision, "synthetic")
     questions = {split: list(splits[split]) for split in ("train", "validation")}
     whole = {split: [q for q in part if q["question"].strip() and q["answers"]["text"]]
              for split, part in questions.items()}
