@@ -137,7 +137,7 @@ def test_hub_tasks_take_the_labelled_rows(monkeypatch):
     """The hub's own layout, without the hub: SST-2's test labels are hidden (-1), AG News has no validation."""
     import datasets
 
-    def fake(name, config):
+    def fake(name, config, revision=None):
         names, column, hidden = {"nyu-mll/glue": (["negative", "positive"], "sentence", [-1] * 9),
                                  "fancyzhx/ag_news": (["World", "Sports", "Business", "Sci/Tech"], "text", None)}[name]
         features = datasets.Features({column: datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
