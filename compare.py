@@ -1,14 +1,15 @@
 """The five runs of the sentence study: their flags, and their results together in metrics/comparison.json.
 
-`python compare.py --list` prints the five commands. `python compare.py` finds the five results, writes the comparison
-and draws it. Other flags are train.py's, and select the runs that were trained with them.
+`python compare.py --list` prints the commands, five for each of --seeds. `python compare.py` finds their results, writes
+the comparison and draws it. Other flags are train.py's, and select the runs that were trained with them.
 """
+import csv
 import json
 import shlex
 import sys
 from pathlib import Path
 
-from settings import fail, make_parser, result_path, settings_of, write_whole
+from settings import Parser, fail, make_parser, number, result_path, settings_of, write_whole
 
 RUNS = {
     "full_ft": "--method full",
@@ -45,17 +46,68 @@ def collect(runs, argv):
         path = result_path(args.output, settings_of(args))
         if path.exists():
             results[name] = read_json(path)
+            if "test_predictions" not in results[name]:
+                fail(f"{path} is damaged or of an earlier version (no test_predictions); delete it")
         else:
             missing.append(name)
     return results, missing, args.output
 
 
+def write_csv(path, rows):
+    """Write dicts of the same keys as a CSV file with a header."""
+    def write(part):
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    write_whole(path, write)
+
+
 def mixed_hardware(results):
     """A line that names what differs if times and memory of the results do not compare, else None."""
     for key in "device", "amp":
-        if len(values := {str(r["environment"][key]) for r in results.values()}) > 1:
+        if len(values := {str(r["environment"][key]) for r in results}) > 1:
             return f"runs with different {key} do not compare: {', '.join(sorted(values))}; delete one kind's files"
     return None
+
+
+def split_seeds(argv):
+    """(seeds, the other flags) of --seeds 42 43 44; without it, the one of --seed."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", nargs="+", type=number(int, 0, 2**32 - 1))
+    known, rest = parser.parse_known_args(argv)
+    seeds = known.seeds
+    if seeds and given("--seed", rest):
+        fail("give --seed or --seeds, not both")
+    if seeds and len(set(seeds)) < len(seeds):
+        fail(f"--seeds names a seed twice: {' '.join(map(str, seeds))}")
+    return seeds or [make_parser().parse_args([*rest, "--method", "full"]).seed], rest
+
+
+def combine(runs, baseline):
+    """One method's entry of comparison.json: means and standard deviations over its runs (one a seed), its macro-F1
+    against that of full fine-tuning, the `baseline` runs of the same seeds, and the runs themselves."""
+    from spread import mean_std, paired_bootstrap  # numpy is slow to import
+    first = runs[0]
+    entry = {"n": len(runs), "seeds": [run["settings"]["seed"] for run in runs]}
+    entry |= {key: first[key] for key in ("trainable_params", "trainable_by_kind", "total_params", "trainable_pct")}
+    values = {key: [run[key] for run in runs] for key in ("f1_macro", "accuracy", "peak_vram_gb", "peak_rss_gb")}
+    values["epoch_time_s"] = [h["seconds"] for run in runs for h in run["history"]]
+    for key, own in values.items():
+        entry[key], entry[f"{key}_std"] = (None, None) if None in own else mean_std(own)
+    labels, *_ = zip(*first["test_predictions"])
+    entry["vs_full"] = None if runs is baseline else paired_bootstrap(
+        labels, *([[predicted for _, predicted in run["test_predictions"]] for run in side] for side in (runs, baseline)))
+    entry["best_epoch"] = [run["best_epoch"] for run in runs]
+    return entry | {"runs": [{key: run[key] for key in run if key != "test_predictions"} for run in runs]}
+
+
+def prediction_rows(runs):
+    """One dict a test sentence: its label, and the label that each run predicted for it."""
+    columns = {f"{name}_seed{run['settings']['seed']}": run["test_predictions"] for name in runs for run in runs[name]}
+    labels = [label for label, _ in next(iter(columns.values()))]
+    return [{"label": label, **{column: pairs[i][1] for column, pairs in columns.items()}}
+            for i, label in enumerate(labels)]
 
 
 def main(argv):
@@ -63,19 +115,27 @@ def main(argv):
         if given(flag, argv):
             fail(f"{flag} is what the five runs differ in; for one run of your own use train.py")
     to_list = "--list" in argv
-    argv = [word for word in argv if word != "--list"]
+    seeds, argv = split_seeds([word for word in argv if word != "--list"])
     if "stride" in settings_of(make_parser().parse_args(argv + ["--method", "full"])):  # a bad flag ends here, too
         fail("run_all.sh compares sentence classifiers; for question answering there is run_grid.sh")
+    by_seed = [[*argv, "--seed", str(seed)] for seed in seeds]
     if to_list:
-        print(commands(RUNS, argv))
+        print("\n".join(commands(RUNS, flags) for flags in by_seed))
         return
-    results, missing, output = collect(RUNS, argv)
-    if missing:
-        fail(f"not finished with these settings: {', '.join(missing)}; bash run_all.sh with the same flags runs them")
-    if line := mixed_hardware(results):
+    runs = {name: [] for name in RUNS}
+    for seed, flags in zip(seeds, by_seed):
+        results, missing, output = collect(RUNS, flags)
+        if missing:
+            fail(f"not finished with these settings and seed {seed}: {', '.join(missing)}; bash run_all.sh with the "
+                 "same flags runs them")
+        for name in RUNS:
+            runs[name].append(results[name])
+    if line := mixed_hardware([run for name in runs for run in runs[name]]):
         fail(line)
-    text = json.dumps(results, indent=1) + "\n"
+    comparison = {name: combine(runs[name], runs["full_ft"]) for name in RUNS}
+    text = json.dumps(comparison, indent=1) + "\n"
     write_whole(output / "metrics" / "comparison.json", lambda part: part.write_text(text))
+    write_csv(output / "metrics" / "predictions.csv", prediction_rows(runs))
     from plots import draw  # matplotlib is slow to import
     draw(output)
 

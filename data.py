@@ -152,15 +152,17 @@ class Encoded:
     usable     the row numbers that may be trained on
     collate    row numbers -> the model's inputs
     predict    the model's output for some rows -> a list of one prediction a row
-    score      the predictions for all rows -> {measure: value}
+    pairs      the predictions for all rows -> a list of (truth, answer), one a sentence or question
+    score      these pairs -> {measure: value}
     """
 
-    def batches(self, batch_size, rng=None):
+    def batches(self, batch_size, rng=None, by_length=True):
         """Arrays of row numbers, each row in exactly one batch, rows of one length together: 0.5 % of the tokens
         are padding instead of the 48 % of random batches (movies, batch 32). With `rng` (numpy Generator), for
         training: only usable rows, those of equal length shuffled before batching, and the batches after it."""
         order = np.arange(len(self.ids)) if rng is None else rng.permutation(self.usable)
-        order = order[np.argsort(self.lengths[order], kind="stable")]
+        if by_length:
+            order = order[np.argsort(self.lengths[order], kind="stable")]
         batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
         if rng is not None:
             rng.shuffle(batches)
@@ -192,7 +194,12 @@ class Sentences(Encoded):
         """The most probable label of each row."""
         return out.logits.argmax(-1).tolist()
 
-    def score(self, predictions):
+    def pairs(self, predictions):
+        """[(label, predicted label)], one a sentence."""
+        return list(zip(self.labels.tolist(), predictions))
+
+    def score(self, pairs):
         """{f1_macro, accuracy}, in [0, 1]."""
-        return {"f1_macro": f1_score(self.labels, predictions, average="macro"),
-                "accuracy": accuracy_score(self.labels, predictions)}
+        labels, predictions = zip(*pairs)
+        return {"f1_macro": f1_score(labels, predictions, average="macro"),
+                "accuracy": accuracy_score(labels, predictions)}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def dropout_mask(x, p):
@@ -36,7 +37,7 @@ def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *
     """softmax(Q K^T / sqrt(d) + mask) V with our dropout; Q, K, V (batch, heads, tokens, d)."""
     scores = (query * scaling) @ key.transpose(2, 3)  # (batch, heads, tokens, tokens)
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores = scores + attention_mask.to(scores.dtype)  # the mask is fp32, and so would everything after it be
     weights = scores.softmax(-1)
     if dropout > 0:
         weights = weights * dropout_mask(weights, dropout)
@@ -58,23 +59,26 @@ def cls_forward(layer, hidden, attention_mask=None, *_, **__):
     def heads(x):
         return x.unflatten(-1, (attention_module.num_attention_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, d)
 
-    context, _ = attention(attention_module, heads(attention_module.query(cls)), heads(attention_module.key(hidden)),
-                           heads(attention_module.value(hidden)),
-                           None if attention_mask is None else attention_mask[:, :, :1], attention_module.scaling,
-                           attention_module.dropout.p if layer.training else 0.0)
+    attend = ALL_ATTENTION_FUNCTIONS[attention_module.config._attn_implementation]
+    context, _ = attend(attention_module, heads(attention_module.query(cls)), heads(attention_module.key(hidden)),
+                        heads(attention_module.value(hidden)),
+                        None if attention_mask is None else attention_mask[:, :, :1],
+                        scaling=attention_module.scaling,
+                        dropout=attention_module.dropout.p if layer.training else 0.0)
     a = layer.attention.output(context.flatten(2), cls)  # (batch, 1, hidden)
     return layer.output(layer.intermediate(a), a)
 
 
-def install(model):
+def install(model, without=()):
     """Make a BertForSequenceClassification or BertForQuestionAnswering fast in place. The weights and their names
-    stay as they are."""
-    model.set_attn_implementation("fast_cpu")
-    if model.bert.pooler is not None:  # a classifier; question answering reads every token
+    stay as they are. without: names of settings.TRICKS to leave out."""
+    if "cls_only" not in without and model.bert.pooler is not None:  # question answering reads every token
         last = model.bert.encoder.layer[-1]
         last.forward = functools.partial(cls_forward, last)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Dropout:
-                setattr(module, name, Dropout(child.p))
-    model.train(model.training)  # new modules start in training mode
+    if "cheap_dropout" not in without:
+        model.set_attn_implementation("fast_cpu")
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Dropout:
+                    setattr(module, name, Dropout(child.p))
+        model.train(model.training)  # new modules start in training mode

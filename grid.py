@@ -4,12 +4,11 @@
 `python grid.py` brings together what is finished and names what is not. Other flags are train.py's.
 """
 import contextlib
-import csv
 import json
 import statistics
 import sys
 
-from compare import collect, commands, given, mixed_hardware, read_json
+from compare import collect, commands, given, mixed_hardware, read_json, write_csv
 from fetch import model_folder
 from settings import DEFAULT_MODEL, fail, make_parser, model_of, settings_of, write_whole
 
@@ -50,15 +49,6 @@ def best_of(rows):
             if any(row["method"] == method for row in rows)]
 
 
-def write_csv(path, rows):
-    def write(part):
-        with open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    write_whole(path, write)
-
-
 def check_same_study(path, argv):
     """End if grid.json at `path` is of another task, model, seed or setting than the flags: it would be overwritten."""
     there = read_json(path) if path.exists() else {}
@@ -96,6 +86,8 @@ def main(argv):
     results, missing, output = collect(RUNS, argv)
     if not results:
         fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
+    for result in results.values():
+        del result["test_predictions"]  # they stay in the runs' own files
     text = json.dumps(results, indent=1) + "\n"
     write_whole(merged, lambda part: part.write_text(text))
     rows = rows_of(results)
@@ -104,7 +96,7 @@ def main(argv):
     write_csv(output / "metrics" / "grid_statistics.csv", statistics_of(rows))
     from plots import draw_grid  # matplotlib is slow to import
     draw_grid(output)
-    if line := mixed_hardware(results):
+    if line := mixed_hardware(results.values()):
         print(f"warning: the minutes do not compare: {line}", file=sys.stderr)
     if missing:
         print(f"{len(missing)} of {len(RUNS)} runs are missing: {', '.join(missing)}")

@@ -14,6 +14,8 @@
 The head is the same nn.Linear in all of them: on BERT's pooled [CLS] for sentences, on every token for questions (start
 and end). The pooler is part of BERT: only `full` trains it, and question answering has none.
 """
+from torch import nn
+
 from adapters import inject_adapters
 from lora import DoRALinear, LoRALinear, inject_lora
 from settings import fail
@@ -34,12 +36,17 @@ TRAINS = {
 def apply_method(model, s, compute_dtype):
     """Turn a fresh BertForSequenceClassification or BertForQuestionAnswering into the method of the settings `s`.
 
-    compute_dtype: the type in which 4-bit weights are multiplied. Draws from torch's global generator only after the
+    compute_dtype: the type in which frozen weights are multiplied, autocast's or fp32. Draws from torch's global generator only after the
     head was made, so all methods start from the same head.
     """
     if s["method"] in ("qlora", "qdora"):
         from quant import quantize_encoder  # bitsandbytes is slow to import and needed here only
         quantize_encoder(model, compute_dtype)
+    elif s["method"] != "full" and "half_weights" not in s.get("without", ()):
+        # Autocast rounds a frozen weight to this type in every step, to the same bits: so once is enough.
+        for module in model.bert.encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.to(compute_dtype)
     if s["method"] in ("lora", "qlora"):
         inject_lora(model, LoRALinear, s["r"], s["alpha"], s["dropout"])
     if s["method"] in ("dora", "qdora"):

@@ -3,13 +3,13 @@
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/ (default: beside this file)
 """
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from grid import METHODS, RUNS, best_of, rows_of, statistics_of
 from settings import fail, short
@@ -29,24 +29,33 @@ plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axe
                      "axes.spines.right": False, "axes.axisbelow": True, "figure.constrained_layout.use": True})
 
 
-def label(name, run):
-    s = run["settings"]
+def label(name, entry):
+    s = entry["runs"][0]["settings"]
     size = f" {s['placement'].capitalize()} {s['bottleneck'] or 'h/%d' % s['reduction']}" if name == "adapter" else ""
     return STYLE[name][0] + size
 
 
 def study(runs):
-    """One line that says what was compared on what."""
-    run = next(iter(runs.values()))
+    """One line that says what was compared on what, from a list of runs."""
+    run = runs[0]
     s, rows, what = run["settings"], run["rows"], "questions" if "stride" in run["settings"] else "sentences"
     task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
-    devices = " and ".join(sorted({r["environment"]["device"] for r in runs.values()}))
+    devices = " and ".join(sorted({r["environment"]["device"] for r in runs}))
+    seeds = sorted({r["settings"]["seed"] for r in runs})
+    seeds = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} (n = {len(seeds)})"
     return (f"{s['model']} on {task} ({rows['train']:,} training, {rows['test']:,} test {what}), "
-            f"seed {s['seed']} (n = 1), {devices}, amp {run['environment']['amp']}")
+            f"{seeds}, {devices}, amp {run['environment']['amp']}")
 
 
-def caption(runs):
-    return study(runs) + "; ± is the standard deviation over the epochs"
+def study_of(entries):
+    return study([run for entry in entries.values() for run in entry["runs"]])
+
+
+def caption(entries):
+    n = entries["full_ft"]["n"]
+    return (study_of(entries) + ("; ± is the standard deviation over the seeds, for the time over all epochs" if n > 1
+                                 else "; ± is the standard deviation over the epochs")
+            + "; [ ] is a 95 % interval: paired bootstrap over " + ("seeds and test sentences" if n > 1 else "test sentences"))
 
 
 def save(fig, path):
@@ -54,66 +63,91 @@ def save(fig, path):
     plt.close(fig)
 
 
-def curves(runs, path):
+def curves(entries, path):
     fig, axes = plt.subplots(1, 3, figsize=(12, 4))
     for ax, key, title in zip(axes, ("train_loss", "validation_loss", "validation_f1_macro"),
                               ("training loss (nats)", "validation loss (nats)", "validation macro-F1")):
-        for name, run in runs.items():
+        for name, entry in entries.items():
             _, color, marker = STYLE[name]
-            epochs = [h["epoch"] for h in run["history"]]
-            ax.plot(epochs, [h[key] for h in run["history"]], color=color, marker=marker, label=label(name, run))
+            values = np.array([[h[key] for h in run["history"]] for run in entry["runs"]])  # (seeds, epochs)
+            epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
+            ax.plot(epochs, mean, color=color, marker=marker, label=label(name, entry))
+            ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
         ax.set(title=title, xlabel="epoch", xticks=epochs)
     axes[0].legend(fontsize=9)
-    fig.suptitle(study(runs), fontsize=10)
+    band = "; mean over the seeds, band from the lowest to the highest" if entries["full_ft"]["n"] > 1 else ""
+    fig.suptitle(study_of(entries) + band, fontsize=9)
     save(fig, path)
 
 
-def bars(runs, values, errors, digits, xlabel, path):
-    """One horizontal bar a method: values and errors in the unit that xlabel names; errors may be None."""
+def bars(entries, values, errors, digits, xlabel, path):
+    """One horizontal bar a method: values and errors (None: no error bar) in the unit that xlabel names."""
     fig, ax = plt.subplots(figsize=(8, 3.2))
-    names = list(runs)
-    ax.barh(range(len(names)), values, xerr=errors, color=[STYLE[n][1] for n in names], ecolor="#888888", capsize=4,
-            height=0.65)
-    for y, value in enumerate(values):
-        ax.annotate(f"{value:.{digits}f}", (value + (errors[y] if errors else 0), y), xytext=(6, 0),
-                    textcoords="offset points", va="center")
-    ax.set_yticks(range(len(names)), [label(n, runs[n]) for n in names])
+    names, errors = list(entries), [error or 0 for error in errors]
+    ax.barh(range(len(names)), values, xerr=errors if any(errors) else None, color=[STYLE[n][1] for n in names],
+            ecolor="#888888", capsize=4, height=0.65)
+    for y, (value, error) in enumerate(zip(values, errors)):
+        ax.annotate(f"{value:.{digits}f}", (value + error, y), xytext=(6, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(names)), [label(n, entries[n]) for n in names])
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(xlabel)
-    fig.suptitle(study(runs), fontsize=9)
+    fig.suptitle(study_of(entries), fontsize=8)
     save(fig, path)
 
 
-def peak_memory(runs):
-    """(values in GB, what they are): GPU memory where there was a GPU, else the whole process's resident memory."""
-    if all(run["peak_vram_gb"] is not None for run in runs.values()):
-        return [run["peak_vram_gb"] for run in runs.values()], "peak GPU memory (GB)"
-    return [run["peak_rss_gb"] for run in runs.values()], "peak resident memory (GB)"
+def loss_against_full(entries, path):
+    """Macro-F1 minus that of full fine-tuning: the mean, its 95 % interval, and every seed's own difference."""
+    fig, ax = plt.subplots(figsize=(8, 3))
+    names = [name for name in entries if name != "full_ft"]
+    full = [run["f1_macro"] for run in entries["full_ft"]["runs"]]
+    ax.axvline(0, color=STYLE["full_ft"][1], linewidth=1)
+    for y, name in enumerate(names):
+        _, color, marker = STYLE[name]
+        vs = entries[name]["vs_full"]
+        ax.plot([vs["low"], vs["high"]], [y, y], color=color, linewidth=2)
+        ax.plot(vs["points"], y, marker, color=color, markersize=9)
+        for run, baseline in zip(entries[name]["runs"], full):
+            ax.plot(100 * (run["f1_macro"] - baseline), y + 0.25, "|", color=color, markersize=8)
+    ax.set_yticks(range(len(names)), [label(name, entries[name]) for name in names])
+    ax.invert_yaxis()
+    ax.margins(y=0.15)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("test macro-F1 against full fine-tuning (points), 95 % interval; |: one seed")
+    fig.suptitle(study_of(entries), fontsize=8)
+    save(fig, path)
 
 
-def epoch_seconds(run):
-    """(mean, sample standard deviation or 0 for a single epoch) of the training seconds of an epoch."""
-    seconds = [h["seconds"] for h in run["history"]]
-    return statistics.mean(seconds), statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+def memory_key(entries):
+    """The GPU's peak where there was a GPU, else that of the whole process."""
+    on_gpu = all(entry["peak_vram_gb"] is not None for entry in entries.values())
+    return ("peak_vram_gb", "peak GPU memory (GB)") if on_gpu else ("peak_rss_gb", "peak resident memory (GB)")
 
 
-def table(runs):
+def plus_minus(entry, key, digits):
+    std = entry[f"{key}_std"]
+    return f"{entry[key]:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def points(vs):
+    return "" if vs is None else f"{vs['points']:+.1f} [{vs['low']:+.1f}, {vs['high']:+.1f}]"
+
+
+def table(entries):
     """(header, rows) of the summary, as strings."""
-    memory, what = peak_memory(runs)
-    header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", "test\nmacro-F1",
-              "vs full\n(points)", "accuracy", "best\nepoch", "s per epoch", what.replace("memory", "\nmemory")]
+    key, what = memory_key(entries)
+    header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", "n", "test\nmacro-F1",
+              "vs full (points)", "accuracy", "best\nepochs", "s per epoch", what.replace("memory", "\nmemory")]
     rows = []
-    for (name, run), gb in zip(runs.items(), memory):
-        mean, std = epoch_seconds(run)
-        kinds = run["trainable_by_kind"]
+    for name, entry in entries.items():
+        kinds = entry["trainable_by_kind"]
         parts = "/".join(f" {kinds[kind]:,} " for kind in ("method", "layer_norm", "head")).strip()
-        rows.append([label(name, run), f"{run['settings']['lr']:g}", f"{run['trainable_params']:,}",
-                     parts if name != "full_ft" else "everything",
-                     f"{run['trainable_pct']:.2f}", f"{run['f1_macro']:.4f}",
-                     f"{100 * (run['f1_macro'] - runs['full_ft']['f1_macro']):+.1f}", f"{run['accuracy']:.4f}",
-                     f"{run['best_epoch']} of {len(run['history'])}", f"{mean:.1f} ± {std:.1f}", f"{gb:.2f}"])
+        rows.append([label(name, entry), short(entry["runs"][0]["settings"]["lr"]), f"{entry['trainable_params']:,}",
+                     parts if name != "full_ft" else "everything", f"{entry['trainable_pct']:.2f}", f"{entry['n']}",
+                     plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]), plus_minus(entry, "accuracy", 4),
+                     ", ".join(map(str, entry["best_epoch"])), plus_minus(entry, "epoch_time_s", 1),
+                     plus_minus(entry, key, 2)])
     return header, rows
 
 
@@ -123,13 +157,13 @@ def markdown_table(header, rows):
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def markdown(runs):
-    return markdown_table(*table(runs)) + f"\n{caption(runs)}.\n"
+def markdown(entries):
+    return markdown_table(*table(entries)) + f"\n{caption(entries)}.\n"
 
 
-def summary(runs, path):
-    header, rows = table(runs)
-    fig, ax = plt.subplots(figsize=(13, 2.6))
+def summary(entries, path):
+    header, rows = table(entries)
+    fig, ax = plt.subplots(figsize=(16, 2.6))
     ax.axis("off")
     drawn = ax.table(cellText=rows, colLabels=header, loc="center", cellLoc="right", colLoc="right")
     drawn.auto_set_font_size(False)
@@ -141,8 +175,8 @@ def summary(runs, path):
         if row == 0:
             cell.set_text_props(weight="bold")
         elif column == 0:
-            cell.set_text_props(color=STYLE[list(runs)[row - 1]][1], weight="bold")
-    ax.set_title(caption(runs), fontsize=10)
+            cell.set_text_props(color=STYLE[list(entries)[row - 1]][1], weight="bold")
+    ax.set_title(caption(entries), fontsize=10)
     save(fig, path)
 
 
@@ -150,15 +184,16 @@ def draw(output):
     """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the table."""
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    runs = json.loads((output / "metrics" / "comparison.json").read_text())
-    curves(runs, figures / "curves.png")
-    memory, what = peak_memory(runs)
-    bars(runs, memory, None, 2, what, figures / "memory.png")
-    means, stds = zip(*map(epoch_seconds, runs.values()))
-    bars(runs, means, stds, 1, "training time per epoch (s) and its standard deviation over the epochs",
-         figures / "epoch_time.png")
-    summary(runs, figures / "summary.png")
-    text = markdown(runs)
+    entries = json.loads((output / "metrics" / "comparison.json").read_text())
+    curves(entries, figures / "curves.png")
+    loss_against_full(entries, figures / "loss_against_full.png")
+    for key, xlabel, digits, file in ((*memory_key(entries), 2, "memory.png"),
+                                      ("epoch_time_s", "training time per epoch (s)", 1, "epoch_time.png")):
+        means, stds = zip(*((entry[key], entry[f"{key}_std"]) for entry in entries.values()))
+        spread = "" if not any(stds) else ", ± standard deviation over the " + ("epochs" if "time" in key else "seeds")
+        bars(entries, means, stds, digits, xlabel + spread, figures / file)
+    summary(entries, figures / "summary.png")
+    text = markdown(entries)
     (figures / "summary.md").write_text(text, encoding="utf-8")
     print(text + f"figures are in {figures}")
 
@@ -175,7 +210,7 @@ def grid_markdown(runs):
         f" ({line[f'{key}_min']:.2f} to {line[f'{key}_max']:.2f})" for key in ("f1", "exact_match", "minutes")]
         for line in statistics_of(rows)]
     missing = [name for name in RUNS if name not in runs]
-    return (f"All {len(runs)} runs by F1: {study(runs)}.\n\n" + markdown_table(header, cells)
+    return (f"All {len(runs)} runs by F1: {study(list(runs.values()))}.\n\n" + markdown_table(header, cells)
             + (f"\nMissing: {', '.join(missing)}.\n" if missing else "")
             + "\nBy method, mean ± standard deviation (min to max) over the n configurations, not over seeds:\n\n"
             + markdown_table(["method", "n", "F1 (%)", "exact match (%)", "training (min)"], spread)
@@ -195,7 +230,7 @@ def grid_bars(runs, path):
     ax.margins(x=0.08, y=0.02)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("test F1 (%)")
-    fig.suptitle(study(runs), fontsize=9)
+    fig.suptitle(study(list(runs.values())), fontsize=9)
     save(fig, path)
 
 
@@ -211,7 +246,7 @@ def grid_boxes(runs, path):
             ax.plot([x] * len(own), own, STYLE[method][2], color=STYLE[method][1], alpha=0.8)
         ax.set_xticks(range(1, len(methods) + 1), methods)
         ax.set(title=title)
-    fig.suptitle(study(runs) + "\none marker a run (epochs and learning rates differ)", fontsize=9)
+    fig.suptitle(study(list(runs.values())) + "\none marker a run (epochs and learning rates differ)", fontsize=9)
     save(fig, path)
 
 
@@ -226,7 +261,7 @@ def grid_time(runs, path):
                     fillstyle="full" if lr > 1e-4 else "none", label=f"{name}, {short(lr)}" if own else None)
     ax.set(xlabel="training time (min, evaluation excluded)", ylabel="test F1 (%)", xlim=(0, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
-    fig.suptitle(study(runs), fontsize=9)
+    fig.suptitle(study(list(runs.values())), fontsize=9)
     save(fig, path)
 
 

@@ -232,12 +232,15 @@ class Windows(Encoded):
             answers.append((score, context[offsets[i][0]:offsets[j][1]] if score > -np.inf else ""))
         return answers
 
-    def score(self, predictions):
-        """{f1, exact_match} in percent, from one (score, answer) a window: the best window answers the question, and
-        the reference that fits best counts."""
+    def pairs(self, predictions):
+        """[(references, answer)], one a question, from one (score, answer) a window: the best window answers."""
         best = {}
         for question, prediction in zip(self.question, predictions):
             best[question] = max(best.get(question, prediction), prediction)
-        return {name: 100 * float(np.mean([max(measure(best[i][1], answer) for answer in q.answers)
-                                           for i, q in enumerate(self.questions)]))
+        return [(q.answers, best[i][1]) for i, q in enumerate(self.questions)]
+
+    def score(self, pairs):
+        """{f1, exact_match} in percent; the reference that fits best counts."""
+        return {name: 100 * float(np.mean([max(measure(answer, reference) for reference in references)
+                                           for references, answer in pairs]))
                 for name, measure in (("f1", f1), ("exact_match", exact_match))}

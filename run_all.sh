@@ -2,16 +2,20 @@
 # The five-way comparison from nothing: environment, model, data, five trainings, numbers and figures.
 #
 #   bash run_all.sh        the default: a small BERT on 8,070 movie sentences, two CPU cores are enough
+#   bash run_all.sh --seeds 42 43 44        the same with three seeds each, for the spread
 #   bash run_all.sh --task sst2 --model bert-base-uncased --output results/sst2     the full-size study, for a GPU
 #
-# All arguments go to every run (python train.py --help). Finished runs are skipped, so that an interrupted study goes on
+# All other arguments go to every run (python train.py --help). Finished runs are skipped, so that an interrupted study goes on
 # where it was cut when the same command is given again.
 set -euo pipefail
 # shellcheck source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 for flag in "$@"; do
-  case "$flag" in -h | --help) exec "$python" "$here/train.py" --help ;; esac
+  case "$flag" in -h | --help)
+    echo "run_all.sh runs the five methods, with --seeds N N N each of them once a seed. All other flags are train.py's:"
+    exec "$python" "$here/train.py" --help ;;
+  esac
 done
 runs="$("$python" "$here/compare.py" --list "$@")"
 while read -r run; do

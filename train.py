@@ -29,8 +29,10 @@ from transformers import (AutoConfig, AutoTokenizer, BertForQuestionAnswering, B
                           get_linear_schedule_with_warmup)
 
 import data
+import distributed
 import fast
 import qa
+from distributed import RANK, WORLD, gather
 from fetch import model_folder
 from methods import HEAD, apply_method, count_params, trained_tensors
 
@@ -99,27 +101,29 @@ def to_device(inputs, device):
 
 @torch.no_grad()
 def evaluate(model, split, device, amp):
-    """{loss (mean per row), and the split's own scores} of the model on an Encoded split."""
+    """({loss (mean per row), and the split's own scores}, [(truth, answer)]) of the model on an Encoded split."""
     model.eval()
-    loss, predictions = 0.0, [None] * len(split.ids)
-    for rows in split.batches(EVAL_BATCH):
+    loss, predictions = 0.0, {}
+    for rows in split.batches(EVAL_BATCH)[RANK::WORLD]:
         with amp:
             out = model(**to_device(split.collate(rows), device))
         loss += out.loss.item() * len(rows)
-        for row, prediction in zip(rows, split.predict(out, rows)):
-            predictions[row] = prediction
-    return {"loss": loss / len(predictions), **split.score(predictions)}
+        predictions.update(zip(rows.tolist(), split.predict(out, rows)))
+    losses, parts = zip(*gather((loss, predictions)))
+    predictions = {row: prediction for part in parts for row, prediction in part.items()}
+    pairs = split.pairs([predictions[row] for row in range(len(split.ids))])
+    return {"loss": sum(losses) / len(split.ids), **split.score(pairs)}, pairs
 
 
 def show(scores):
     return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
-def make_optimizer(trained, lr):
+def make_optimizer(trained, lr, fused=True):
     """AdamW over a list of tensors; biases and LayerNorms, the one-dimensional ones, are not decayed."""
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 
 def git_commit():
@@ -135,16 +139,16 @@ def git_commit():
 def environment(device, dtype):
     """What made the numbers, besides the settings."""
     threads = torch.get_num_threads()
-    cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return {"device": f"{WORLD} x {name}" if WORLD > 1 else name,
             "amp": str(dtype).removeprefix("torch.") if dtype else "off", "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__,
             "bitsandbytes": version("bitsandbytes"), "git_commit": git_commit()}
 
 
 def main(args):
-    s = args.settings
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    s, without = args.settings, args.settings.get("without", ())
+    device = distributed.join()
     dtype = amp_dtype(s["amp"], device)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -158,8 +162,11 @@ def main(args):
         fail(f"--max-length {s['max_length']}: {s['model']} reads {longest} tokens at most")
     apply_method(model, s, dtype or torch.float32)
     if device.type == "cpu":
-        fast.install(model)
+        fast.install(model, without)
     model.to(device)
+    replica = distributed.parallel(model)
+    if RANK > 0:
+        torch.manual_seed(s["seed"] + RANK)  # dropout masks of its own
     params = count_params(model)
     kinds = ", ".join(f"{kind} {n:,}" for kind, n in params["trainable_by_kind"].items() if n)
     print(f"{s['method']}: {params['trainable_params']:,} of {params['total_params']:,} parameters train "
@@ -174,7 +181,7 @@ def main(args):
     steps_per_epoch = math.ceil(len(train.usable) / s["batch_size"])
     total_steps = min(s["epochs"] * steps_per_epoch, s["max_steps"] or math.inf)
     trained = list(trained_tensors(model).values())
-    optimizer = make_optimizer(trained, s["lr"])
+    optimizer = make_optimizer(trained, s["lr"], fused="fused_adamw" not in without)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(s["warmup"] * total_steps), total_steps)
     amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)  # otherwise it does nothing
@@ -183,13 +190,15 @@ def main(args):
     history = []
     for epoch in range(1, math.ceil(total_steps / steps_per_epoch) + 1):
         model.train()
-        batches = train.batches(s["batch_size"], rng)[:total_steps - (epoch - 1) * steps_per_epoch]
+        batches = train.batches(s["batch_size"], rng, "length_groups" not in without)
+        batches = batches[:total_steps - (epoch - 1) * steps_per_epoch]
         total_loss, start = torch.zeros((), device=device), time.perf_counter()
-        for batch in tqdm(batches, desc=f"epoch {epoch}/{s['epochs']}", unit="step", mininterval=1):
-            for piece in np.array_split(batch, min(s["accumulation"], len(batch))):  # gradients of the pieces add up
+        for batch in tqdm(batches, desc=f"epoch {epoch}/{s['epochs']}", unit="step", mininterval=1, disable=RANK > 0):
+            for piece in np.array_split(batch[RANK::WORLD], s["accumulation"]):  # gradients of the pieces add up
+                weight, piece = len(piece) / len(batch), piece if len(piece) else batch[:1]  # all must take part
                 with amp:
-                    loss = model(**to_device(train.collate(piece), device)).loss * (len(piece) / len(batch))
-                scaler.scale(loss).backward()
+                    loss = replica(**to_device(train.collate(piece), device)).loss * weight
+                scaler.scale(loss * WORLD).backward()  # times WORLD, since gradients are averaged over the processes
                 total_loss += loss.detach() * len(batch)
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained, CLIP_NORM)
@@ -197,28 +206,35 @@ def main(args):
             scaler.update()
             schedule.step()
             optimizer.zero_grad()
-        loss = total_loss.item() / sum(map(len, batches))  # .item() waits for the GPU: only then the clock is right
-        seconds = time.perf_counter() - start
+        total_loss = sum(gather(total_loss.item()))  # .item() waits for the GPU: only then the clock is right
+        loss, seconds = total_loss / sum(map(len, batches)), time.perf_counter() - start
 
-        scores = evaluate(model, validation, device, amp)
+        scores, _ = evaluate(model, validation, device, amp)
         history.append({"epoch": epoch, "train_loss": loss, "seconds": seconds,
                         **{f"validation_{name}": value for name, value in scores.items()}})
         print(f"epoch {epoch}: train loss {loss:.4f}, validation {show(scores)}, {seconds:.1f} s")
         best = max(history, key=lambda h: h[f"validation_{train.metric}"])  # the first of equals
-        if best is history[-1]:
+        if best is history[-1] and RANK == 0:
             write_whole(args.checkpoint, lambda part: save_file(trained_tensors(model), part))
 
     # Only the best epoch sees the test rows, once. The frozen tensors are not in the file and did not change.
-    model.load_state_dict(load_file(args.checkpoint, device=str(device)), strict=False)
-    scores = evaluate(model, test, device, amp)
+    if RANK == 0:
+        model.load_state_dict(load_file(args.checkpoint, device=str(device)), strict=False)
+    distributed.share([p.data for p in trained])  # the file is perhaps on another machine
+    scores, pairs = evaluate(model, test, device, amp)
     del scores["loss"]  # of test questions without a known place it is none
     seconds = [h["seconds"] for h in history]
+    peak_vram = max(gather(torch.cuda.max_memory_allocated())) if device.type == "cuda" else None
+    peak_rss = max(gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)) * RSS_UNIT  # of the largest process
+    del replica  # before leave(): its destructor may otherwise wait for a Gloo thread that waits for Python's lock
+    distributed.leave()
+    if RANK > 0:
+        return
     result = {**params, **scores, "best_epoch": best["epoch"],
               "epoch_time_s": float(np.mean(seconds)), "train_time_s": sum(seconds),
-              "peak_vram_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
-              "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9,
+              "peak_vram_gb": peak_vram and peak_vram / 1e9, "peak_rss_gb": peak_rss / 1e9,
               "history": history, "label_names": task.label_names, "splits": task.note,
-              "rows": rows, "settings": s, "environment": environment(device, dtype)}
+              "rows": rows, "settings": s, "environment": environment(device, dtype), "test_predictions": pairs}
     write_whole(args.result, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     print(f"test {show(scores)} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, wrote {args.result}")
 

@@ -10,12 +10,13 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run, train
+from conftest import ROOT, one_line_error, run, settings, train
 from safetensors.torch import load_file
 
 import train as train_module
 from methods import trained_tensors
-from settings import parse_args, write_whole
+from compare import RUNS as RUN_FLAGS
+from settings import TRICKS, parse_args, result_path, write_whole
 
 RUNS = ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
 
@@ -37,11 +38,14 @@ def test_run_all_leaves_the_comparison(study):
     assert done.returncode == 0, done.stderr
     comparison = json.loads((output / "metrics" / "comparison.json").read_text())
     assert list(comparison) == RUNS
-    for r in comparison.values():
-        assert r["trainable_params"] == sum(r["trainable_by_kind"].values())
-        assert r["trainable_pct"] == pytest.approx(100 * r["trainable_params"] / r["total_params"])
+    for entry in comparison.values():
+        assert entry["trainable_params"] == sum(entry["trainable_by_kind"].values())
+        assert entry["trainable_pct"] == pytest.approx(100 * entry["trainable_params"] / entry["total_params"])
+        r, = entry["runs"]
+        assert all(entry[key] == r[key] and entry[f"{key}_std"] is None for key in ("f1_macro", "accuracy", "peak_rss_gb"))
+        assert (entry["n"], entry["seeds"], entry["best_epoch"]) == (1, [42], [r["best_epoch"]])
         assert 0 <= r["f1_macro"] <= 1 and 0 <= r["accuracy"] <= 1 and r["peak_rss_gb"] > 0.1
-        assert r["epoch_time_s"] == pytest.approx(sum(h["seconds"] for h in r["history"]) / len(r["history"]))
+        assert entry["epoch_time_s"] == r["epoch_time_s"] == pytest.approx(sum(h["seconds"] for h in r["history"]) / len(r["history"]))
         best = max(r["history"], key=lambda h: h["validation_f1_macro"])
         assert r["best_epoch"] == best["epoch"] and len(r["history"]) == 1
         assert {"epoch", "train_loss", "validation_loss", "validation_f1_macro", "validation_accuracy", "seconds"} == set(r["history"][0])
@@ -51,9 +55,9 @@ def test_run_all_leaves_the_comparison(study):
     lora = 6 * 2 * 2 * 384  # layers * (query, value) * (A and B) * hidden, for each unit of rank
     assert counts == [(22_713_986, 770), (8 * lora + 770, 770), (16 * lora + 770, 770), (16 * lora + 770, 770),
                       (12 * (2 * 384 * 64 + 64 + 384) + 13 * 2 * 384 + 770, 770)]
-    for figure in "curves.png", "memory.png", "epoch_time.png", "summary.png":
+    for figure in "curves.png", "loss_against_full.png", "memory.png", "epoch_time.png", "summary.png":
         assert (output / "figures" / figure).stat().st_size > 10_000
-    assert (output / "figures" / "summary.md").read_text() in done.stdout
+    assert (output / "figures" / "summary.md").read_text() in done.stdout and "(n = 1)" in done.stdout
     assert not list(output.rglob("*.part"))
 
 
@@ -73,6 +77,42 @@ def test_second_call_skips_everything(study):
     assert before == {p: p.stat().st_mtime_ns for p in (output / "metrics" / "runs").iterdir()}
 
 
+def test_seeds_are_combined_and_their_predictions_kept(study, tmp_path):
+    """A second seed is made up from the first: full fine-tuning right everywhere, the others always class 0."""
+    output, flags, _ = study
+    shutil.copytree(output / "metrics", tmp_path / "metrics")
+    flags = [str(flag) for flag in flags[:-1]] + [str(tmp_path)]
+    for name in RUNS:
+        first, second = (result_path(tmp_path, settings(*flags, *RUN_FLAGS[name].split(), "--seed", seed)) for seed in (42, 7))
+        run_42 = json.loads(first.read_text())
+        pairs = [(label, label if name == "full_ft" else 0) for label, _ in run_42["test_predictions"]]
+        run_7 = run_42 | {"test_predictions": pairs, "f1_macro": 1.0 if name == "full_ft" else 1 / 3,
+                          "settings": run_42["settings"] | {"seed": 7}}
+        second.write_text(json.dumps(run_7))
+    done = run(sys.executable, ROOT / "compare.py", *flags, "--seeds", 42, 7)
+    assert done.returncode == 0 and "(n = 2)" in done.stdout and "±" in done.stdout, done.stderr
+    comparison = json.loads((tmp_path / "metrics" / "comparison.json").read_text())
+    full, lora = comparison["full_ft"], comparison["lora_r8"]
+    assert full["vs_full"] is None and lora["n"] == 2 and lora["seeds"] == [42, 7]
+    f1s = [r["f1_macro"] for r in lora["runs"]]
+    assert lora["f1_macro"] == pytest.approx(sum(f1s) / 2) and lora["f1_macro_std"] == pytest.approx(abs(f1s[0] - f1s[1]) / 2 ** 0.5)
+    vs = lora["vs_full"]
+    assert vs["points"] == pytest.approx(100 * (lora["f1_macro"] - full["f1_macro"])) and vs["low"] <= vs["points"] <= vs["high"]
+    rows = (tmp_path / "metrics" / "predictions.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    assert len(rows) == 21 and columns == ["label"] + [f"{name}_seed{seed}" for name in RUNS for seed in (42, 7)]
+    for row in rows[1:]:
+        cells = dict(zip(columns, row.split(",")))
+        assert cells["full_ft_seed7"] == cells["label"] and cells["adapter_seed7"] == "0"
+    one_line_error(run(sys.executable, ROOT / "compare.py", *flags, "--seeds", 42, 8), "seed 8", "full_ft", "adapter")
+
+
+@pytest.mark.parametrize("flags, words", [(["--seeds", 1, 1], ["twice"]), (["--seeds", 1, "--seed", 2], ["not both"]),
+                                          (["--seeds", "x"], ["--seeds", "'x'"])])
+def test_bad_seeds(flags, words):
+    one_line_error(run(sys.executable, ROOT / "compare.py", *flags), *words)
+
+
 def test_other_seeds_never_mix_in(study):
     output, flags, _ = study
     one_line_error(run(sys.executable, ROOT / "compare.py", *flags, "--seed", 1), "not finished", "full_ft", "adapter")
@@ -80,7 +120,7 @@ def test_other_seeds_never_mix_in(study):
 
 def test_same_seed_same_numbers_and_accumulation_changes_nothing_that_matters(study, tmp_path):
     output, flags, _ = study
-    expected = json.loads((output / "metrics" / "comparison.json").read_text())["full_ft"]
+    expected = json.loads((output / "metrics" / "comparison.json").read_text())["full_ft"]["runs"][0]
     for extra in [], ["--accumulation", 2]:
         done = train("--method", "full", *flags, *extra, "--output", tmp_path / f"again{len(extra)}")
         assert done.returncode == 0, done.stderr
@@ -91,6 +131,18 @@ def test_same_seed_same_numbers_and_accumulation_changes_nothing_that_matters(st
             assert got["f1_macro"] == expected["f1_macro"] and got["history"][0]["validation_loss"] == expected["history"][0]["validation_loss"]
         else:  # other dropout masks, the same examples: close, not equal
             assert got["history"][0]["train_loss"] == pytest.approx(expected["history"][0]["train_loss"], abs=0.05)
+
+
+def test_a_run_without_any_trick_is_another_run_with_alike_results(study, tmp_path):
+    output, flags, _ = study
+    flags = ["--method", "lora", *flags[:-1], tmp_path, "--without", *TRICKS]
+    done = train(*flags)
+    assert done.returncode == 0, done.stderr
+    path, = (tmp_path / "metrics" / "runs").iterdir()
+    assert not (output / "metrics" / "runs" / path.name).exists()
+    result, usual = (json.loads(p.read_text()) for p in (path, result_path(output, settings(*flags[:-1 - len(TRICKS)]))))
+    assert result["settings"] == usual["settings"] | {"without": sorted(TRICKS)}
+    assert result["history"][0]["train_loss"] == pytest.approx(usual["history"][0]["train_loss"], abs=0.05)
 
 
 def test_killed_run_leaves_no_result_and_goes_on(data_dir, tmp_path):
@@ -136,7 +188,7 @@ def test_the_best_epoch_and_only_that_one_is_tested(data_dir, tmp_path, monkeypa
 
     def falling(model, data, device, dtype):
         seen.append({k: v.detach().clone() for k, v in trained_tensors(model).items()})
-        return {"loss": 0.0, "f1_macro": 1 - len(seen) / 10, "accuracy": 0.0}
+        return {"loss": 0.0, "f1_macro": 1 - len(seen) / 10, "accuracy": 0.0}, []
 
     monkeypatch.setattr(train_module, "evaluate", falling)
     train_module.main(args)
@@ -158,7 +210,7 @@ def test_help_names_every_flag_with_default(program):
     done = run(*program, "--help")
     assert done.returncode == 0 and done.stdout.count("usage:") == 1
     for flag in ("method r alpha dropout placement bottleneck reduction lr epochs batch-size accumulation max-length "
-                 "warmup seed amp max-steps model task data output").split():
+                 "warmup seed amp max-steps without model task data output").split():
         assert f"--{flag} " in done.stdout
     assert done.stdout.count("(default") >= 16
 

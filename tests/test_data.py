@@ -117,6 +117,12 @@ def test_batches_cover_every_row_once_with_little_padding(encoded):
         assert padded < 1.15 * encoded.lengths.sum()
 
 
+def test_batches_without_length_groups_are_random(encoded):
+    batches = encoded.batches(32, np.random.default_rng(1), by_length=False)
+    assert sorted(np.concatenate(batches)) == list(range(333))
+    assert sum(len(b) * encoded.lengths[b].max() for b in batches) > 1.3 * encoded.lengths.sum()
+
+
 def test_order_comes_from_the_seed_and_changes_with_the_epoch(encoded):
     flat = lambda rng: np.concatenate(encoded.batches(32, rng)).tolist()
     rng = np.random.default_rng(1)

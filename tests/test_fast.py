@@ -1,11 +1,11 @@
 """The fast dropout is dropout: right rate, right scale, independent, seeded; the fast attention is attention."""
 import pytest
 import torch
-from conftest import METHODS, build, randomize, tiny_inputs
+from conftest import METHODS, build, randomize, settings, tiny_bert, tiny_inputs
 from torch import nn
 
 import fast
-from methods import trained_tensors
+from methods import apply_method, trained_tensors
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -57,6 +57,48 @@ def test_gradients_are_the_same_without_dropout(pair):
     plain, quick = (trained_tensors(model) for model in pair)
     for name, p in plain.items():
         assert p.grad.any() and torch.allclose(p.grad, quick[name].grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("without", ["cls_only", "cheap_dropout"])
+def test_each_trick_can_be_left_out_and_changes_no_answer(without):
+    model, less = (randomize(build("houlsby")) for _ in range(2))
+    fast.install(model)
+    fast.install(less, [without])
+    assert any(type(m) is nn.Dropout for m in less.modules()) is (without == "cheap_dropout")
+    assert ("forward" in vars(less.bert.encoder.layer[-1])) is (without != "cls_only")
+    for m in model, less:
+        m(**tiny_inputs()).loss.backward()
+    for name, p in trained_tensors(model).items():
+        assert torch.allclose(p.grad, trained_tensors(less)[name].grad, atol=1e-5), name
+    less.train()
+    assert not torch.allclose(less(**tiny_inputs()).logits, less(**tiny_inputs()).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby", "pfeiffer"])
+def test_frozen_weights_in_16_bits_are_what_autocast_computes_with(method):
+    half, single = (tiny_bert() for _ in range(2))
+    for model, without in (half, []), (single, ["--without", "half_weights"]):
+        torch.manual_seed(3)
+        apply_method(model, settings(*METHODS[method], *without), torch.bfloat16)
+    assert {p.dtype for p in half.bert.encoder.parameters()} == {torch.float32, torch.bfloat16}
+    assert {p.dtype for p in single.parameters()} == {p.dtype for p in trained_tensors(half).values()} == {torch.float32}
+    out = []
+    for model in half, single:
+        randomize(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            out.append(model(**tiny_inputs()))
+        out[-1].loss.backward()
+    assert torch.equal(out[0].logits, out[1].logits)
+    for name, p in trained_tensors(half).items():
+        assert p.grad.any() and torch.equal(p.grad, trained_tensors(single)[name].grad), name
+
+
+def test_dora_on_16_bit_weights_starts_as_these_weights():
+    model = tiny_bert()
+    apply_method(model, settings(*METHODS["dora"]), torch.bfloat16)
+    layer = model.bert.encoder.layer[0].attention.self.query
+    assert layer.base.weight.dtype is torch.bfloat16 and layer.magnitude.dtype is torch.float32
+    assert torch.equal(layer.magnitude, layer.row_norms())
 
 
 def test_attention_weights_are_dropped():

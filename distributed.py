@@ -1,0 +1,56 @@
+"""Data-parallel training with torch's own DistributedDataParallel. torchrun starts the processes:
+
+    torchrun --nproc-per-node 2 train.py --method lora
+
+Each process holds the whole model and computes its share of every batch; the gradients are averaged over the processes
+before every step, so that all copies stay equal and take the steps that one process would take. Started without
+torchrun there is one process, and nothing here does anything.
+"""
+import os
+import sys
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+RANK = int(os.environ.get("RANK", 0))  # number of this process among all, on all machines
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+
+
+def join():
+    """Meet the other processes, over NCCL between GPUs and Gloo between CPUs; the torch.device of this one."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    return device
+
+
+def parallel(model):
+    """The model to train with: its gradients are averaged over the processes at the end of every backward pass."""
+    return DistributedDataParallel(model) if WORLD > 1 else model
+
+
+def gather(value):
+    """[value of process 0, value of process 1, ...], in every process; any object that pickle takes."""
+    values = [value]
+    if WORLD > 1:
+        values = [None] * WORLD
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def share(tensors):
+    """Overwrite the tensors of all processes by those of process 0."""
+    if WORLD > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, 0)
+
+
+def leave():
+    if WORLD > 1:
+        distributed.destroy_process_group()
