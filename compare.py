@@ -1,7 +1,7 @@
 """The five runs of the sentence study: their flags, and their results together in metrics/comparison.json.
 
-`python compare.py --list` prints the commands, five for each of --seeds. `python compare.py` finds their results, writes
-the comparison and draws it. Other flags are train.py's, and select the runs that were trained with them.
+`python compare.py --list` prints the commands, five for each of --seeds. `python compare.py` finds their results,
+writes the comparison and draws it. Other flags are train.py's, and select the runs that were trained with them.
 """
 import csv
 import json
@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from settings import Parser, fail, make_parser, number, result_path, settings_of, write_whole
+from settings import Parser, fail, make_parser, number, result_path, settings_of, write_json, write_whole
 
 RUNS = {
     "full_ft": "--method full",
@@ -46,8 +46,6 @@ def collect(runs, argv):
         path = result_path(args.output, settings_of(args))
         if path.exists():
             results[name] = read_json(path)
-            if "test_predictions" not in results[name]:
-                fail(f"{path} is damaged or of an earlier version (no test_predictions); delete it")
         else:
             missing.append(name)
     return results, missing, args.output
@@ -95,9 +93,10 @@ def combine(runs, baseline):
     values["epoch_time_s"] = [h["seconds"] for run in runs for h in run["history"]]
     for key, own in values.items():
         entry[key], entry[f"{key}_std"] = (None, None) if None in own else mean_std(own)
-    labels, *_ = zip(*first["test_predictions"])
-    entry["vs_full"] = None if runs is baseline else paired_bootstrap(
-        labels, *([[predicted for _, predicted in run["test_predictions"]] for run in side] for side in (runs, baseline)))
+    labels = [label for label, _ in first["test_predictions"]]
+    method, full = ([[predicted for _, predicted in run["test_predictions"]] for run in side]
+                    for side in (runs, baseline))
+    entry["vs_full"] = None if runs is baseline else paired_bootstrap(labels, method, full)
     entry["best_epoch"] = [run["best_epoch"] for run in runs]
     return entry | {"runs": [{key: run[key] for key in run if key != "test_predictions"} for run in runs]}
 
@@ -129,12 +128,13 @@ def main(argv):
             fail(f"not finished with these settings and seed {seed}: {', '.join(missing)}; bash run_all.sh with the "
                  "same flags runs them")
         for name in RUNS:
+            if "test_predictions" not in results[name]:
+                fail(f"{output / 'metrics' / 'runs'} has results of an earlier version, without predictions; delete it")
             runs[name].append(results[name])
     if line := mixed_hardware([run for name in runs for run in runs[name]]):
         fail(line)
     comparison = {name: combine(runs[name], runs["full_ft"]) for name in RUNS}
-    text = json.dumps(comparison, indent=1) + "\n"
-    write_whole(output / "metrics" / "comparison.json", lambda part: part.write_text(text))
+    write_json(output / "metrics" / "comparison.json", comparison)
     write_csv(output / "metrics" / "predictions.csv", prediction_rows(runs))
     from plots import draw  # matplotlib is slow to import
     draw(output)

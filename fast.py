@@ -59,7 +59,7 @@ def cls_forward(layer, hidden, attention_mask=None, *_, **__):
     def heads(x):
         return x.unflatten(-1, (attention_module.num_attention_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, d)
 
-    attend = ALL_ATTENTION_FUNCTIONS[attention_module.config._attn_implementation]
+    attend = ALL_ATTENTION_FUNCTIONS.get(attention_module.config._attn_implementation, attention)
     context, _ = attend(attention_module, heads(attention_module.query(cls)), heads(attention_module.key(hidden)),
                         heads(attention_module.value(hidden)),
                         None if attention_mask is None else attention_mask[:, :, :1],

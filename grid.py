@@ -10,7 +10,7 @@ import sys
 
 from compare import collect, commands, given, mixed_hardware, read_json, write_csv
 from fetch import model_folder
-from settings import DEFAULT_MODEL, fail, make_parser, model_of, settings_of, write_whole
+from settings import DEFAULT_MODEL, fail, make_parser, model_of, settings_of, write_json
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora")
 RUNS = {f"{method}_epoch-{epochs}_lr_{lr}":
@@ -57,9 +57,9 @@ def check_same_study(path, argv):
     for name in there:
         held = there[name]["settings"]
         asked = settings_of(make_parser().parse_args(argv + RUNS[name].split()))
-        for key in asked:
-            if held.get(key) != asked[key]:
-                fail(f"{path} holds results of another study ({key} {held.get(key)}, here {asked[key]}); "
+        for key in asked.keys() | held.keys():
+            if held.get(key) != asked.get(key):
+                fail(f"{path} holds results of another study ({key} {held.get(key)}, here {asked.get(key)}); "
                      "give this one an --output of its own")
 
 
@@ -87,9 +87,8 @@ def main(argv):
     if not results:
         fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
     for result in results.values():
-        del result["test_predictions"]  # they stay in the runs' own files
-    text = json.dumps(results, indent=1) + "\n"
-    write_whole(merged, lambda part: part.write_text(text))
+        result.pop("test_predictions", None)  # they stay in the runs' own files
+    write_json(merged, results)
     rows = rows_of(results)
     write_csv(output / "metrics" / "grid_results.csv", rows)
     write_csv(output / "metrics" / "grid_best.csv", best_of(rows))

@@ -56,6 +56,16 @@ class LoRALinear(nn.Module):
             return torch.addmm(frozen_weight(self.base).float(), self.lora_B, self.lora_A, alpha=self.scaling)
 
 
+    def merged(self):
+        """An nn.Linear, in fp32, that does the same."""
+        out_features, in_features = self.lora_B.shape[0], self.lora_A.shape[1]
+        linear = nn.Linear(in_features, out_features, bias=self.base.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.merged_weight())
+        if self.base.bias is not None:
+            linear.bias = nn.Parameter(self.base.bias.detach().float())
+        return linear
+
+
 class DoRALinear(LoRALinear):
     """LoRALinear with a magnitude per output row: trains `magnitude` (out) too, r * (in + out) + out numbers."""
 
@@ -92,3 +102,11 @@ def inject_lora(model, layer_class, r, alpha, dropout):
         attention = layer.attention.self
         attention.query = layer_class(attention.query, r, alpha, dropout)
         attention.value = layer_class(attention.value, r, alpha, dropout)
+
+
+def merge_lora(model):
+    """Fold every LoRALinear and DoRALinear of the model into a plain nn.Linear; where there is none, nothing happens."""
+    for layer in model.bert.encoder.layer:
+        for name, module in list(layer.attention.self.named_children()):
+            if isinstance(module, LoRALinear):
+                setattr(layer.attention.self, name, module.merged())

@@ -36,14 +36,15 @@ TRAINS = {
 def apply_method(model, s, compute_dtype):
     """Turn a fresh BertForSequenceClassification or BertForQuestionAnswering into the method of the settings `s`.
 
-    compute_dtype: the type in which frozen weights are multiplied, autocast's or fp32. Draws from torch's global generator only after the
-    head was made, so all methods start from the same head.
+    compute_dtype: the type in which frozen weights are multiplied, autocast's or fp32. Draws from torch's global
+    generator only after the head was made, so all methods start from the same head.
     """
     if s["method"] in ("qlora", "qdora"):
         from quant import quantize_encoder  # bitsandbytes is slow to import and needed here only
         quantize_encoder(model, compute_dtype)
     elif s["method"] != "full" and "half_weights" not in s.get("without", ()):
-        # Autocast rounds a frozen weight to this type in every step, to the same bits: so once is enough.
+        # Autocast rounds a frozen weight to this type in every step, to the same bits: so once is enough. DoRA's norms
+        # are then those of the rounded weight, which is the one that it multiplies by.
         for module in model.bert.encoder.modules():
             if isinstance(module, nn.Linear):
                 module.to(compute_dtype)

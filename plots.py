@@ -1,4 +1,4 @@
-"""Figures and tables from metrics/comparison.json and metrics/grid.json, and from nothing else.
+"""Figures and tables from comparison.json, grid.json and memory.json in metrics/, and from nothing else.
 
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/ (default: beside this file)
 """
@@ -53,9 +53,10 @@ def study_of(entries):
 
 def caption(entries):
     n = entries["full_ft"]["n"]
-    return (study_of(entries) + ("; ± is the standard deviation over the seeds, for the time over all epochs" if n > 1
-                                 else "; ± is the standard deviation over the epochs")
-            + "; [ ] is a 95 % interval: paired bootstrap over " + ("seeds and test sentences" if n > 1 else "test sentences"))
+    spread, drawn = ("seeds, for the time over all epochs", "seeds and test sentences") if n > 1 else \
+        ("epochs", "test sentences")
+    return (f"{study_of(entries)}; ± is the standard deviation over the {spread}; [ ] is a 95 % interval, by a paired "
+            f"bootstrap over {drawn}")
 
 
 def save(fig, path):
@@ -185,6 +186,8 @@ def draw(output):
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     entries = json.loads((output / "metrics" / "comparison.json").read_text())
+    if any("runs" not in entry for entry in entries.values()):
+        fail(f"{output / 'metrics' / 'comparison.json'} is of an earlier version; bash run_all.sh makes it anew")
     curves(entries, figures / "curves.png")
     loss_against_full(entries, figures / "loss_against_full.png")
     for key, xlabel, digits, file in ((*memory_key(entries), 2, "memory.png"),
@@ -278,11 +281,46 @@ def draw_grid(output):
     print(text + f"\nfigures are in {figures}")
 
 
+# The parts of a ledger (memory.py) and Tol's muted colours for them, which no method has.
+PARTS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "kept": "kept for backward"}
+PART_COLORS = dict(zip(PARTS, ("#332288", "#88CCEE", "#44AA99", "#DDCC77")))
+
+
+def ledger_caption(ledger):
+    modules = "the CPU's modules (fast.py)" if ledger["device"] == "cpu" else "Hugging Face's modules on CUDA"
+    return (f"Predicted for {ledger['model']}, batches of {ledger['batch_size']} rows of {ledger['max_length']} tokens, "
+            f"amp {ledger['amp']}, {modules}")
+
+
+def draw_ledger(output):
+    """Draw the stacked bars of output/metrics/memory.json into output/figures/."""
+    ledger = json.loads((output / "metrics" / "memory.json").read_text())
+    rows = ledger["methods"].values()
+    fig, ax = plt.subplots(figsize=(9, 4))
+    left = np.zeros(len(rows))
+    for part, name in PARTS.items():
+        gb = np.array([row[part] for row in rows]) / 1e9
+        ax.barh(range(len(rows)), gb, left=left, color=PART_COLORS[part], label=name, height=0.65)
+        left += gb
+    for y, total in enumerate(left):
+        ax.annotate(f"{total:.2f}", (total, y), xytext=(6, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    ax.invert_yaxis()
+    ax.margins(x=0.08)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("memory in training (GB)")
+    ax.legend(fontsize=9, loc="lower right")
+    fig.suptitle(ledger_caption(ledger), fontsize=9)
+    (output / "figures").mkdir(parents=True, exist_ok=True)
+    save(fig, output / "figures" / "ledger.png")
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    drawings = {"comparison.json": draw, "grid.json": draw_grid}
+    drawings = {"comparison.json": draw, "grid.json": draw_grid, "memory.json": draw_ledger}
     found = [drawing for name, drawing in drawings.items() if (folder / "metrics" / name).exists()]
     if not found:
-        fail(f"{folder / 'metrics'} holds neither comparison.json nor grid.json; bash run_all.sh and run_grid.sh do")
+        fail(f"{folder / 'metrics'} holds no comparison.json, grid.json or memory.json; run_all.sh, run_grid.sh "
+             "and memory.py make them")
     for drawing in found:
         drawing(folder)

@@ -5,15 +5,15 @@
 #   bash run_all.sh --seeds 42 43 44        the same with three seeds each, for the spread
 #   bash run_all.sh --task sst2 --model bert-base-uncased --output results/sst2     the full-size study, for a GPU
 #
-# All other arguments go to every run (python train.py --help). Finished runs are skipped, so that an interrupted study goes on
-# where it was cut when the same command is given again.
+# All other arguments go to every run (python train.py --help). Finished runs are skipped, so that an interrupted study
+# goes on where it was cut when the same command is given again.
 set -euo pipefail
 # shellcheck source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 for flag in "$@"; do
   case "$flag" in -h | --help)
-    echo "run_all.sh runs the five methods, with --seeds N N N each of them once a seed. All other flags are train.py's:"
+    echo "run_all.sh runs the five methods, with --seeds N N N once a seed. All other flags are train.py's:"
     exec "$python" "$here/train.py" --help ;;
   esac
 done

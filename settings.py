@@ -24,17 +24,29 @@ PORTUGUESE_MODEL = "neuralmind/bert-base-portuguese-cased"  # BERTimbau
 SENTENCE_TASKS = ["movies", "sst2", "ag_news"]
 QA_TASKS = ["synthetic", "squad", "squad_pt"]
 
-# What makes training faster than Hugging Face's own modules and batches; --without NAME leaves it out (README, "Speed").
+# What makes training fast, each with the file it is in; --without NAME leaves it out.
 TRICKS = {"length_groups": "batches of one sentence length (data.py)",
           "cheap_dropout": "16 random bits an element (fast.py)",
           "cls_only": "a last layer for [CLS] alone (fast.py)",
           "half_weights": "frozen weights stored in 16 bits (methods.py)",
           "fused_adamw": "AdamW in one pass over memory (train.py)"}
 
+# The eight cases that bench.py and memory.py measure: name, (label, flags).
+CASES = {
+    "full": ("full fine-tuning", "--method full"),
+    "lora_r8": ("LoRA r=8", "--method lora --r 8"),
+    "lora_r16": ("LoRA r=16", "--method lora --r 16"),
+    "qlora": ("QLoRA r=16", "--method qlora --r 16"),
+    "dora": ("DoRA r=16", "--method dora --r 16"),
+    "qdora": ("QDoRA r=16", "--method qdora --r 16"),
+    "adapter": ("adapter Houlsby 64", "--method adapter --placement houlsby --bottleneck 64"),
+    "pfeiffer": ("adapter Pfeiffer 64", "--method adapter --placement pfeiffer --bottleneck 64"),
+}
+
 
 def fail(message):
-    """End with exit status 1 and one line on stderr; under torchrun, from one process of each machine."""
-    sys.exit(f"error: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    """End with one line on stderr and exit status 1."""
+    sys.exit(f"error: {message}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,6 +158,8 @@ def settings_of(args):
     local_model = model != DEFAULT_MODEL and Path(model).is_dir()
     if not local_model and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         fail(f"--model {model}: no such folder")
+    without = set(args.without) - ({"half_weights"} if args.method == "full" else set())  # it has no frozen weights
+    without -= {"cls_only"} if is_qa else set()  # question answering reads every token
     is_adapter = args.method == "adapter"
     is_lora = args.method != "full" and not is_adapter
     return {
@@ -159,7 +173,7 @@ def settings_of(args):
         "lr": args.lr or DEFAULT_LR[args.method][case],
         "epochs": args.epochs, "batch_size": batch_size, "accumulation": args.accumulation, "max_length": max_length,
         "warmup": args.warmup, "seed": args.seed, "amp": args.amp, **({"stride": stride} if is_qa else {}),
-        "max_steps": args.max_steps, **({"without": sorted(set(args.without))} if args.without else {}),
+        "max_steps": args.max_steps, **({"without": sorted(without)} if without else {}),
         "task": args.data.resolve().name if args.data else args.task,
         "data_sha256": fingerprint(args.data) if args.data else None,
         "model": Path(model).resolve().name if local_model else model,
@@ -178,7 +192,8 @@ def run_name(s):
     names a run as its study does: lora_epoch-3_lr_2e-4."""
     tag = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
     size = s["r"] and f"r{s['r']}" or s["reduction"] and f"rf{s['reduction']}" or s["bottleneck"]
-    start = [f"{s['method']}_epoch-{s['epochs']}_lr_{short(s['lr'])}", s["task"]] if "stride" in s else [s["task"], s["method"]]
+    is_qa = "stride" in s
+    start = [f"{s['method']}_epoch-{s['epochs']}_lr_{short(s['lr'])}", s["task"]] if is_qa else [s["task"], s["method"]]
     parts = [*start, s["placement"], size, f"seed{s['seed']}", tag]
     return "_".join(str(part) for part in parts if part)
 
@@ -199,6 +214,10 @@ def write_whole(path, write):
         os.replace(part, path)
     except Exception as e:  # OSError, or safetensors' own for the same causes
         fail(f"cannot write {path}: {e}")
+
+
+def write_json(path, value):
+    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def check_writable(folder):

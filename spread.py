@@ -1,4 +1,4 @@
-"""How far to trust a number: mean and standard deviation over seeds, and a paired bootstrap over seeds and sentences."""
+"""How far to trust a number: mean and standard deviation over seeds, a paired bootstrap over seeds and sentences."""
 import statistics
 
 import numpy as np
@@ -36,7 +36,8 @@ def paired_bootstrap(labels, method, baseline, replicates=REPLICATES, seed=0):
     labels: (sentences,), method, baseline: (seeds, sentences), ints. Returns {points, low, high}: the difference of the
     means over the seeds, and the 2.5 and 97.5 % percentiles over replicates that draw both seeds and sentences with
     replacement, the same ones for both methods (Efron & Tibshirani 1993, chapter 13). With a single seed the interval
-    is over sentences only.
+    is over sentences only; with few seeds it is too narrow, since n resampled seeds vary (n - 1) / n times as much as
+    new ones would.
     """
     labels, method, baseline = (np.asarray(x) for x in (labels, method, baseline))
     n_seeds, n = method.shape

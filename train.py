@@ -4,11 +4,10 @@
 
 The loop is the same for every method: what differs is which tensors exist and which of them train (methods.py).
 """
-from settings import DEFAULT_MODEL, fail, model_of, parse_args, write_whole
+from settings import DEFAULT_MODEL, fail, model_of, parse_args, write_json, write_whole
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that a typo is answered at once
 
-import json
 import logging
 import math
 import platform
@@ -32,7 +31,7 @@ import data
 import distributed
 import fast
 import qa
-from distributed import RANK, WORLD, gather
+from distributed import LOCAL_RANK, RANK, WORLD, gather
 from fetch import model_folder
 from methods import HEAD, apply_method, count_params, trained_tensors
 
@@ -99,6 +98,27 @@ def to_device(inputs, device):
     return inputs
 
 
+def step(model, optimizer, split, batch, device, amp, scaler, accumulation=1):
+    """One optimizer step on a batch, row numbers of an Encoded split. Returns this process's part of the mean loss, a
+    tensor on the device, so that nothing waits for it; the parts of all processes add up."""
+    total_loss = torch.zeros((), device=device)
+    n_pieces = min(accumulation, math.ceil(len(batch) / WORLD))
+    for piece in np.array_split(batch[RANK::WORLD], n_pieces):  # gradients of the pieces add up
+        weight = len(piece) / len(batch)
+        if not len(piece):
+            piece = batch[:1]  # with weight 0: all processes must take part
+        with amp:
+            loss = model(**to_device(split.collate(piece), device)).loss * weight
+        scaler.scale(loss * WORLD).backward()  # times WORLD, since gradients are averaged over the processes
+        total_loss += loss.detach()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP_NORM)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return total_loss
+
+
 @torch.no_grad()
 def evaluate(model, split, device, amp):
     """({loss (mean per row), and the split's own scores}, [(truth, answer)]) of the model on an Encoded split."""
@@ -123,7 +143,7 @@ def make_optimizer(trained, lr, fused=True):
     """AdamW over a list of tensors; biases and LayerNorms, the one-dimensional ones, are not decayed."""
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, fused=fused or None)  # None: torch's default, one operation at a time
 
 
 def git_commit():
@@ -154,19 +174,20 @@ def main(args):
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns for half a minute
 
+    if LOCAL_RANK > 0:
+        distributed.wait()  # until the first process of this machine has downloaded what is missing
     task = (qa if "stride" in s else data).load_task(args)
     print(f"{s['task']}: {task.note}")
     transformers.set_seed(s["seed"])  # random, numpy and torch, CUDA included
     tokenizer, model = load_pretrained(model_of(args), task.label_names)
+    if LOCAL_RANK == 0:
+        distributed.wait()
     if s["max_length"] > (longest := model.config.max_position_embeddings):
         fail(f"--max-length {s['max_length']}: {s['model']} reads {longest} tokens at most")
     apply_method(model, s, dtype or torch.float32)
     if device.type == "cpu":
         fast.install(model, without)
     model.to(device)
-    replica = distributed.parallel(model)
-    if RANK > 0:
-        torch.manual_seed(s["seed"] + RANK)  # dropout masks of its own
     params = count_params(model)
     kinds = ", ".join(f"{kind} {n:,}" for kind, n in params["trainable_by_kind"].items() if n)
     print(f"{s['method']}: {params['trainable_params']:,} of {params['total_params']:,} parameters train "
@@ -180,7 +201,9 @@ def main(args):
         fail("no window holds the whole of its question's answer; try a larger --max-length or --stride")
     steps_per_epoch = math.ceil(len(train.usable) / s["batch_size"])
     total_steps = min(s["epochs"] * steps_per_epoch, s["max_steps"] or math.inf)
-    trained = list(trained_tensors(model).values())
+    replica, trained = distributed.parallel(model), list(trained_tensors(model).values())
+    if RANK > 0:
+        torch.manual_seed(s["seed"] + 2**32 * RANK)  # dropout masks of its own, which no other --seed has
     optimizer = make_optimizer(trained, s["lr"], fused="fused_adamw" not in without)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(s["warmup"] * total_steps), total_steps)
     amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -193,19 +216,10 @@ def main(args):
         batches = train.batches(s["batch_size"], rng, "length_groups" not in without)
         batches = batches[:total_steps - (epoch - 1) * steps_per_epoch]
         total_loss, start = torch.zeros((), device=device), time.perf_counter()
-        for batch in tqdm(batches, desc=f"epoch {epoch}/{s['epochs']}", unit="step", mininterval=1, disable=RANK > 0):
-            for piece in np.array_split(batch[RANK::WORLD], s["accumulation"]):  # gradients of the pieces add up
-                weight, piece = len(piece) / len(batch), piece if len(piece) else batch[:1]  # all must take part
-                with amp:
-                    loss = replica(**to_device(train.collate(piece), device)).loss * weight
-                scaler.scale(loss * WORLD).backward()  # times WORLD, since gradients are averaged over the processes
-                total_loss += loss.detach() * len(batch)
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(trained, CLIP_NORM)
-            scaler.step(optimizer)
-            scaler.update()
+        progress = tqdm(batches, desc=f"epoch {epoch}/{s['epochs']}", unit="step", mininterval=1)
+        for batch in progress if RANK == 0 else batches:
+            total_loss += len(batch) * step(replica, optimizer, train, batch, device, amp, scaler, s["accumulation"])
             schedule.step()
-            optimizer.zero_grad()
         total_loss = sum(gather(total_loss.item()))  # .item() waits for the GPU: only then the clock is right
         loss, seconds = total_loss / sum(map(len, batches)), time.perf_counter() - start
 
@@ -235,7 +249,7 @@ def main(args):
               "peak_vram_gb": peak_vram and peak_vram / 1e9, "peak_rss_gb": peak_rss / 1e9,
               "history": history, "label_names": task.label_names, "splits": task.note,
               "rows": rows, "settings": s, "environment": environment(device, dtype), "test_predictions": pairs}
-    write_whole(args.result, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
+    write_json(args.result, result)
     print(f"test {show(scores)} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, wrote {args.result}")
 
 

@@ -30,10 +30,21 @@ def torchrun(n, *flags):
                *flags, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.fixture
+def many_rows(tmp_path):
+    """80 training, 70 validation and 70 test rows: the last two are three batches of an evaluation each."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for split, n in ("train", 80), ("dev", 70), ("test", 70):
+        rows = [f"a {'good' if i % 2 else 'bad'} film {'that is ' * (i % 5)}number {i * i} of {split}\t{i % 2}" for i in range(n)]
+        (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    return folder
+
+
 @pytest.mark.parametrize("method, extra", [("full", []), ("lora", ["--accumulation", 2]), ("qdora", [])])
-def test_two_processes_take_the_steps_of_one(without_dropout, data_dir, tmp_path, method, extra):
-    """80 rows in batches of 27 leave a last batch of 26, and pieces of uneven and even sizes; 12 rows validate."""
-    flags = ["--method", method, "--model", without_dropout, "--data", data_dir, "--batch-size", 27, "--epochs", 2,
+def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_path, method, extra):
+    """80 rows in batches of 27 leave a last batch of 26, and pieces of uneven and even sizes."""
+    flags = ["--method", method, "--model", without_dropout, "--data", many_rows, "--batch-size", 27, "--epochs", 2,
              "--dropout", 0, "--lr", "1e-3", *extra]
     results, tensors = [], []
     for n in 1, 2:
@@ -48,7 +59,8 @@ def test_two_processes_take_the_steps_of_one(without_dropout, data_dir, tmp_path
     for a, b in zip(one["history"], two["history"], strict=True):
         for key in "train_loss", "validation_loss", "validation_f1_macro":
             assert a[key] == pytest.approx(b[key], abs=1e-5), key
-    assert one["test_predictions"] == two["test_predictions"] and len(two["test_predictions"]) == 12
+    assert one["test_predictions"] == two["test_predictions"] and len(two["test_predictions"]) == 70
+    assert [label for label, _ in two["test_predictions"]] == [i % 2 for i in range(70)]
     assert tensors[0].keys() == tensors[1].keys()
     for name, tensor in tensors[0].items():
         assert torch.allclose(tensor, tensors[1][name], atol=2e-4), name  # a fifth of one step of Adam at 1e-3
@@ -62,7 +74,42 @@ def test_a_last_batch_with_fewer_rows_than_processes(without_dropout, data_dir, 
         done = torchrun(n, *flags, "--output", tmp_path / str(n))
         assert done.returncode == 0, done.stderr
         path, = (tmp_path / str(n) / "metrics" / "runs").iterdir()
-        losses.append(json.loads(path.read_text())["history"][0]["train_loss"])
+        epoch, = json.loads(path.read_text())["history"]
+        losses.append((epoch["train_loss"], epoch["validation_loss"]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+STEPS = """
+import contextlib, sys, torch
+from transformers import AutoTokenizer, BertForSequenceClassification
+import data, distributed, train
+device, folder = distributed.join(), sys.argv[1]
+model = BertForSequenceClassification.from_pretrained(folder)
+replica = distributed.parallel(model)
+rows = data.Rows([f"a film {'very ' * i} long" for i in range(7)], [i % 2 for i in range(7)])
+split = data.Sentences(rows, AutoTokenizer.from_pretrained(folder), {"max_length": 32})
+sgd = torch.optim.SGD(model.parameters(), lr=0.1)  # unlike AdamW it shows a wrong scale of the gradients
+train.CLIP_NORM = 1e9
+for batch in split.batches(4):
+    train.step(replica, sgd, split, batch, device, contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False), 2)
+if distributed.RANK == 0:
+    torch.save(model.state_dict(), sys.argv[2])
+del replica
+distributed.leave()
+"""
+
+
+def test_gradients_have_the_scale_of_one_process(without_dropout, tmp_path):
+    (tmp_path / "steps.py").write_text(STEPS)
+    states = []
+    for n in 1, 2, 3:
+        done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
+                   tmp_path / "steps.py", without_dropout, tmp_path / f"{n}.pt",
+                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        states.append(torch.load(tmp_path / f"{n}.pt"))
+    start = BertForSequenceClassification.from_pretrained(without_dropout).state_dict()
+    for name, tensor in states[0].items():
+        for other in states[1:]:
+            assert torch.allclose(other[name], tensor, atol=1e-6), name
+    assert (states[0]["classifier.weight"] - start["classifier.weight"]).abs().max() > 1e-3

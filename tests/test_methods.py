@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 
 import fast
 from adapters import Adapter
-from lora import DoRALinear, LoRALinear, frozen_weight
+from lora import DoRALinear, LoRALinear, frozen_weight, merge_lora
 from methods import apply_method, count_params, trained_tensors
 from quant import to_nf4
 from train import make_optimizer
@@ -235,6 +235,19 @@ def test_lora_merged_equals_unmerged():
     x = torch.randn(3, 5, 64)
     assert torch.allclose(layer(x), F.linear(x, layer.merged_weight(), layer.base.bias), atol=1e-4)
     assert not torch.allclose(layer(x), layer.base(x), atol=0.1)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "qdora"])
+def test_merged_model_is_plain_bert_with_the_same_answers(method):
+    model, x = randomize(build(method)), tiny_inputs()
+    before, base = model(**x).logits, build(method)(**x).logits
+    merge_lora(model)
+    for layer in model.bert.encoder.layer:
+        assert type(layer.attention.self.query) is type(layer.attention.self.value) is nn.Linear
+    assert torch.allclose(model(**x).logits, before, atol=1e-5) and not torch.allclose(before, base, atol=0.1)
+    once = copy.deepcopy(model.state_dict())
+    merge_lora(model)  # a second time there is nothing left to merge
+    assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
 
 
 def bottleneck(adapter, x, act):

@@ -1,0 +1,264 @@
+"""How fast each method trains, measured so that it compares: all in one process, in turns, on the same sentences.
+
+    python bench.py             every method; the peer is Hugging Face's modules, peft (if installed) and random batches
+    python bench.py --tricks    what each speed trick gains, alone and together with the others
+
+Other flags are train.py's. A round trains every case once on the same 16 batches' worth of sentences, from the shortest
+to the longest; a round before the others is for warming up. Writes metrics/bench.json or metrics/bench_tricks.json.
+"""
+import signal
+import statistics
+import sys
+
+from compare import given
+from settings import CASES, TRICKS, check_writable, fail, make_parser, model_of, settings_of, write_json
+
+PEERS = {"full": "Hugging Face", "lora_r8": "peft", "dora": "peft"}  # method: what does the same elsewhere
+INFERENCE = {"plain": ("inference: BERT", "full"), "unmerged": ("inference: LoRA r=8", "lora_r8"),
+             "merged": ("inference: LoRA r=8, merged", "lora_r8")}
+ROUNDS, STEPS = 3, 16
+
+
+def trick_cases():
+    """{name: (label, flags)}: full fine-tuning and LoRA with all tricks, with none, with all but one, with only one."""
+    cases = {}
+    for method in "full", "lora_r8":
+        label, flags = CASES[method]
+        cases[method] = (label, flags)
+        cases[f"{method} none"] = (f"{label}, no trick", f"{flags} --without {' '.join(TRICKS)}")
+        for trick in TRICKS:
+            others = " ".join(other for other in TRICKS if other != trick)
+            cases[f"{method} without {trick}"] = (f"{label}, without {trick}", f"{flags} --without {trick}")
+            cases[f"{method} only {trick}"] = (f"{label}, only {trick}", f"{flags} --without {others}")
+    return cases
+
+
+def parse_args(argv):
+    """({name: (label, flags)} to measure, {name: their argparse results}, whether these are the tricks)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for flag in "--method", "--r", "--without", "--accumulation", "--lr", "--epochs", "--warmup", "--max-steps":
+        if given(flag, argv):
+            fail(f"{flag} is not for bench.py, which times some steps of every method, with and without its tricks")
+    is_tricks = "--tricks" in argv
+    argv = [word for word in argv if word != "--tricks"]
+    cases = trick_cases() if is_tricks else CASES
+    args = {name: make_parser().parse_args(argv + flags.split()) for name, (_, flags) in cases.items()}
+    if "stride" in settings_of(args["full"]):
+        fail("bench.py measures sentence classification")
+    check_writable(args["full"].output / "metrics")
+    return cases, args, is_tricks
+
+
+if __name__ == "__main__":
+    SELECTED = parse_args(sys.argv[1:])  # before the slow imports
+
+import importlib.util
+import math
+import time
+from importlib.metadata import version
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+import fast
+from distributed import WORLD
+from lora import merge_lora
+from methods import apply_method, trained_tensors
+from plots import markdown_table
+from train import amp_dtype, environment, load_pretrained, make_optimizer, step, to_device
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a product of two square matrices, the best of 10: what the steps are held against."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+    def seconds():
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the GPU
+        return time.perf_counter() - start
+    return 2 * n**3 / min(seconds() for _ in range(10))
+
+
+def nf4_flops(x_shape, packed_shape, weight_shape, *_, out_shape=None, **__):
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+def flops_of(run_round):
+    """Floating-point operations of the matrix products of one round, forward and backward."""
+    custom = {}
+    if hasattr(torch.ops.bitsandbytes, "gemm_4bit"):  # one operation to torch, which does not look inside
+        custom[torch.ops.bitsandbytes.gemm_4bit] = nf4_flops
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        run_round()
+    return counter.get_total_flops()
+
+
+def sample(split, batch_size, by_length, seed):
+    """STEPS batches of row numbers, from the shortest to the longest rows; by_length=False: the same rows shuffled."""
+    batches = [batch for batch in split.batches(batch_size) if len(batch) == batch_size] or split.batches(batch_size)
+    batches = [batches[i] for i in np.linspace(0, len(batches) - 1, min(STEPS, len(batches))).round().astype(int)]
+    if by_length:
+        return batches
+    return np.array_split(np.random.default_rng(seed).permutation(np.concatenate(batches)), len(batches))
+
+
+def with_peft(model, s):
+    """The same method by peft, on Hugging Face's own modules."""
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=s["r"], lora_alpha=s["alpha"],
+                                            lora_dropout=s["dropout"], target_modules=["query", "value"],
+                                            use_dora=s["method"] == "dora"))
+
+
+def prepare(args, split, label_names, device, dtype, peer=None):
+    """(a function that trains for one round, the batches it trains on) of a case, or of its `peer`."""
+    s = settings_of(args)
+    without = set(TRICKS) - {"fused_adamw"} if peer else s.get("without", ())  # Trainer has that one, too
+    transformers.set_seed(s["seed"])
+    _, model = load_pretrained(model_of(args), label_names)
+    if peer == "peft":
+        model = with_peft(model, s)
+    elif peer is None:
+        apply_method(model, s, dtype or torch.float32)
+        if device.type == "cpu":
+            fast.install(model, without)
+    model.to(device).train()
+    optimizer = make_optimizer(list(trained_tensors(model).values()), 1e-5, fused="fused_adamw" not in without)
+    batches = sample(split, s["batch_size"], "length_groups" not in without, s["seed"])
+    amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+    def train_round():
+        for batch in batches:
+            loss = step(model, optimizer, split, batch, device, amp, scaler)
+        loss.item()  # waits for the GPU
+    return train_round, batches
+
+
+def prepare_inference(args, split, label_names, device, dtype, is_merged):
+    """The same for inference."""
+    s = settings_of(args)
+    transformers.set_seed(s["seed"])
+    _, model = load_pretrained(model_of(args), label_names)
+    apply_method(model, s, torch.float32)
+    if is_merged:
+        merge_lora(model)
+    if device.type == "cpu":
+        fast.install(model)
+    model.to(device).eval()
+    batches = sample(split, s["batch_size"], True, s["seed"])
+
+    @torch.no_grad()
+    def infer_round():
+        for batch in batches:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                logits = model(**to_device(split.collate(batch), device)).logits
+        logits.sum().item()  # waits for the GPU
+    return infer_round, batches
+
+
+def ratio(slow, quick):
+    """How many times faster: of the medians, and the smallest and largest of the rounds, in each of which both ran."""
+    each = [s / q for s, q in zip(slow, quick)]
+    return statistics.median(slow) / statistics.median(quick), min(each), max(each)
+
+
+def show(values):
+    return "" if values is None else "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+
+def markdown(bench):
+    """The table of a bench.json, as Markdown."""
+    header = ["", "step (ms)", "sentences per s", f"share of the {bench['matmul_gflops']:,.0f} GFLOP/s of a matmul (%)",
+              "speed against full", "speed against the peer"]
+    rows = [[case["label"], f"{case['step_ms']:.0f}", f"{case['sentences_per_s']:.0f}",
+             f"{100 * case['matmul_share']:.0f}", show(case["vs_full"]), show(case["vs_peer"])]
+            for case in bench["cases"].values()]
+    return markdown_table(header, rows) + f"\n{bench['caption']}\n"
+
+
+def has_effect(trick, method, bench):
+    """Whether a trick does anything for a method where the bench ran; otherwise the numbers show the noise."""
+    if trick == "half_weights":
+        return method != "full" and bench["environment"]["amp"] != "off"
+    return trick not in ("cheap_dropout", "cls_only") or "CPU" in bench["environment"]["device"]
+
+
+def tricks_markdown(bench):
+    """The table of a bench_tricks.json: how many times faster a trick makes a step, as the only one and as the last."""
+    def times(method, kind):
+        return bench["cases"][f"{method}{kind}"]["step_ms_rounds"]
+
+    rows = []
+    for trick, what in TRICKS.items():
+        row = [f"`{trick}`: {what}"]
+        for method in "lora_r8", "full":
+            gains = [show(ratio(times(method, " none"), times(method, f" only {trick}"))),
+                     show(ratio(times(method, f" without {trick}"), times(method, "")))]
+            row += gains if has_effect(trick, method, bench) else ["no effect here"] * 2
+        rows.append(row)
+    for label, kind in ("sentences per s without any", " none"), ("sentences per s with all", ""):
+        lora, full = (f"{bench['cases'][method + kind]['sentences_per_s']:.0f}" for method in ("lora_r8", "full"))
+        rows.append([label, lora, "", full, ""])
+    header = ["trick", "LoRA r=8: alone", "LoRA r=8: in place", "full: alone", "full: in place"]
+    return markdown_table(header, rows) + f"\n{bench['caption']}\n"
+
+
+def main(cases, args, is_tricks):
+    if WORLD > 1:
+        fail("bench.py is for one process; start it without torchrun")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = args["full"]
+    s, dtype = settings_of(first), amp_dtype(first.amp, device)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    task = data.load_task(first)
+    split = task.encode(task.train, load_pretrained(model_of(first), task.label_names)[0], s)
+    common = split, task.label_names, device, dtype
+    has_peft = importlib.util.find_spec("peft") is not None
+
+    labels, rounds = {}, {}  # rounds: (function that runs one, its batches)
+    for name, (label, _) in cases.items():
+        labels[name], rounds[name] = label, prepare(args[name], *common)
+        if not is_tricks and name in PEERS and (has_peft or PEERS[name] != "peft"):
+            labels[f"{name} peer"] = f"{label}, {PEERS[name]}"
+            rounds[f"{name} peer"] = prepare(args[name], *common, PEERS[name])
+    if not is_tricks:
+        for name, (label, case) in INFERENCE.items():
+            labels[name], rounds[name] = label, prepare_inference(args[case], *common, name == "merged")
+    rate = matmul_rate(device, dtype or torch.float32)
+    flops = {name: flops_of(run_round) for name, (run_round, _) in rounds.items()}  # the warm-up, too
+    seconds = {name: [] for name in rounds}  # of each round
+    turns = [name for _ in range(ROUNDS) for name in rounds]
+    for name in tqdm(turns, unit="case"):
+        start = time.perf_counter()
+        rounds[name][0]()
+        seconds[name].append(time.perf_counter() - start)
+
+    results = {}
+    for name, own in seconds.items():
+        batches, median, peer = rounds[name][1], statistics.median(own), seconds.get(f"{name} peer")
+        ms = [1000 * x / len(batches) for x in own]
+        results[name] = {"label": labels[name], "step_ms": statistics.median(ms), "step_ms_rounds": ms,
+                         "sentences_per_s": sum(map(len, batches)) / median,
+                         "matmul_share": flops[name] / median / rate,
+                         "vs_full": ratio(seconds["plain" if name in INFERENCE else "full"], own),
+                         "vs_peer": ratio(peer, own) if peer else None}
+    where = environment(device, dtype) | ({"peft": version("peft")} if has_peft else {})
+    caption = (f"{s['model']} on {s['task']}, batches of {s['batch_size']}, at most {s['max_length']} tokens, "
+               f"{where['device']}, amp {where['amp']}; medians of {ROUNDS} rounds of {len(rounds['full'][1])} steps "
+               "taken in turns, in brackets the smallest and the largest ratio within a round.")
+    bench = {"caption": caption, "matmul_gflops": rate / 1e9, "environment": where, "cases": results}
+    path = first.output / "metrics" / ("bench_tricks.json" if is_tricks else "bench.json")
+    write_json(path, bench)
+    print(tricks_markdown(bench) if is_tricks else markdown(bench), end="")
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    main(*SELECTED)

@@ -1,0 +1,74 @@
+"""bench.py end to end on a tiny model, its arithmetic on made-up times, and the flags that it refuses."""
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, one_line_error, run
+from transformers import BertConfig, BertForSequenceClassification
+
+import bench
+import fetch
+from settings import CASES, TRICKS
+
+
+def test_ratios_are_of_medians_and_their_range_of_rounds():
+    assert bench.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 4.5]) == (3.0, 2.0, 3.0)  # medians 6 and 2; rounds 2, 3, 2
+    assert bench.show((3.0, 2.0, 3.004)) == "3.00 (2.00 to 3.00)" and bench.show(None) == ""
+
+
+def test_tables_of_made_up_times():
+    def case(label, *ms):
+        return {"label": label, "step_ms": ms[1], "step_ms_rounds": ms, "sentences_per_s": 32_000 / ms[1],
+                "matmul_share": 0.5, "vs_full": (2.0, 1.5, 2.5), "vs_peer": None}
+
+    lines = bench.markdown({"matmul_gflops": 1234.5, "caption": "here.", "cases": {"x": case("X", 10, 16, 20)}}).splitlines()
+    assert "1,234 GFLOP/s" in lines[0] and lines[2] == "| X | 16 | 2000 | 50 | 2.00 (1.50 to 2.50) |  |" and lines[-1] == "here."
+    cases = {name: case(label, 10, 10, 10) for name, (label, _) in bench.trick_cases().items()}
+    environment = {"amp": "off", "device": "CPU, 2 threads"}
+    cases["full none"] = case("", 40, 40, 40)
+    cases["full only cls_only"], cases["full without cls_only"] = case("", 20, 20, 20), case("", 15, 15, 15)
+    table = bench.tricks_markdown({"caption": "here.", "cases": cases, "environment": environment})
+    row, = (line for line in table.splitlines() if line.startswith("| `cls_only`"))
+    assert row.endswith("| 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) |")
+    assert all(f"`{trick}`" in table for trick in TRICKS)
+    half, = (line for line in table.splitlines() if line.startswith("| `half_weights`"))
+    assert half.count("no effect here") == 4
+
+
+def test_trick_cases_leave_out_what_they_say():
+    cases = bench.trick_cases()
+    assert len(cases) == 2 * (2 + 2 * len(TRICKS))
+    assert cases["full without cls_only"][1] == "--method full --without cls_only"
+    assert set(cases["full only cls_only"][1].split()[3:]) == TRICKS.keys() - {"cls_only"}
+
+
+def test_bench_measures_every_method(data_dir, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    for name in "tokenizer.json", "tokenizer_config.json", "vocab.txt":
+        (tmp_path / "model" / name).write_bytes((fetch.model_folder() / name).read_bytes())
+    done = run(sys.executable, ROOT / "bench.py", "--model", tmp_path / "model", "--data", data_dir, "--batch-size", 16,
+               "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "metrics" / "bench.json").read_text())
+    cases = result["cases"]
+    assert {*CASES, "full peer", "plain", "unmerged", "merged"} <= cases.keys() and bench.markdown(result) in done.stdout
+    for case in cases.values():
+        assert len(case["step_ms_rounds"]) == bench.ROUNDS and case["sentences_per_s"] > 0
+
+    def flops(name):  # a step's, up to a factor that all cases share
+        return cases[name]["matmul_share"] * cases[name]["step_ms"]
+
+    assert flops("qlora") == pytest.approx(flops("lora_r16"), rel=0.05)  # 4-bit products are counted, too
+    assert flops("lora_r8") < flops("lora_r16") < flops("dora") and flops("lora_r8") < 0.9 * flops("full")
+    assert flops("full") < flops("full peer")  # padding, and the last layer for all tokens
+    assert cases["full"]["vs_full"][0] == 1 and cases["full"]["vs_peer"][0] > 0
+
+
+@pytest.mark.parametrize("flags, words", [(["--method", "full"], ["--method"]), (["--without", "cls_only"], ["--without"]),
+                                          (["--lr", "1e-3"], ["--lr"]), (["--output", ROOT / "bench.py"], ["--output"]),
+                                          (["--task", "synthetic"], ["sentence"]), (["--epochs", 0], ["--epochs"])])
+def test_bad_flags(flags, words):
+    one_line_error(run(sys.executable, ROOT / "bench.py", *flags), *words)
