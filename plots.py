@@ -4,6 +4,7 @@
 """
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -138,7 +139,7 @@ def points(vs):
 def table(entries):
     """(header, rows) of the summary, as strings."""
     key, what = memory_key(entries)
-    header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", "n", "test\nmacro-F1",
+    header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", " n ", "test\nmacro-F1",
               "vs full (points)", "accuracy", "best\nepochs", "s per epoch", what.replace("memory", "\nmemory")]
     rows = []
     for name, entry in entries.items():
@@ -164,7 +165,7 @@ def markdown(entries):
 
 def summary(entries, path):
     header, rows = table(entries)
-    fig, ax = plt.subplots(figsize=(16, 2.6))
+    fig, ax = plt.subplots(figsize=(16, 2.9))
     ax.axis("off")
     drawn = ax.table(cellText=rows, colLabels=header, loc="center", cellLoc="right", colLoc="right")
     drawn.auto_set_font_size(False)
@@ -177,7 +178,7 @@ def summary(entries, path):
             cell.set_text_props(weight="bold")
         elif column == 0:
             cell.set_text_props(color=STYLE[list(entries)[row - 1]][1], weight="bold")
-    ax.set_title(caption(entries), fontsize=10)
+    ax.set_title(textwrap.fill(caption(entries), 150), fontsize=11)
     save(fig, path)
 
 
