@@ -10,7 +10,7 @@ import signal
 import statistics
 import sys
 
-from compare import given
+from compare import refuse
 from settings import CASES, TRICKS, check_writable, fail, make_parser, model_of, settings_of, write_json
 
 PEERS = {"full": "Hugging Face", "lora_r8": "peft", "dora": "peft"}  # method: what does the same elsewhere
@@ -36,9 +36,8 @@ def trick_cases():
 def parse_args(argv):
     """({name: (label, flags)} to measure, {name: their argparse results}, whether these are the tricks)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for flag in "--method", "--r", "--without", "--accumulation", "--lr", "--epochs", "--warmup", "--max-steps":
-        if given(flag, argv):
-            fail(f"{flag} is not for bench.py, which times some steps of every method, with and without its tricks")
+    refuse(["--method", "--r", "--without", "--accumulation", "--lr", "--epochs", "--warmup", "--max-steps"], argv,
+           "is not for bench.py, which times some steps of every method, with and without its tricks")
     is_tricks = "--tricks" in argv
     argv = [word for word in argv if word != "--tricks"]
     cases = trick_cases() if is_tricks else CASES

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from settings import Parser, fail, make_parser, number, result_path, settings_of, write_json, write_whole
+from spread import mean_std, paired_bootstrap
 
 RUNS = {
     "full_ft": "--method full",
@@ -29,6 +30,12 @@ def read_json(path):
 
 def given(flag, argv):
     return any(word.split("=")[0] == flag for word in argv)
+
+
+def refuse(flags, argv, why):
+    for flag in flags:
+        if given(flag, argv):
+            fail(f"{flag} {why}")
 
 
 def commands(runs, argv):
@@ -85,7 +92,6 @@ def split_seeds(argv):
 def combine(runs, baseline):
     """One method's entry of comparison.json: means and standard deviations over its runs (one a seed), its macro-F1
     against that of full fine-tuning, the `baseline` runs of the same seeds, and the runs themselves."""
-    from spread import mean_std, paired_bootstrap  # numpy is slow to import
     first = runs[0]
     entry = {"n": len(runs), "seeds": [run["settings"]["seed"] for run in runs]}
     entry |= {key: first[key] for key in ("trainable_params", "trainable_by_kind", "total_params", "trainable_pct")}
@@ -110,9 +116,7 @@ def prediction_rows(runs):
 
 
 def main(argv):
-    for flag in "--method", "--r":
-        if given(flag, argv):
-            fail(f"{flag} is what the five runs differ in; for one run of your own use train.py")
+    refuse(["--method", "--r"], argv, "is what the five runs differ in; for one run of your own use train.py")
     to_list = "--list" in argv
     seeds, argv = split_seeds([word for word in argv if word != "--list"])
     if "stride" in settings_of(make_parser().parse_args(argv + ["--method", "full"])):  # a bad flag ends here, too

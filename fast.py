@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from methods import replace_modules
+
 
 def dropout_mask(x, p):
     """A random tensor of x's shape and type: 0 with probability p, else 1 / (1 - p). Obeys torch.manual_seed.
@@ -73,8 +75,5 @@ def install(model, without=()):
         last.forward = functools.partial(cls_forward, last)
     if "cheap_dropout" not in without:
         model.set_attn_implementation("fast_cpu")
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Dropout:
-                    setattr(module, name, Dropout(child.p))
+        replace_modules(model, nn.Dropout, lambda dropout: Dropout(dropout.p))
         model.train(model.training)  # new modules start in training mode

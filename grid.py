@@ -5,12 +5,12 @@
 """
 import contextlib
 import json
-import statistics
 import sys
 
-from compare import collect, commands, given, mixed_hardware, read_json, write_csv
+from compare import collect, commands, given, mixed_hardware, read_json, refuse, write_csv
 from fetch import model_folder
 from settings import DEFAULT_MODEL, fail, make_parser, model_of, settings_of, write_json
+from spread import mean_std
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora")
 RUNS = {f"{method}_epoch-{epochs}_lr_{lr}":
@@ -36,9 +36,8 @@ def statistics_of(rows):
             line = {"method": method, "n": len(own)}
             for key in "f1", "exact_match", "minutes":
                 values = [row[key] for row in own]
-                line |= {f"{key}_mean": statistics.mean(values),
-                         f"{key}_std": statistics.stdev(values) if len(values) > 1 else None,
-                         f"{key}_min": min(values), f"{key}_max": max(values)}
+                mean, std = mean_std(values)
+                line |= {f"{key}_mean": mean, f"{key}_std": std, f"{key}_min": min(values), f"{key}_max": max(values)}
             out.append(line)
     return out
 
@@ -57,16 +56,15 @@ def check_same_study(path, argv):
     for name in there:
         held = there[name]["settings"]
         asked = settings_of(make_parser().parse_args(argv + RUNS[name].split()))
-        for key in asked.keys() | held.keys():
+        for key in asked | held:
             if held.get(key) != asked.get(key):
                 fail(f"{path} holds results of another study ({key} {held.get(key)}, here {asked.get(key)}); "
                      "give this one an --output of its own")
 
 
 def main(argv):
-    for flag in "--method", "--r", "--epochs", "--lr":
-        if given(flag, argv):
-            fail(f"{flag} is part of what the twenty runs are; for one run of your own use train.py")
+    refuse(["--method", "--r", "--epochs", "--lr"], argv,
+           "is part of what the twenty runs are; for one run of your own use train.py")
     to_list = "--list" in argv
     argv = [word for word in argv if word != "--list"]
     if not given("--task", argv) and not given("--data", argv):

@@ -55,7 +55,6 @@ class LoRALinear(nn.Module):
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return torch.addmm(frozen_weight(self.base).float(), self.lora_B, self.lora_A, alpha=self.scaling)
 
-
     def merged(self):
         """An nn.Linear, in fp32, that does the same."""
         out_features, in_features = self.lora_B.shape[0], self.lora_A.shape[1]

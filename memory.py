@@ -84,7 +84,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import BertConfig, BertForSequenceClassification
 
 import fast
-from methods import apply_method, trained_tensors
+from methods import apply_method, replace_modules, trained_tensors
 from plots import PARTS, draw_ledger, ledger_caption, markdown_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,10 +130,7 @@ def build(config, flags, dtype, stand_in):
     s = settings_of(make_parser().parse_args(flags.split()))
     model = BertForSequenceClassification(config)
     if stand_in and s["method"] in ("qlora", "qdora"):
-        for module in list(model.bert.encoder.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, NF4StandIn(child, dtype or torch.float32))
+        replace_modules(model.bert.encoder, nn.Linear, lambda linear: NF4StandIn(linear, dtype or torch.float32))
         s["method"] = s["method"].removeprefix("q")
     apply_method(model, s, dtype or torch.float32)
     if DEVICE == "cpu":

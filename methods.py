@@ -33,6 +33,14 @@ TRAINS = {
 }
 
 
+def replace_modules(root, kind, make):
+    """Put make(module) in the place of every module in `root` that is exactly of the class `kind`."""
+    for module in list(root.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is kind:
+                setattr(module, name, make(child))
+
+
 def apply_method(model, s, compute_dtype):
     """Turn a fresh BertForSequenceClassification or BertForQuestionAnswering into the method of the settings `s`.
 

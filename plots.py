@@ -60,6 +60,13 @@ def caption(entries):
             f"bootstrap over {drawn}")
 
 
+def name_rows(ax, names):
+    """Label the rows of a horizontal chart, the first on top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+
+
 def save(fig, path):
     fig.savefig(path, dpi=120)
     plt.close(fig)
@@ -90,10 +97,8 @@ def bars(entries, values, errors, digits, xlabel, path):
             ecolor="#888888", capsize=4, height=0.65)
     for y, (value, error) in enumerate(zip(values, errors)):
         ax.annotate(f"{value:.{digits}f}", (value + error, y), xytext=(6, 0), textcoords="offset points", va="center")
-    ax.set_yticks(range(len(names)), [label(n, entries[n]) for n in names])
-    ax.invert_yaxis()
+    name_rows(ax, [label(n, entries[n]) for n in names])
     ax.margins(x=0.12)
-    ax.grid(axis="y", visible=False)
     ax.set_xlabel(xlabel)
     fig.suptitle(study_of(entries), fontsize=8)
     save(fig, path)
@@ -112,10 +117,8 @@ def loss_against_full(entries, path):
         ax.plot(vs["points"], y, marker, color=color, markersize=9)
         for run, baseline in zip(entries[name]["runs"], full):
             ax.plot(100 * (run["f1_macro"] - baseline), y + 0.25, "|", color=color, markersize=8)
-    ax.set_yticks(range(len(names)), [label(name, entries[name]) for name in names])
-    ax.invert_yaxis()
+    name_rows(ax, [label(name, entries[name]) for name in names])
     ax.margins(y=0.15)
-    ax.grid(axis="y", visible=False)
     ax.set_xlabel("test macro-F1 against full fine-tuning (points), 95 % interval; |: one seed")
     fig.suptitle(study_of(entries), fontsize=8)
     save(fig, path)
@@ -229,10 +232,8 @@ def grid_bars(runs, path):
     ax.barh(range(len(rows)), [row["f1"] for row in rows], color=[STYLE[row["method"]][1] for row in rows], height=0.7)
     for y, row in enumerate(rows):
         ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0), textcoords="offset points", va="center")
-    ax.set_yticks(range(len(rows)), [row["run"] for row in rows])
-    ax.invert_yaxis()
+    name_rows(ax, [row["run"] for row in rows])
     ax.margins(x=0.08, y=0.02)
-    ax.grid(axis="y", visible=False)
     ax.set_xlabel("test F1 (%)")
     fig.suptitle(study(list(runs.values())), fontsize=9)
     save(fig, path)
@@ -305,10 +306,8 @@ def draw_ledger(output):
         left += gb
     for y, total in enumerate(left):
         ax.annotate(f"{total:.2f}", (total, y), xytext=(6, 0), textcoords="offset points", va="center")
-    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    ax.invert_yaxis()
+    name_rows(ax, [row["label"] for row in rows])
     ax.margins(x=0.08)
-    ax.grid(axis="y", visible=False)
     ax.set_xlabel("memory in training (GB)")
     ax.legend(fontsize=9, loc="lower right")
     fig.suptitle(ledger_caption(ledger), fontsize=9)

@@ -10,6 +10,8 @@ The forward pass dequantises a weight, multiplies, and forgets it; the backward 
 import bitsandbytes as bnb
 from torch import nn
 
+from methods import replace_modules
+
 
 class NF4Linear(bnb.nn.Linear4bit):
     """Linear4bit answers in the type of its input, which under autocast is LayerNorm's fp32. This answers in its
@@ -40,7 +42,4 @@ def to_nf4(linear, compute_dtype):
 
 def quantize_encoder(model, compute_dtype):
     """Turn every nn.Linear of the encoder into NF4. Embeddings, LayerNorms, pooler and head stay as they are."""
-    for module in list(model.bert.encoder.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, to_nf4(child, compute_dtype))
+    replace_modules(model.bert.encoder, nn.Linear, lambda linear: to_nf4(linear, compute_dtype))

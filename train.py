@@ -216,8 +216,8 @@ def main(args):
         batches = train.batches(s["batch_size"], rng, "length_groups" not in without)
         batches = batches[:total_steps - (epoch - 1) * steps_per_epoch]
         total_loss, start = torch.zeros((), device=device), time.perf_counter()
-        progress = tqdm(batches, desc=f"epoch {epoch}/{s['epochs']}", unit="step", mininterval=1)
-        for batch in progress if RANK == 0 else batches:
+        title = f"epoch {epoch}/{s['epochs']}"
+        for batch in batches if RANK > 0 else tqdm(batches, desc=title, unit="step", mininterval=1):
             total_loss += len(batch) * step(replica, optimizer, train, batch, device, amp, scaler, s["accumulation"])
             schedule.step()
         total_loss = sum(gather(total_loss.item()))  # .item() waits for the GPU: only then the clock is right

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fetch import model_folder  # noqa: E402
 from methods import apply_method, trained_tensors  # noqa: E402
 from settings import make_parser, settings_of  # noqa: E402
 
@@ -79,12 +80,27 @@ def one_line_error(done, *words):
         assert str(word) in lines[0], lines[0]
 
 
+def write_splits(folder, sizes, row):
+    """Make `folder` with a .tsv file of sizes[split] rows a split; row(i, split) gives one as sentence<TAB>label."""
+    folder.mkdir()
+    for split, n in sizes.items():
+        rows = "".join(row(i, split) + "\n" for i in range(n))
+        (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+    return folder
+
+
+def save_small_bert(folder, **config):
+    """A folder, as --model takes it, with a random BERT of 2 layers and the default model's tokenizer."""
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, **config)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    for name in "tokenizer.json", "tokenizer_config.json", "vocab.txt":
+        (folder / name).write_bytes((model_folder() / name).read_bytes())
+    return folder
+
+
 @pytest.fixture
 def data_dir(tmp_path):
     """A folder with 80 / 12 / 12 rows of a task that a few steps cannot solve, but that has both labels everywhere."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    for split, n in ("train", 80), ("dev", 12), ("test", 12):
-        rows = [f"a {'good' if i % 2 else 'bad'} film number {i * i} of the {split} rows\t{'yes' if i % 2 else 'no'}" for i in range(n)]
-        (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    return folder
+    return write_splits(tmp_path / "mine", {"train": 80, "dev": 12, "test": 12}, lambda i, split:
+                        f"a {'good' if i % 2 else 'bad'} film number {i * i} of the {split} rows\t{'yes' if i % 2 else 'no'}")

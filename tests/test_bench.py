@@ -3,12 +3,9 @@ import json
 import sys
 
 import pytest
-import torch
-from conftest import ROOT, one_line_error, run
-from transformers import BertConfig, BertForSequenceClassification
+from conftest import ROOT, one_line_error, run, save_small_bert
 
 import bench
-import fetch
 from settings import CASES, TRICKS
 
 
@@ -44,12 +41,8 @@ def test_trick_cases_leave_out_what_they_say():
 
 
 def test_bench_measures_every_method(data_dir, tmp_path):
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    for name in "tokenizer.json", "tokenizer_config.json", "vocab.txt":
-        (tmp_path / "model" / name).write_bytes((fetch.model_folder() / name).read_bytes())
-    done = run(sys.executable, ROOT / "bench.py", "--model", tmp_path / "model", "--data", data_dir, "--batch-size", 16,
+    model = save_small_bert(tmp_path / "model")
+    done = run(sys.executable, ROOT / "bench.py", "--model", model, "--data", data_dir, "--batch-size", 16,
                "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "metrics" / "bench.json").read_text())

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run, settings, train
+from conftest import ROOT, one_line_error, run, settings, train, write_splits
 from safetensors.torch import load_file
 
 import train as train_module
@@ -25,10 +25,8 @@ RUNS = ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
 def study(tmp_path_factory):
     """One whole run_all.sh on a small folder of data: (output folder, its flags, the finished process)."""
     base = tmp_path_factory.mktemp("study")
-    (base / "mine").mkdir()
-    for split, n in ("train", 200), ("validation", 20), ("test", 20):
-        rows = "".join(f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}\n" for i in range(n))
-        (base / "mine" / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+    write_splits(base / "mine", {"train": 200, "validation": 20, "test": 20},
+                 lambda i, split: f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}")
     flags = ["--data", base / "mine", "--max-steps", 4, "--epochs", 2, "--batch-size", 64, "--output", base / "out"]
     return base / "out", flags, run("bash", ROOT / "run_all.sh", *flags)
 

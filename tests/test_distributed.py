@@ -5,40 +5,27 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, save_small_bert, write_splits
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
-
-import fetch
+from transformers import BertForSequenceClassification
 
 
 @pytest.fixture(scope="module")
 def without_dropout(tmp_path_factory):
     """A folder with a small random BERT that drops nothing: the masks of two processes cannot equal those of one."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    for name in "tokenizer.json", "tokenizer_config.json", "vocab.txt":
-        (folder / name).write_bytes((fetch.model_folder() / name).read_bytes())
-    return folder
+    return save_small_bert(tmp_path_factory.mktemp("model"), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
-def torchrun(n, *flags):
-    return run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, ROOT / "train.py",
-               *flags, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def torchrun(n, *program):
+    return run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *program,
+               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture
 def many_rows(tmp_path):
     """80 training, 70 validation and 70 test rows: the last two are three batches of an evaluation each."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    for split, n in ("train", 80), ("dev", 70), ("test", 70):
-        rows = [f"a {'good' if i % 2 else 'bad'} film {'that is ' * (i % 5)}number {i * i} of {split}\t{i % 2}" for i in range(n)]
-        (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
-    return folder
+    return write_splits(tmp_path / "mine", {"train": 80, "dev": 70, "test": 70}, lambda i, split:
+                        f"a {'good' if i % 2 else 'bad'} film {'that is ' * (i % 5)}number {i * i} of {split}\t{i % 2}")
 
 
 @pytest.mark.parametrize("method, extra", [("full", []), ("lora", ["--accumulation", 2]), ("qdora", [])])
@@ -48,7 +35,7 @@ def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_pat
              "--dropout", 0, "--amp", "off", "--lr", "1e-3", *extra]
     results, tensors = [], []
     for n in 1, 2:
-        done = torchrun(n, *flags, "--output", tmp_path / str(n))
+        done = torchrun(n, ROOT / "train.py", *flags, "--output", tmp_path / str(n))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 1:") == 1  # one process speaks
         path, = (tmp_path / str(n) / "metrics" / "runs").iterdir()  # and writes
@@ -71,7 +58,7 @@ def test_a_last_batch_with_fewer_rows_than_processes(without_dropout, data_dir, 
              "--dropout", 0, "--amp", "off"]
     losses = []
     for n in 1, 2:
-        done = torchrun(n, *flags, "--output", tmp_path / str(n))
+        done = torchrun(n, ROOT / "train.py", *flags, "--output", tmp_path / str(n))
         assert done.returncode == 0, done.stderr
         path, = (tmp_path / str(n) / "metrics" / "runs").iterdir()
         epoch, = json.loads(path.read_text())["history"]
@@ -103,9 +90,7 @@ def test_gradients_have_the_scale_of_one_process(without_dropout, tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
     states = []
     for n in 1, 2, 3:
-        done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
-                   tmp_path / "steps.py", without_dropout, tmp_path / f"{n}.pt",
-                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        done = torchrun(n, tmp_path / "steps.py", without_dropout, tmp_path / f"{n}.pt")
         assert done.returncode == 0, done.stderr
         states.append(torch.load(tmp_path / f"{n}.pt"))
     start = BertForSequenceClassification.from_pretrained(without_dropout).state_dict()
