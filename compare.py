@@ -9,7 +9,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from settings import Parser, fail, make_parser, number, result_path, settings_of, write_json, write_whole
+from settings import (Parser, checkpoint_path, fail, make_parser, number, result_path, settings_of, write_json,
+                      write_whole)
 from spread import mean_std, paired_bootstrap
 
 RUNS = {
@@ -94,7 +95,8 @@ def combine(runs, baseline):
     against that of full fine-tuning, the `baseline` runs of the same seeds, and the runs themselves."""
     first = runs[0]
     entry = {"n": len(runs), "seeds": [run["settings"]["seed"] for run in runs]}
-    entry |= {key: first[key] for key in ("trainable_params", "trainable_by_kind", "total_params", "trainable_pct")}
+    entry |= {key: first[key] for key in ("trainable_params", "trainable_by_kind", "total_params", "trainable_pct",
+                                      "checkpoint_mb")}
     values = {key: [run[key] for run in runs] for key in ("f1_macro", "accuracy", "peak_vram_gb", "peak_rss_gb")}
     values["epoch_time_s"] = [h["seconds"] for run in runs for h in run["history"]]
     for key, own in values.items():
@@ -134,6 +136,8 @@ def main(argv):
         for name in RUNS:
             if "test_predictions" not in results[name]:
                 fail(f"{output / 'metrics' / 'runs'} has results of an earlier version, without predictions; delete it")
+            file = checkpoint_path(output, results[name]["settings"])
+            results[name]["checkpoint_mb"] = file.stat().st_size / 1e6 if file.exists() else None
             runs[name].append(results[name])
     if line := mixed_hardware([run for name in runs for run in runs[name]]):
         fail(line)

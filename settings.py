@@ -15,13 +15,14 @@ from pathlib import Path
 SPLIT_SEED = 42  # splits are the same for every --seed, so that seeds are compared on the same test rows
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; every other name is a folder or a Hugging Face hub id
 
-# Learning rates: (the default model on `movies`, other sentences, questions). The first is the best of the grid 5e-5,
-# 2e-4, 5e-4, 1e-3, 2e-3 by validation macro-F1 (README, "How the learning rates were chosen"; DoRA was not searched and
-# takes LoRA's), the second is usual for bert-base, the third was best in the study on Portuguese SQuAD (README).
+# Learning rates: (the default model on RATED_TASKS, other sentences, questions). The first is the best of the grid 5e-5,
+# 2e-4, 5e-4, 1e-3, 2e-3 by validation macro-F1 on `movies` (README, "How the learning rates were chosen"; DoRA was not
+# searched and takes LoRA's), the second is usual for bert-base, the third was best in the study on Portuguese SQuAD (README).
 DEFAULT_LR = {"full": (2e-4, 2e-5, 4.25e-5), **dict.fromkeys(("lora", "qlora", "dora", "qdora", "adapter"),
                                                            (1e-3, 1e-4, 2e-4))}
 PORTUGUESE_MODEL = "neuralmind/bert-base-portuguese-cased"  # BERTimbau
-SENTENCE_TASKS = ["movies", "sst2", "ag_news"]
+RATED_TASKS = ["movies", "products", "tweets", "editorials"]  # fetch.py brings them, too
+HUB_TASKS = ["sst2", "ag_news"]
 QA_TASKS = ["synthetic", "squad", "squad_pt"]
 
 # What makes training fast, each with the file it is in; --without NAME leaves it out.
@@ -90,7 +91,7 @@ def make_parser():
     size.add_argument("--reduction", type=count, metavar="N", help="the same as hidden size / N; give one of the two")
     g = p.add_argument_group("training")
     g.add_argument("--lr", type=positive, metavar="X", help="peak learning rate (default: full 2e-5, others 1e-4; "
-                   f"movies with {DEFAULT_MODEL}: full 2e-4, others 1e-3; questions: full 4.25e-5, others 2e-4)")
+                   f"rated tasks with {DEFAULT_MODEL}: full 2e-4, others 1e-3; questions: full 4.25e-5, others 2e-4)")
     g.add_argument("--epochs", type=count, default=3, metavar="N", help="passes over the training rows (default: 3)")
     g.add_argument("--batch-size", type=count, metavar="N",
                    help="sentences or windows of a passage per optimizer step (default: 32; questions 8, synthetic 4)")
@@ -116,9 +117,9 @@ def make_parser():
     g.add_argument("--model", metavar="NAME", help=f"hub id or local folder of a BERT (default: {DEFAULT_MODEL}, from "
                    f"the package registry; squad_pt: {PORTUGUESE_MODEL}, from the hub)")
     task = g.add_mutually_exclusive_group()
-    task.add_argument("--task", choices=SENTENCE_TASKS + QA_TASKS, default="movies",
-                      help="sentences: movies (from the package registry), sst2, ag_news (from the hub); questions: "
-                           "synthetic (generated), squad, squad_pt (hub) (default: movies)")
+    task.add_argument("--task", choices=RATED_TASKS + HUB_TASKS + QA_TASKS, default="movies",
+                      help=f"sentences: {', '.join(RATED_TASKS)} (from the package registry), sst2, ag_news (from the "
+                           "hub); questions: synthetic (generated), squad, squad_pt (hub) (default: movies)")
     task.add_argument("--data", type=Path, metavar="DIR", help="your own train, validation and test files instead: "
                       ".tsv or .csv with the columns sentence and label, or SQuAD-format .json (default: none)")
     g.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
@@ -148,7 +149,7 @@ def settings_of(args):
     "stride", only a run that leaves out a trick has "without"."""
     model = model_of(args)
     is_qa = (args.data / "train.json").exists() if args.data else args.task in QA_TASKS
-    case = 2 if is_qa else 0 if model == DEFAULT_MODEL and args.task == "movies" and not args.data else 1
+    case = 2 if is_qa else 0 if model == DEFAULT_MODEL and args.task in RATED_TASKS and not args.data else 1
     max_length, stride = args.max_length or (384 if is_qa else 128), args.stride or 128
     batch_size = args.batch_size or (32 if not is_qa else 4 if args.task == "synthetic" and not args.data else 8)
     if is_qa and max_length < stride + 70:  # 64 tokens of question, 3 special tokens, and some way to go
@@ -203,6 +204,11 @@ def result_path(output, s):
     return output / "metrics" / "runs" / f"{run_name(s)}.json"
 
 
+def checkpoint_path(output, s):
+    """Where it leaves what it trained, the tensors of its best epoch (checkpoint.py)."""
+    return output / "checkpoints" / f"{run_name(s)}.safetensors"
+
+
 def write_whole(path, write):
     """Let `write(part)` make a neighbour file and rename it to `path`, which so never exists half-written."""
     part = path.with_name(path.name + ".part")
@@ -235,7 +241,7 @@ def parse_args(argv=None):
     args = make_parser().parse_args(argv)
     args.settings = settings_of(args)
     args.result = result_path(args.output, args.settings)
-    args.checkpoint = args.output / "checkpoints" / f"{args.result.stem}.safetensors"
+    args.checkpoint = checkpoint_path(args.output, args.settings)
     if args.result.exists():
         print(f"finished already: {args.result} (delete it to run again)")
         sys.exit(0)

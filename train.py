@@ -4,7 +4,7 @@
 
 The loop is the same for every method: what differs is which tensors exist and which of them train (methods.py).
 """
-from settings import DEFAULT_MODEL, fail, model_of, parse_args, write_json, write_whole
+from settings import DEFAULT_MODEL, fail, model_of, parse_args, write_json
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that a typo is answered at once
 
@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoTokenizer, BertForQuestionAnswering, BertForSequenceClassification,
                           get_linear_schedule_with_warmup)
 
+import checkpoint
 import data
 import distributed
 import fast
@@ -184,6 +184,7 @@ def main(args):
         distributed.wait()
     if s["max_length"] > (longest := model.config.max_position_embeddings):
         fail(f"--max-length {s['max_length']}: {s['model']} reads {longest} tokens at most")
+    about = checkpoint.describe(model, s, task.label_names)
     apply_method(model, s, dtype or torch.float32)
     if device.type == "cpu":
         fast.install(model, without)
@@ -229,11 +230,11 @@ def main(args):
         print(f"epoch {epoch}: train loss {loss:.4f}, validation {show(scores)}, {seconds:.1f} s")
         best = max(history, key=lambda h: h[f"validation_{train.metric}"])  # the first of equals
         if best is history[-1] and RANK == 0:
-            write_whole(args.checkpoint, lambda part: save_file(trained_tensors(model), part))
+            checkpoint.save(args.checkpoint, model, about)
 
     # Only the best epoch sees the test rows, once. The frozen tensors are not in the file and did not change.
     if RANK == 0:
-        model.load_state_dict(load_file(args.checkpoint, device=str(device)), strict=False)
+        checkpoint.load(args.checkpoint, model, about)
     distributed.share([p.data for p in trained])  # the file is perhaps on another machine
     scores, pairs = evaluate(model, test, device, amp)
     del scores["loss"]  # of test questions without a known place it is none

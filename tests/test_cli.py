@@ -11,12 +11,14 @@ import zipfile
 import pytest
 import torch
 from conftest import ROOT, one_line_error, run, settings, train, write_splits
-from safetensors.torch import load_file
 
+import checkpoint
+import data
+import fast
 import train as train_module
 from methods import trained_tensors
 from compare import RUNS as RUN_FLAGS
-from settings import TRICKS, parse_args, result_path, write_whole
+from settings import TRICKS, checkpoint_path, parse_args, result_path, write_whole
 
 RUNS = ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
 
@@ -59,11 +61,25 @@ def test_run_all_leaves_the_comparison(study):
     assert not list(output.rglob("*.part"))
 
 
-def test_checkpoints_hold_exactly_what_trains(study):
-    output, *_ = study
-    for result in (output / "metrics" / "runs").iterdir():
-        tensors = load_file(output / "checkpoints" / f"{result.stem}.safetensors")
-        assert sum(t.numel() for t in tensors.values()) == json.loads(result.read_text())["trainable_params"]
+def test_checkpoints_hold_what_trained_and_answer_on_a_fresh_base_as_the_run_did(study):
+    output, flags, _ = study
+    tokenizer, base = train_module.load_pretrained("all-MiniLM-L6-v2", ["0", "1"])
+    task = data.load_folder(flags[1])
+    base_hash = checkpoint.describe(base, {}, [])["base"]
+    for name, entry in json.loads((output / "metrics" / "comparison.json").read_text()).items():
+        s = entry["runs"][0]["settings"]
+        path, result = checkpoint_path(output, s), json.loads(result_path(output, s).read_text())
+        about, tensors = checkpoint.read(path)
+        assert about == {"settings": s, "label_names": ["0", "1"], "base": base_hash}
+        assert sum(t.numel() for t in tensors.values()) == entry["trainable_params"]
+        assert entry["checkpoint_mb"] == path.stat().st_size / 1e6
+        device = torch.device("cpu")
+        dtype = train_module.amp_dtype("auto", device)
+        model, _ = checkpoint.attach(base, base_hash, path, dtype or torch.float32)
+        fast.install(model)
+        amp = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+        _, pairs = train_module.evaluate(model, task.encode(task.test, tokenizer, s), device, amp)
+        assert [list(pair) for pair in pairs] == result["test_predictions"], name
 
 
 def test_second_call_skips_everything(study):
@@ -282,4 +298,4 @@ def test_damaged_file_in_downloads(tmp_path):
     (tmp_path / "downloads").mkdir()
     whole = (ROOT / "downloads" / "movieReviewSnippets_GroundTruth.txt").read_bytes()
     (tmp_path / "downloads" / "movieReviewSnippets_GroundTruth.txt").write_bytes(whole[:-1])
-    one_line_error(run(sys.executable, "-c", "import fetch; fetch.movies_file()", cwd=tmp_path), "SHA-256", "damaged")
+    one_line_error(run(sys.executable, "-c", "import fetch; fetch.ratings_file('movies')", cwd=tmp_path), "SHA-256", "damaged")

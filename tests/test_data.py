@@ -22,19 +22,27 @@ TRAIN = tsv(*[(f"sentence {i}", ["no", "yes"][i % 2]) for i in range(60)])
 
 
 def test_movies_splits_are_fixed_stratified_and_disjoint():
-    task = data.load_movies()
+    task = data.load_rated("movies")
     assert [len(rows.sentences) for rows in task[1:4]] == [8070, 1000, 1000]
     sentences = [s for rows in task[1:4] for s in rows.sentences]
     assert len(set(sentences)) == len(sentences) == 10_070
     assert task.label_names == ["negative", "positive"]
     shares = [np.mean(rows.labels) for rows in task[1:4]]
     assert max(shares) - min(shares) < 0.001
-    again = data.load_movies()
+    again = data.load_rated("movies")
     assert again.test == task.test and again.train == task.train
     lookup = dict(zip(task.train.sentences, task.train.labels))  # ratings 2.27 and -0.6 in the file
     lookup |= dict(zip(task.validation.sentences + task.test.sentences, task.validation.labels + task.test.labels))
     assert lookup["Effective but too tepid biopic"] == 0
     assert [y for s, y in lookup.items() if s.startswith("The Rock is destined to be the 21st Century's")] == [1]
+
+
+@pytest.mark.parametrize("name, sizes, positive", [("products", [2383, 297, 297], 0.586), ("tweets", [2746, 343, 343], 0.683),
+                                                   ("editorials", [2345, 293, 293], 0.401)])
+def test_the_other_rated_sentences(name, sizes, positive):
+    task = data.load_rated(name)
+    assert [len(rows.sentences) for rows in task[1:4]] == sizes
+    assert all(np.mean(rows.labels) == pytest.approx(positive, abs=0.003) for rows in task[1:4])
 
 
 def test_all_three_files_are_taken_as_given(tmp_path):

@@ -1,0 +1,108 @@
+"""A trained method as one small file, and the way back onto BERT.
+
+The file is safetensors: the trained tensors and nothing else (methods.TRAINS), the new head included. Its metadata,
+each value as JSON, say what the tensors mean:
+
+    settings       all flags of the run (settings.settings_of)
+    label_names    of the head's outputs; null for question answering
+    base           SHA-256 (first 16 hex digits) of the BERT that was trained on, without a head
+
+The frozen tensors are not in the file and did not change: loaded onto the same base, it gives the same bits.
+"""
+import copy
+import hashlib
+import json
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from methods import HEAD, apply_method, trained_tensors
+from settings import fail, write_whole
+
+MEANING = ("method", "r", "alpha", "placement", "bottleneck", "reduction")  # settings that decide what tensors do
+
+
+def describe(model, settings, label_names):
+    """The metadata, as a dict, of what will be trained on a fresh model (load_pretrained's)."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if not name.startswith(HEAD):
+            digest.update(name.encode())
+            digest.update(p.detach().numpy())
+    return {"settings": settings, "label_names": label_names, "base": digest.hexdigest()[:16]}
+
+
+def save(path, model, about):
+    """Write the trained tensors of `model`, which `about` describes; whole or not at all."""
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    write_whole(path, lambda part: save_file(trained_tensors(model), part, metadata))
+
+
+def read(path):
+    """(about, {name: tensor}) of a file, or one line on stderr."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # cloned: the file is only mapped
+    except Exception as e:  # OSError, or safetensors' own for a truncated or foreign file
+        fail(f"cannot read the checkpoint {path} ({str(e).splitlines()[0]})")
+    try:
+        return {key: json.loads(metadata[key]) for key in ("settings", "label_names", "base")}, tensors
+    except (KeyError, ValueError):
+        fail(f"{path} does not say what it was trained on; an earlier version or another program wrote it")
+
+
+def check_base(path, about, base):
+    if about["base"] != base:
+        fail(f"{path} was trained on another base model: {about['settings']['model']}, with the SHA-256 "
+             f"{about['base']}..., not {base}...")
+
+
+def fill(path, model, tensors, assign):
+    """Put all tensors into a model, or none and one line on stderr. assign: in the place of the model's own
+    parameters, which stay as they are; otherwise copied into them."""
+    own = trained_tensors(model)
+    if missing := sorted(own.keys() - tensors.keys()):
+        fail(f"{path} lacks {len(missing)} of the {len(own)} tensors that train, {missing[0]} first")
+    if extra := sorted(tensors.keys() - own.keys()):
+        fail(f"{path} has {len(extra)} tensors that this method does not train, {extra[0]} first")
+    for name, p in own.items():
+        if p.shape != tensors[name].shape:
+            fail(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(p.shape)}")
+    model.load_state_dict(tensors, strict=False, assign=assign)
+
+
+def load(path, model, about):
+    """Put a file back into a model that apply_method has made, as `about` describes it; whole or not at all."""
+    found, tensors = read(path)
+    check_base(path, found, about["base"])
+    if found["label_names"] != about["label_names"]:
+        fail(f"{path} is of another task: its labels are {found['label_names']}, not {about['label_names']}")
+    for key in MEANING:
+        if found["settings"][key] != about["settings"][key]:
+            fail(f"{path} has {key} {found['settings'][key]}, not {about['settings'][key]}")
+    fill(path, model, tensors, assign=False)
+
+
+def share(model):
+    """A second model over the same parameters and buffers: the modules are copied, no tensor is."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def attach(base, base_hash, path, compute_dtype=torch.float32):
+    """(model, about): the trained method of a file on a fresh model `base` (load_pretrained's) that describe() gave
+    `base_hash`. What is frozen is the base's own, so that many methods and tasks share it; what was trained, and
+    4-bit weights, are the new model's. The model is in evaluation mode."""
+    about, tensors = read(path)
+    check_base(path, about, base_hash)
+    model = share(base)
+    if about["label_names"]:  # tasks on one base may have other labels, and another number of them
+        model.config.id2label = dict(enumerate(about["label_names"]))
+        model.config.label2id = {name: i for i, name in enumerate(about["label_names"])}
+        model.num_labels = len(about["label_names"])
+        model.classifier = nn.Linear(model.config.hidden_size, model.num_labels)
+    apply_method(model, about["settings"], compute_dtype)
+    fill(path, model, tensors, assign=True)
+    return model.eval(), about

@@ -1,0 +1,144 @@
+"""What is saved comes back to the bit, onto a fresh base and beside other methods; what does not fit changes nothing."""
+import json
+
+import pytest
+import torch
+from conftest import METHODS, randomize, settings, tiny_bert, tiny_inputs
+from safetensors.torch import load_file, save_file
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
+
+import checkpoint
+from methods import apply_method, trained_tensors
+
+LABELS = ["no", "perhaps", "yes"]
+
+
+def trained(method, path, dtype=torch.float32, labels=LABELS, head_class=BertForSequenceClassification):
+    """(model with random trained tensors, its description), saved at `path`."""
+    s = settings(*METHODS[method])
+    model = tiny_bert(head_class=head_class)
+    about = checkpoint.describe(model, s, labels)
+    apply_method(model, s, dtype)
+    checkpoint.save(path, randomize(model), about)
+    return model, about
+
+
+@torch.no_grad()
+def logits(model, amp=False):
+    inputs = tiny_inputs()
+    del inputs["labels"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        out = model(**inputs)
+    return out.logits if hasattr(out, "logits") else torch.stack((out.start_logits, out.end_logits))
+
+
+def fresh(head_seed=11, head_class=BertForSequenceClassification):
+    """The same base with another head."""
+    model = tiny_bert(head_class=head_class)
+    torch.manual_seed(head_seed)
+    for p in (model.classifier if head_class is BertForSequenceClassification else model.qa_outputs).parameters():
+        p.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fresh_base_gives_the_same_bits(method, dtype, tmp_path):
+    model, about = trained(method, tmp_path / "x.safetensors", dtype)
+    base = fresh()
+    attached, found = checkpoint.attach(base, about["base"], tmp_path / "x.safetensors", dtype)
+    amp = dtype is torch.bfloat16
+    assert found == about and torch.equal(logits(attached, amp), logits(model, amp))
+    assert not torch.allclose(logits(attached, amp), logits(fresh(), amp), atol=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_questions_too(method, tmp_path):
+    model, about = trained(method, tmp_path / "x.safetensors", labels=None, head_class=BertForQuestionAnswering)
+    attached, _ = checkpoint.attach(fresh(head_class=BertForQuestionAnswering), about["base"], tmp_path / "x.safetensors")
+    assert torch.equal(logits(attached), logits(model))
+
+
+def test_all_methods_share_one_base_and_leave_it_as_it_was(tmp_path):
+    base, models, expected = fresh(), {}, {}
+    before, plain = {name: p.clone() for name, p in base.state_dict().items()}, logits(base)
+    for method in METHODS:
+        model, about = trained(method, tmp_path / method)
+        expected[method] = logits(model)
+        models[method], _ = checkpoint.attach(base, about["base"], tmp_path / method)
+    for method in [*METHODS, *reversed(METHODS)]:
+        assert torch.equal(logits(models[method]), expected[method])
+    assert torch.equal(logits(base), plain)
+    assert all(torch.equal(p, before[name]) for name, p in base.state_dict().items())
+    bases = {p.data_ptr() for p in base.parameters()}
+    for method, model in models.items():
+        own = trained_tensors(model)
+        assert not any(p.data_ptr() in bases for p in own.values())
+        frozen = [p for name, p in model.named_parameters() if name not in own and not hasattr(p, "quant_state")]
+        if method not in ("qlora", "qdora"):  # those also have biases in their own type
+            assert all(p.data_ptr() in bases for p in frozen) and bool(frozen) is (method != "full")
+
+
+def test_a_task_with_another_number_of_labels(tmp_path):
+    model, about = trained("lora", tmp_path / "x", labels=LABELS)
+    base = BertForSequenceClassification(tiny_bert().config.__class__(**tiny_bert().config.to_dict() | {"num_labels": 5}))
+    base.bert = tiny_bert().bert
+    attached, _ = checkpoint.attach(base.eval(), about["base"], tmp_path / "x")
+    assert torch.equal(logits(attached), logits(model)) and attached.config.id2label == dict(enumerate(LABELS))
+    assert base.config.num_labels == 5 and base.classifier.out_features == 5
+
+
+def changed(path, **metadata):
+    """The file again with other tensors (a function of them) or metadata."""
+    change = metadata.pop("tensors", lambda tensors: tensors)
+    about, tensors = checkpoint.read(path)
+    about = about | metadata
+    save_file(change(tensors), path, {key: json.dumps(value) for key, value in about.items()})
+
+
+NAME = "bert.encoder.layer.0.attention.self.query.lora_A"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: changed(path, tensors=lambda t: {k: v for k, v in t.items() if k != NAME}), f"lacks 1 .* {NAME}"),
+    (lambda path: changed(path, tensors=lambda t: t | {"bert.pooler.dense.bias": torch.ones(64)}), "has 1 .*pooler"),
+    (lambda path: changed(path, tensors=lambda t: t | {NAME: torch.ones(5, 64)}), rf"{NAME}.*\(5, 64\), not \(4, 64\)"),
+    (lambda path: changed(path, base="0" * 16), "another base model"),
+    (lambda path: changed(path, label_names=["bad", "good", "meh"]), "another task.*'meh'.*'yes'"),
+    (lambda path: changed(path, settings=settings(*METHODS["dora"])), "has method dora, not lora"),
+    (lambda path: changed(path, settings=settings("--method", "lora", "--r", 4)), "has alpha 32.0, not 12.0"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot read"),
+    (lambda path: path.write_bytes(b""), "cannot read"),
+    (lambda path: path.write_text("not a checkpoint"), "cannot read"),
+    (lambda path: save_file(load_file(path), path), "does not say what it was trained on"),
+    (lambda path: save_file(load_file(path), path, {"format": "pt", "settings": "{"}), "does not say"),
+    (lambda path: path.unlink(), "cannot read"),
+])
+def test_what_does_not_fit_is_one_line_and_nothing_is_loaded(damage, words, tmp_path):
+    path = tmp_path / "x.safetensors"
+    model, about = trained("lora", path)
+    with torch.no_grad():
+        for p in trained_tensors(model).values():
+            p.add_(1)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    damage(path)
+    with pytest.raises(SystemExit, match=words) as error:
+        checkpoint.load(path, model, about)
+    assert len(str(error.value).splitlines()) == 1 and str(path) in str(error.value)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_a_whole_file_is_loaded(tmp_path):
+    model, about = trained("lora", tmp_path / "x")
+    expected = logits(model)
+    with torch.no_grad():
+        for p in trained_tensors(model).values():
+            p.add_(1)
+    checkpoint.load(tmp_path / "x", model, about)
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_base_is_told_by_its_weights_and_not_by_its_head():
+    s = settings(*METHODS["lora"])
+    same, head, other = (checkpoint.describe(m, s, LABELS)["base"] for m in (tiny_bert(), fresh(), tiny_bert(seed=3)))
+    assert same == head != other
