@@ -214,8 +214,6 @@ def main(cases, args, is_tricks):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = args["full"]
     s, dtype = settings_of(first), amp_dtype(first.amp, device)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     task = data.load_task(first)
     split = task.encode(task.train, load_pretrained(model_of(first), task.label_names)[0], s)
     common = split, task.label_names, device, dtype

@@ -5,7 +5,7 @@ each value as JSON, say what the tensors mean:
 
     settings       all flags of the run (settings.settings_of)
     label_names    of the head's outputs; null for question answering
-    base           SHA-256 (first 16 hex digits) of the BERT that was trained on, without a head
+    base           hash_base of the BERT that was trained on
 
 The frozen tensors are not in the file and did not change: loaded onto the same base, it gives the same bits.
 """
@@ -24,14 +24,19 @@ from settings import fail, write_whole
 MEANING = ("method", "r", "alpha", "placement", "bottleneck", "reduction")  # settings that decide what tensors do
 
 
-def describe(model, settings, label_names):
-    """The metadata, as a dict, of what will be trained on a fresh model (load_pretrained's)."""
+def hash_base(model):
+    """SHA-256 (first 16 hex digits) of a fresh model's parameters (load_pretrained's), its head's left out."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if not name.startswith(HEAD):
             digest.update(name.encode())
             digest.update(p.detach().numpy())
-    return {"settings": settings, "label_names": label_names, "base": digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
+
+
+def describe(model, settings, label_names):
+    """The metadata, as a dict, of what will be trained on a fresh model."""
+    return {"settings": settings, "label_names": label_names, "base": hash_base(model)}
 
 
 def save(path, model, about):
@@ -92,7 +97,7 @@ def share(model):
 
 
 def attach(base, base_hash, path, compute_dtype=torch.float32):
-    """(model, about): the trained method of a file on a fresh model `base` (load_pretrained's) that describe() gave
+    """(model, about): the trained method of a file on a fresh model `base` (load_pretrained's) with the hash_base
     `base_hash`. What is frozen is the base's own, so that many methods and tasks share it; what was trained, and
     4-bit weights, are the new model's. The model is in evaluation mode."""
     about, tensors = read(path)

@@ -27,6 +27,15 @@ def frozen_weight(linear):
     return linear.dequantize() if hasattr(linear, "dequantize") else linear.weight
 
 
+def plain_linear(base, weight):
+    """An nn.Linear, in fp32, with this weight (out, in) and the bias of `base`."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.float())
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach().float())
+    return linear
+
+
 class LoRALinear(nn.Module):
     """A linear layer `base` (nn.Linear or NF4Linear, in -> out features) plus a low-rank update of rank r.
 
@@ -57,12 +66,7 @@ class LoRALinear(nn.Module):
 
     def merged(self):
         """An nn.Linear, in fp32, that does the same."""
-        out_features, in_features = self.lora_B.shape[0], self.lora_A.shape[1]
-        linear = nn.Linear(in_features, out_features, bias=self.base.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.merged_weight())
-        if self.base.bias is not None:
-            linear.bias = nn.Parameter(self.base.bias.detach().float())
-        return linear
+        return plain_linear(self.base, self.merged_weight())
 
 
 class DoRALinear(LoRALinear):

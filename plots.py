@@ -1,4 +1,4 @@
-"""Figures and tables from comparison.json, grid.json and memory.json in metrics/, and from nothing else.
+"""Figures and tables from comparison.json, grid.json, memory.json and multitask.json in metrics/, nothing else.
 
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/ (default: beside this file)
 """
@@ -317,12 +317,87 @@ def draw_ledger(output):
     save(fig, output / "figures" / "ledger.png")
 
 
+def bytes_of(study, name, n):
+    """What n tasks take in memory, computed: the base once, unless every task has its own."""
+    own = study["methods"][name]["trained_bytes"]
+    return n * own if name == "full" else study["base_bytes"] + n * own
+
+
+def multitask_markdown(study):
+    """Two tables: scores alone and together, and what n tasks take."""
+    def f1(values):
+        return " / ".join(f"{value:.4f}" for value in values)
+
+    others = [name for name in study["methods"] if name != "full"]
+    header = ["task", "test sentences", "full fine-tuning"]
+    for name in others:
+        header += [f"{study['methods'][name]['label']}: alone / together", "vs full (points)"]
+    rows = [[task, f"{row['test_rows']:,}", f1([row["full"]["f1_macro"]])]
+            + [cell for name in others
+               for cell in (f1([row[name]["f1_macro"], *row[name]["together"][-1:]]), points(row[name]["vs_full"]))]
+            for task, row in study["tasks"].items()]
+    counts = [n for n, _ in study["methods"][others[0]]["memory"]]
+    cost = []
+    for name, method in study["methods"].items():
+        measured = dict(method["memory"])
+        held = [f"{(measured.get(n) or bytes_of(study, name, n)) / 1e6:,.0f}" + ("" if n in measured else "*")
+                for n in (1, 4, 10, counts[-1])]
+        on_disk = counts[-1] * method["file_bytes"] + (0 if name == "full" else study["base_bytes"])
+        cost.append([method["label"], f"{method['file_bytes'] / 1e6:.2f}", f"{1000 * method['switch_ms']:.0f}",
+                     f"{method['load_ms']:.1f}", *held, f"{on_disk / 1e6:,.0f}"])
+    header_cost = ["", "file of one task (MB)", "switch in memory (µs)", "switch from the file (ms)",
+                   *(f"{n} task{'s' if n > 1 else ''} in memory (MB)" for n in (1, 4, 10, counts[-1])),
+                   f"{counts[-1]} tasks on disk (MB)"]
+    where = study["environment"]
+    caption = (f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}; [ ] is a 95 % "
+               "interval, by a paired bootstrap over test sentences. Memory is measured in a fresh process, beyond "
+               "Python and its libraries; for LoRA and adapter with the base and its tokenizer" +
+               ("; * computed." if any("*" in cell for row in cost for cell in row) else "."))
+    return markdown_table(header, rows) + "\n" + markdown_table(header_cost, cost) + f"\n{caption}\n"
+
+
+def draw_multitask(output):
+    """Draw output/metrics/multitask.json into output/figures/, and print its tables."""
+    study = json.loads((output / "metrics" / "multitask.json").read_text())
+    fig, (scores, memory, disk) = plt.subplots(1, 3, figsize=(13, 4.2))
+    names, tasks = list(study["methods"]), list(study["tasks"])
+    for i, name in enumerate(names):
+        method, (_, color, marker) = study["methods"][name], STYLE[name]
+        f1 = [study["tasks"][task][name]["f1_macro"] for task in tasks]
+        scores.plot(np.arange(len(tasks)) + 0.18 * (i - 1), f1, marker, color=color, markersize=8, label=method["label"])
+        counts, measured = np.array(method["memory"]).T
+        every = np.arange(1, 51)
+        memory.plot(every, [bytes_of(study, name, n) / 1e9 for n in every], "--", color=color, linewidth=1)
+        memory.plot(counts, measured / 1e9, marker, color=color, label=method["label"])
+        on_disk = every * method["file_bytes"] + (0 if name == "full" else study["base_bytes"])
+        disk.plot(every, on_disk / 1e9, "--", color=color, linewidth=1)
+        disk.plot(len(tasks), on_disk[len(tasks) - 1] / 1e9, marker, color=color)
+    scores.set(title="test macro-F1", xticks=range(len(tasks)), xticklabels=tasks)
+    scores.margins(x=0.1)
+    scores.legend(fontsize=9, loc="upper left")
+    memory.set(title="resident memory (GB)", xlabel="tasks held at once", yscale="log")
+    disk.set(title="on disk, the base included (GB)", xlabel="tasks", yscale="log")
+    for ax in memory, disk:
+        ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+        ax.minorticks_off()
+    where = study["environment"]
+    fig.suptitle(f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}; markers: measured, "
+                 "dashed: computed from the sizes of the tensors and files", fontsize=9)
+    figures = output / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    save(fig, figures / "multitask.png")
+    text = multitask_markdown(study)
+    (figures / "multitask.md").write_text(text, encoding="utf-8")
+    print(text + f"\nfigures are in {figures}")
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    drawings = {"comparison.json": draw, "grid.json": draw_grid, "memory.json": draw_ledger}
+    drawings = {"comparison.json": draw, "grid.json": draw_grid, "memory.json": draw_ledger,
+                "multitask.json": draw_multitask}
     found = [drawing for name, drawing in drawings.items() if (folder / "metrics" / name).exists()]
     if not found:
-        fail(f"{folder / 'metrics'} holds no comparison.json, grid.json or memory.json; run_all.sh, run_grid.sh "
-             "and memory.py make them")
+        fail(f"{folder / 'metrics'} holds none of {', '.join(drawings)}; run_all.sh, run_grid.sh, memory.py and "
+             "multitask.py make them")
     for drawing in found:
         drawing(folder)

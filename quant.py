@@ -10,6 +10,7 @@ The forward pass dequantises a weight, multiplies, and forgets it; the backward 
 import bitsandbytes as bnb
 from torch import nn
 
+from lora import plain_linear
 from methods import replace_modules
 
 
@@ -38,6 +39,11 @@ def to_nf4(linear, compute_dtype):
     # validation, the layers below would silently get no gradient. This keeps the trainable layout.
     quantized.support_avx512bf16_for_cpu = False
     return quantized.to(linear.weight.device)
+
+
+def dequantize_encoder(model):
+    """Turn every NF4Linear of the encoder into an nn.Linear, in fp32, that multiplies by the same weight."""
+    replace_modules(model.bert.encoder, NF4Linear, lambda nf4: plain_linear(nf4, nf4.dequantize()))
 
 
 def quantize_encoder(model, compute_dtype):

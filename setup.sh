@@ -1,14 +1,16 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by run_all.sh, run_grid.sh and tests/run.sh: makes .venv with the pinned requirements and sets $here and $python.
+# $VENV is another place for it: the containers bring theirs in /opt/venv.
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-python="$here/.venv/bin/python"
-if ! cmp -s "$here/requirements.txt" "$here/.venv/installed.txt"; then
+venv="${VENV:-$here/.venv}"
+python="$venv/bin/python"
+if ! cmp -s "$here/requirements.txt" "$venv/installed.txt"; then
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "error: Python 3.11 or newer is needed, python3 is $(python3 -V 2>&1)" >&2; exit 1; }
-  echo "setting up .venv (once; some minutes and about 2 GB, more with CUDA)" >&2
-  python3 -m venv "$here/.venv"
+  echo "setting up $venv (once; some minutes and about 2 GB, more with CUDA)" >&2
+  python3 -m venv "$venv"
   "$python" -m pip install --quiet --disable-pip-version-check --no-compile -r "$here/requirements.txt"
   # Compile what is imported and nothing else: of 14,000 files that saves half a minute.
   (cd "$here" && env -u PYTHONDONTWRITEBYTECODE "$python" -c "import plots, quant, train")
-  cp "$here/requirements.txt" "$here/.venv/installed.txt"  # last: an interrupted installation is done again
+  cp "$here/requirements.txt" "$venv/installed.txt"  # last: an interrupted installation is done again
 fi

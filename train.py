@@ -40,6 +40,10 @@ EVAL_BATCH = 32  # rows; with windows of 384 tokens the attention of one layer o
 CLIP_NORM = 1.0  # largest L2 norm of all gradients together
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns for half a minute
+
 
 def has_bf16(device):
     """Whether the hardware multiplies in bf16. A CPU that emulates it was 5 times slower than in fp32 (60 and 280
@@ -170,10 +174,6 @@ def main(args):
     s, without = args.settings, args.settings.get("without", ())
     device = distributed.join()
     dtype = amp_dtype(s["amp"], device)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns for half a minute
-
     if LOCAL_RANK > 0:
         distributed.wait()  # until the first process of this machine has downloaded what is missing
     task = (qa if "stride" in s else data).load_task(args)

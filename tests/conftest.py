@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,19 @@ METHODS = {
     "houlsby": ["--method", "adapter", "--bottleneck", 16],
     "pfeiffer": ["--method", "adapter", "--placement", "pfeiffer", "--bottleneck", 16],
 }
+
+# -I: neither this project nor the working directory nor PYTHONPATH is where Python looks for modules
+ELSEWHERE = """
+import json, sys, torch
+from transformers import AutoTokenizer, {head}
+sentences, folder = json.loads(sys.argv[1]), sys.argv[2]
+tokenizer, model = AutoTokenizer.from_pretrained(folder), {head}.from_pretrained(folder).eval()
+with torch.no_grad():
+    out = model(**tokenizer(*sentences, padding=True, return_tensors="pt"))
+logits = out.logits if hasattr(out, "logits") else torch.stack((out.start_logits, out.end_logits))
+assert not any(name in sys.modules for name in ("lora", "quant", "checkpoint", "bitsandbytes"))
+print(json.dumps([logits.tolist(), list(model.config.id2label.values())]))
+"""
 
 
 def build(method, head_class=BertForSequenceClassification):
@@ -99,8 +113,26 @@ def save_small_bert(folder, **config):
     return folder
 
 
+def elsewhere(head, texts, folder, cwd):
+    """(logits, label names) of a folder in a Python process that knows nothing of this project."""
+    done = run(sys.executable, "-I", "-c", ELSEWHERE.format(head=head), json.dumps(texts), folder, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    logits, names = json.loads(done.stdout)
+    return torch.tensor(logits), names
+
+
 @pytest.fixture
 def data_dir(tmp_path):
     """A folder with 80 / 12 / 12 rows of a task that a few steps cannot solve, but that has both labels everywhere."""
     return write_splits(tmp_path / "mine", {"train": 80, "dev": 12, "test": 12}, lambda i, split:
                         f"a {'good' if i % 2 else 'bad'} film number {i * i} of the {split} rows\t{'yes' if i % 2 else 'no'}")
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """One whole run_all.sh on a small folder of data: (output folder, its flags, the finished process)."""
+    base = tmp_path_factory.mktemp("study")
+    write_splits(base / "mine", {"train": 200, "validation": 20, "test": 20},
+                 lambda i, split: f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}")
+    flags = ["--data", base / "mine", "--max-steps", 4, "--epochs", 2, "--batch-size", 64, "--output", base / "out"]
+    return base / "out", flags, run("bash", ROOT / "run_all.sh", *flags)

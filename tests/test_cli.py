@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run, settings, train, write_splits
+from conftest import ROOT, one_line_error, run, settings, train
 
 import checkpoint
 import data
@@ -21,16 +21,6 @@ from compare import RUNS as RUN_FLAGS
 from settings import TRICKS, checkpoint_path, parse_args, result_path, write_whole
 
 RUNS = ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """One whole run_all.sh on a small folder of data: (output folder, its flags, the finished process)."""
-    base = tmp_path_factory.mktemp("study")
-    write_splits(base / "mine", {"train": 200, "validation": 20, "test": 20},
-                 lambda i, split: f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}")
-    flags = ["--data", base / "mine", "--max-steps", 4, "--epochs", 2, "--batch-size", 64, "--output", base / "out"]
-    return base / "out", flags, run("bash", ROOT / "run_all.sh", *flags)
 
 
 def test_run_all_leaves_the_comparison(study):
@@ -65,7 +55,7 @@ def test_checkpoints_hold_what_trained_and_answer_on_a_fresh_base_as_the_run_did
     output, flags, _ = study
     tokenizer, base = train_module.load_pretrained("all-MiniLM-L6-v2", ["0", "1"])
     task = data.load_folder(flags[1])
-    base_hash = checkpoint.describe(base, {}, [])["base"]
+    base_hash = checkpoint.hash_base(base)
     for name, entry in json.loads((output / "metrics" / "comparison.json").read_text()).items():
         s = entry["runs"][0]["settings"]
         path, result = checkpoint_path(output, s), json.loads(result_path(output, s).read_text())

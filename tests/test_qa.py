@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, build, one_line_error, randomize, run, settings, train
+from conftest import METHODS, ROOT, build, elsewhere, one_line_error, randomize, run, settings, train
 from transformers import AutoTokenizer, BertForQuestionAnswering
 
 import fast
 import grid
+import merge
 import qa
 import synthetic
 from fetch import model_folder
@@ -417,3 +418,30 @@ def test_list_prints_twenty_commands(finished, tmp_path):
     assert done.returncode == 0 and len(lines) == 20 and not list(tmp_path.iterdir())
     for line, flags in zip(lines, grid.RUNS.values()):
         assert "train.py --data" in line and line.endswith(flags) and "'" + str(tmp_path / "with space") + "'" in line
+
+
+def test_a_question_is_asked_from_the_command_line(finished, tmp_path):
+    """predict.py takes the best run of every method in the grid; here there is one, of QDoRA."""
+    _, output, result, _ = finished
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "grid.json").write_text(json.dumps({"qdora_epoch-2_lr_2e-4": result}))
+    shutil.copytree(output / "checkpoints", tmp_path / "checkpoints")
+    done = run(sys.executable, ROOT / "predict.py", "--output", tmp_path, "--question", "Who was it?", "--context",
+               "It was Anna who wrote the letter, and Karl who read it.")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    head, row = done.stdout.splitlines()
+    name, *_ = row.split()
+    answer = row[len(name):head.index("answer") + len("answer")].strip()
+    assert name == "qdora" and answer and answer in "It was Anna who wrote the letter, and Karl who read it."
+
+
+def test_a_merged_question_answering_model_needs_nothing_from_here(finished, tmp_path):
+    path, = (finished[1] / "checkpoints").iterdir()
+    merge.main(merge.parse_args([str(path), "--to", str(tmp_path / "out")]))
+    texts = [["who?", "where was it?"], ["it was Anna", "it was in Rome, in a garden"]]
+    found, _ = elsewhere("AutoModelForQuestionAnswering", texts, tmp_path / "out", tmp_path)
+    tokenizer, base, base_hash = merge.load_base(path)
+    model, _ = merge.attach(base, base_hash, path)
+    with torch.no_grad():
+        out = model(**tokenizer(*texts, padding=True, return_tensors="pt"))
+    assert (found - torch.stack((out.start_logits, out.end_logits))).abs().max() < 1e-5

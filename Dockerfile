@@ -1,0 +1,26 @@
+# All that the project needs to run on CPUs; the project itself is mounted at /workspace (Makefile).
+FROM python:3.12-slim-bookworm
+
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends git libgomp1 && rm -rf /var/lib/apt/lists/*
+
+# The user has the numbers of the one who builds, so that what it writes to /workspace is theirs.
+ARG UID=1000
+ARG GID=1000
+RUN groupadd --non-unique --gid "$GID" user \
+ && useradd --non-unique --uid "$UID" --gid "$GID" --create-home user \
+ && mkdir /opt/venv /workspace \
+ && chown "$UID:$GID" /opt/venv /workspace
+USER $UID:$GID
+
+# setup.sh uses this environment as long as its requirements are those of the project.
+ENV HOME=/home/user VENV=/opt/venv PATH=/opt/venv/bin:$PATH HF_HOME=/workspace/downloads/huggingface
+COPY requirements.txt /tmp/requirements.txt
+RUN python3 -m venv /opt/venv \
+ && pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
+    "$(grep '^torch==' /tmp/requirements.txt)+cpu" -r /tmp/requirements.txt \
+ && cp /tmp/requirements.txt /opt/venv/installed.txt
+
+WORKDIR /workspace
+EXPOSE 8888
+CMD ["bash", "run_all.sh"]

@@ -1,0 +1,142 @@
+"""Fold what LoRA or DoRA learned into BERT's own weights: a plain Hugging Face folder, which needs nothing from here.
+
+    python merge.py checkpoints/NAME.safetensors --to FOLDER
+
+    LoRA    W = W0 + s B A                                lora.py, computed in fp32
+    DoRA    W = m (W0 + s B A) / ||W0 + s B A||
+
+A 4-bit W0 is dequantised first, and W stays in float: 4 bits are too coarse for what was learned. --requantized JSON
+measures that: it rounds W to 4 bits once more and scores the test rows.
+"""
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+from settings import Parser, check_writable, fail, write_json
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", nargs="+", type=Path, help="what train.py left in checkpoints/")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", type=Path, metavar="FOLDER", help="export the merged model and its tokenizer (no default)")
+    what.add_argument("--requantized", type=Path, metavar="JSON", help="measure instead, for QLoRA and QDoRA (no default)")
+    p.add_argument("--model", metavar="FOLDER", help="where the base is, if it was a folder (default: as in training)")
+    p.add_argument("--data", type=Path, metavar="DIR", help="where the data are, if they were a folder (default: none)")
+    args = p.parse_args(argv)
+    if args.to:
+        if len(args.checkpoint) > 1:
+            fail(f"--to takes one checkpoint, not {len(args.checkpoint)}")
+        if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
+            fail(f"{args.to} is there already; choose another --to")
+    check_writable((args.to or args.requantized).resolve().parent)
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports
+
+import shutil
+
+import torch
+
+import data
+import qa
+from checkpoint import attach
+from lora import LoRALinear, frozen_weight, merge_lora
+from plots import markdown_table
+from predict import load_base
+from train import evaluate
+
+
+def merge(model, s):
+    """Turn a model of the settings `s` (checkpoint.attach) into a plain BERT in place. A second time changes nothing."""
+    if s["method"] == "adapter":
+        fail("adapters cannot be merged: a nonlinear function stands between their two matrices, so that no weight of "
+             "BERT's own does the same. LoRA, DoRA, QLoRA and QDoRA can")
+    merge_lora(model)
+    if s["method"] in ("qlora", "qdora"):
+        from quant import dequantize_encoder
+        dequantize_encoder(model)
+
+
+def export(path, folder, model_name=None):
+    """Write the merged model of a checkpoint as a Hugging Face folder, in fp32; whole or not at all."""
+    tokenizer, base, base_hash = load_base(path, model_name)
+    model, about = attach(base, base_hash, path)
+    merge(model, about["settings"])
+    part = folder.resolve().with_name(folder.resolve().name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(folder)
+    except OSError as e:
+        fail(f"cannot write {folder}: {e}")
+
+
+def load_test(s, tokenizer, folder):
+    """The test rows that the run with the settings `s` was scored on."""
+    if s["data_sha256"] and not folder:
+        fail(f"it was trained on the folder {s['task']}; --data DIR says where that is")
+    task = (qa if "stride" in s else data).load_task(SimpleNamespace(data=folder, task=s["task"]))
+    return task.encode(task.test, tokenizer, s)
+
+
+@torch.no_grad()
+def requantize(path, model_name, folder):
+    """What merging a 4-bit model does to its scores on the test rows: in float, and rounded to 4 bits again."""
+    from quant import quantize_encoder
+    tokenizer, base, base_hash = load_base(path, model_name)
+    model, about = attach(base, base_hash, path)
+    s = about["settings"]
+    if s["method"] not in ("qlora", "qdora"):
+        fail(f"{path} is {s['method']}; only QLoRA and QDoRA have 4-bit weights that could be requantised")
+    split = load_test(s, tokenizer, folder)
+    device, amp = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    before = {name: frozen_weight(m.base).float() for name, m in wrapped.items()}
+    own, pairs = evaluate(model, split, device, amp)
+    result = {"settings": s, "test_rows": split.n, "unmerged": own}
+
+    def score(name):
+        scores, answers = evaluate(model, split, device, amp)
+        result[name] = scores | {"changed_predictions": sum(a != b for a, b in zip(answers, pairs))}
+
+    merge(model, s)
+    merged = {name: model.get_submodule(name).weight.clone() for name in wrapped}
+    score("merged")
+    quantize_encoder(model, torch.float32)
+    score("requantized")
+    rounded = {name: model.get_submodule(name).dequantize() for name in wrapped}
+
+    def norm(a, b):
+        return float(torch.stack([(a[name] - b[name]).norm() for name in a]).norm())
+    # Frobenius norms over all query and value weights: of the update W - W0, and of the error of rounding W
+    return result | {"update_norm": norm(merged, before), "rounding_norm": norm(rounded, merged)}
+
+
+def markdown(results):
+    """The table of --requantized."""
+    metric = "f1" if "f1" in results[0]["unmerged"] else "f1_macro"
+    digits = 2 if metric == "f1" else 4
+    header = ["", "seed", "4-bit W0, update beside it", "merged, in float", "predictions changed", "merged, in 4 bits",
+              "predictions changed", "rounding error / update"]
+    rows = [[r["settings"]["method"], str(r["settings"]["seed"]), f"{r['unmerged'][metric]:.{digits}f}",
+             f"{r['merged'][metric]:.{digits}f}", str(r["merged"]["changed_predictions"]),
+             f"{r['requantized'][metric]:.{digits}f}", str(r["requantized"]["changed_predictions"]),
+             f"{r['rounding_norm'] / r['update_norm']:.2f}"] for r in results]
+    return markdown_table(header, rows)
+
+
+def main(args):
+    if args.to:
+        export(args.checkpoint[0], args.to, args.model)
+        print(f"wrote {args.to}")
+    else:
+        results = [requantize(path, args.model, args.data) for path in args.checkpoint]
+        write_json(args.requantized, results)
+        print(markdown(results) + f"\nwrote {args.requantized}")
+
+
+if __name__ == "__main__":
+    main(ARGS)

@@ -1,0 +1,171 @@
+"""Many tasks on one base: for each of the four rated tasks a LoRA and an adapter, all in memory, one at a time in use.
+
+    python multitask.py        trains what is missing (also full fine-tuning, to compare with), measures, draws
+
+A task is a dict of the tensors that were trained for it, its head included. To switch, the model's parameters are
+pointed at another task's tensors: nothing is copied, and the frozen base is there once.
+
+    one base, n tasks          base + n * trained        bytes, in memory as on disk
+    n fully fine-tuned BERTs   n * base
+
+Other flags are train.py's. Writes metrics/multitask.json, figures/multitask.png and figures/multitask.md.
+"""
+import subprocess
+import sys
+
+from compare import commands, refuse
+from settings import (CASES, RATED_TASKS, check_writable, checkpoint_path, fail, make_parser, model_of, result_path,
+                      settings_of, write_json)
+
+METHODS = ("full", "lora_r8", "adapter")
+COUNTS = (1, 2, 4, 10, 20, 30, 40, 50)  # tasks in memory
+SWITCHES = 200  # to take the median of
+
+
+def parse_args(argv):
+    """{method: {task: (argparse results, settings)}}, and the flags."""
+    refuse(["--method", "--task", "--data", "--r", "--alpha", "--placement", "--bottleneck", "--reduction"], argv,
+           "is what the runs of multitask.py differ in; for one run of your own use train.py")
+    runs = {method: {task: make_parser().parse_args([*argv, "--task", task, *CASES[method][1].split()])
+                     for task in RATED_TASKS} for method in METHODS}
+    runs = {method: {task: (args, settings_of(args)) for task, args in of_tasks.items()}
+            for method, of_tasks in runs.items()}
+    check_writable(runs["full"]["movies"][0].output / "metrics")
+    return runs, argv
+
+
+SELECTED = parse_args(sys.argv[1:]) if __name__ == "__main__" else None  # before the slow imports
+
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import fast
+from checkpoint import attach, hash_base, read
+from compare import read_json
+from methods import trained_tensors
+from plots import draw_multitask
+from spread import paired_bootstrap
+from train import RSS_UNIT, amp_dtype, environment, evaluate, load_pretrained
+
+
+def train_missing(runs, argv):
+    for method, of_tasks in runs.items():
+        for task, (args, s) in of_tasks.items():
+            result, checkpoint = result_path(args.output, s), checkpoint_path(args.output, s)
+            if result.exists() and not checkpoint.exists():
+                fail(f"{checkpoint} is gone, although its run is finished; delete {result} to run it again")
+            if not result.exists():
+                command = commands({method: CASES[method][1]}, [*argv, "--task", task])
+                print(f"== {command}", flush=True)
+                if status := subprocess.run(command, shell=True).returncode:
+                    sys.exit(status)  # it has said why
+
+
+def switch(slots, tensors):
+    """Point the trained parameters of a model, `slots`, at the tensors of another task."""
+    for name, p in slots.items():
+        p.data = tensors[name]
+
+
+def resident():
+    """Bytes of this process in memory now; outside Linux the most it ever had, which is the same while it grows."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+
+
+def hold(files, model_name, label_names, needs_base, queue):
+    """In a fresh process: put into the queue [(n, bytes that n tasks take)], the base included if they need one. Stops
+    at a quarter of the machine's memory."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    before, held, measured = resident(), [], []
+    if needs_base:
+        _, base = load_pretrained(model_name, label_names)
+        hash_base(base)  # reads every weight; until then they are only mapped from their file
+    for n in COUNTS:
+        while len(held) < n and resident() - before < limit:
+            held.append(read(files[len(held) % len(files)])[1])
+        if len(held) == n:
+            measured.append((n, resident() - before))
+    queue.put(measured)
+
+
+def memory_of(files, *args):
+    context = multiprocessing.get_context("spawn")  # fresh: nothing of this process is in its memory
+    queue = context.SimpleQueue()
+    process = context.Process(target=hold, args=(files, *args, queue))
+    process.start()
+    measured = queue.get()
+    process.join()
+    return measured
+
+
+def median_ms(act, n):
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        act()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def main(runs, argv):
+    train_missing(runs, argv)
+    first, s = runs["full"]["movies"]
+    results = {m: {t: read_json(result_path(args.output, s)) for t, (args, s) in of_tasks.items()}
+               for m, of_tasks in runs.items()}
+    files = {m: {t: checkpoint_path(args.output, s) for t, (args, s) in of_tasks.items()} for m, of_tasks in runs.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = amp_dtype(first.amp, device)
+    amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    tasks = {task: data.load_task(args) for task, (args, _) in runs["full"].items()}
+    labels = tasks["movies"].label_names  # the same for all four
+    tokenizer, base = load_pretrained(model_of(first), labels)
+    base_hash, base_bytes = hash_base(base), sum(p.nbytes for p in base.parameters())
+    splits = {name: task.encode(task.test, tokenizer, s) for name, task in tasks.items()}
+
+    table = {task: {"test_rows": split.n, "full": {"f1_macro": results["full"][task]["f1_macro"]}}
+             for task, split in splits.items()}
+    methods = {}
+    for method in METHODS:
+        model, _ = attach(base, base_hash, files[method]["movies"], dtype or torch.float32)
+        if device.type == "cpu":
+            fast.install(model)
+        model.to(device)
+        tensors = {task: {name: t.to(device) for name, t in read(path)[1].items()} for task, path in files[method].items()}
+        slots, turn = trained_tensors(model), [*RATED_TASKS, *reversed(RATED_TASKS)]
+        for task in turn if method != "full" else []:
+            switch(slots, tensors[task])
+            scores, pairs = evaluate(model, splits[task], device, amp)
+            alone = results[method][task]
+            answers, full = ([answer for _, answer in r["test_predictions"]] for r in (alone, results["full"][task]))
+            row = table[task].setdefault(method, {
+                "f1_macro": alone["f1_macro"], "together": [], "changed_predictions": 0,
+                "vs_full": paired_bootstrap([label for label, _ in pairs], [answers], [full])})
+            row["together"].append(scores["f1_macro"])
+            row["changed_predictions"] += sum(own != answer for (_, own), answer in zip(pairs, answers))
+        order = iter(turn * SWITCHES)
+        path = files[method]["movies"]
+        methods[method] = {
+            "label": CASES[method][0], "trained_bytes": sum(t.nbytes for t in tensors["movies"].values()),
+            "file_bytes": path.stat().st_size,
+            "switch_ms": median_ms(lambda: switch(slots, tensors[next(order)]), SWITCHES),
+            "load_ms": median_ms(lambda: switch(slots, read(path)[1]), 20),
+            "memory": memory_of(list(files[method].values()), model_of(first), labels, method != "full")}
+        del model, slots, tensors
+    study = {"model": s["model"], "seed": s["seed"], "base_bytes": base_bytes, "tasks": table, "methods": methods,
+             "environment": environment(device, dtype)}
+    write_json(first.output / "metrics" / "multitask.json", study)
+    draw_multitask(first.output)
+
+
+if __name__ == "__main__":
+    main(*SELECTED)

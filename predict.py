@@ -1,0 +1,199 @@
+"""Ask the trained methods: all those of a comparison on one shared base, side by side.
+
+    python predict.py                                 five ambiguous sentences, by every method of run_all.sh
+    python predict.py "your sentence" "another"       your own; or one a line on stdin
+    python predict.py --question "Who?" --context "A passage."       the best run of every method of run_grid.sh
+"""
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from settings import Parser, checkpoint_path, fail
+
+SENTENCES = ["It is hard to dislike.",
+             "You will laugh, though perhaps not where the director hoped.",
+             "An honest failure is worth more than this polished success.",
+             "Only the dog can act, but what a dog!",
+             "The jokes are older than the actors, and just as much fun."]
+
+
+def parse_args(argv=None):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    p = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("sentences", nargs="*", metavar="SENTENCE", help="what to classify (default: stdin, if there is any, "
+                   "else five sentences)")
+    p.add_argument("--question", metavar="TEXT", help="a question to answer from --context (default: none)")
+    p.add_argument("--context", metavar="TEXT", help="the passage that holds the answer (default: none)")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--method", metavar="NAME", help="only this one, as the table names it (default: all)")
+    which.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE", help="these instead, any that train.py "
+                       "left in checkpoints/ (default: those of the comparison)")
+    p.add_argument("--model", metavar="FOLDER", help="where the base is, if it was a folder (default: as in training)")
+    p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR", help="train.py's --output, with "
+                   "metrics/ and checkpoints/ (default: beside this file)")
+    args = p.parse_args(argv)
+    if (args.question is None) != (args.context is None):
+        fail("--question and --context go together")
+    if args.question is not None and args.sentences:
+        fail("give sentences, or --question and --context")
+    for name, text in [("--question", args.question), ("--context", args.context)]:
+        if text is not None and not text.strip():
+            fail(f"{name} is empty")
+    if args.question is None and not args.sentences and not sys.stdin.isatty():
+        try:
+            args.sentences = [line.strip() for line in sys.stdin if line.strip()]
+        except UnicodeDecodeError as e:
+            fail(f"stdin is not {e.encoding.upper()}: byte {e.object[e.start]:#04x}")
+    args.sentences = args.sentences or SENTENCES
+    if not all(sentence.strip() for sentence in args.sentences):
+        fail("a sentence is empty")
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports
+
+import statistics
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from checkpoint import attach, hash_base, read
+from compare import read_json
+from grid import best_of, rows_of
+from qa import Question, Windows
+from train import load_pretrained
+
+
+class Method(NamedTuple):
+    name: str
+    model: torch.nn.Module
+    about: dict  # the checkpoint's metadata
+    megabytes: float  # of the checkpoint
+    switch_ms: float  # from the file to a model on the shared base
+
+
+def find(output, is_qa, only=None):
+    """{name: checkpoint} of what run_all.sh, or for questions run_grid.sh, left: every method's run, of several seeds
+    the first, or the best of every method by test F1."""
+    script, file = ("run_grid.sh", "grid.json") if is_qa else ("run_all.sh", "comparison.json")
+    path = output / "metrics" / file
+    if not path.exists():
+        fail(f"{path} is not there; bash {script} makes it (and --output says where)")
+    results = read_json(path)
+    if is_qa:
+        runs = {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
+    else:
+        runs = {name: entry["runs"][0] for name, entry in results.items()}
+    if only and only not in runs:
+        fail(f"--method {only}: {path} has {', '.join(runs)}")
+    files = {name: checkpoint_path(output, run["settings"]) for name, run in runs.items() if only in (None, name)}
+    for name, checkpoint in files.items():
+        if not checkpoint.exists():
+            fail(f"the checkpoint of {name} is not there ({checkpoint}); bash {script} with the flags of {path} trains it")
+    return files
+
+
+def load_base(path, model_name=None):
+    """(tokenizer, base, its hash) for the checkpoint `path`; model_name: instead of the one it was trained on."""
+    about, _ = read(path)
+    s = about["settings"]
+    if s["model_sha256"] and not model_name:
+        fail(f"{path} was trained on a model in the folder {s['model']}; --model FOLDER says where that is")
+    tokenizer, base = load_pretrained(model_name or s["model"], about["label_names"])
+    return tokenizer, base.eval(), hash_base(base)
+
+
+def load_methods(files, model_name=None):
+    """(tokenizer, [Method]) of {name: checkpoint}, all on one base."""
+    tokenizer, base, base_hash = load_base(next(iter(files.values())), model_name)
+    methods = []
+    for name, path in files.items():
+        (model, about), switch_ms = milliseconds(lambda: attach(base, base_hash, path))
+        methods.append(Method(name, model, about, path.stat().st_size / 1e6, switch_ms))
+    return tokenizer, methods
+
+
+@torch.no_grad()
+def classify(method, tokenizer, sentence):
+    """(label, its probability) of one sentence, in fp32."""
+    inputs = tokenizer(sentence, truncation=True, max_length=method.about["settings"]["max_length"], return_tensors="pt")
+    probabilities = method.model(**inputs).logits[0].softmax(-1)  # (labels)
+    best = int(probabilities.argmax())
+    return method.about["label_names"][best], float(probabilities[best])
+
+
+@torch.no_grad()
+def answer(method, tokenizer, question, context):
+    """The best span of the passage, as text."""
+    windows = Windows([Question(context, question, [""], None, None)], tokenizer, method.about["settings"])
+    predictions = {}
+    for rows in windows.batches(32):
+        predictions.update(zip(rows.tolist(), windows.predict(method.model(**windows.collate(rows)), rows)))
+    return windows.pairs([predictions[row] for row in range(len(windows.ids))])[0][1]
+
+
+def milliseconds(ask, n=3):
+    """(what ask() returns, the median of n times it takes)."""
+    result, times = ask(), []
+    for _ in range(n):
+        start = time.perf_counter()
+        ask()
+        times.append(1000 * (time.perf_counter() - start))
+    return result, statistics.median(times)
+
+
+def print_table(rows):
+    """Rows of strings, the first left-aligned, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        print("  ".join(cells).rstrip())
+
+
+def compare_sentences(methods, tokenizer, sentences):
+    """Print the table: sentences down, methods across. A * marks the label that most of the others do not give."""
+    for method in methods:
+        classify(method, tokenizer, sentences[0])  # to warm up
+    rows, times = [["", *(method.name for method in methods)]], [[] for _ in methods]
+    for sentence in sentences:
+        asked = [milliseconds(lambda: classify(method, tokenizer, sentence)) for method in methods]
+        for own, (_, ms) in zip(times, asked):
+            own.append(ms)
+        usual, _ = Counter(label for (label, _), _ in asked).most_common(1)[0]
+        short = sentence if len(sentence) <= 60 else sentence[:59] + "…"
+        rows.append([short, *(f"{'' if label == usual else '* '}{label} {probability:.2f}"
+                              for (label, probability), _ in asked)])
+    rows.append(["ms per sentence", *(f"{statistics.median(own):.1f}" for own in times)])
+    rows.append(["ms to switch to it, from its file", *(f"{method.switch_ms:.0f}" for method in methods)])
+    rows.append(["its file (MB)", *(f"{method.megabytes:.2f}" for method in methods)])
+    print_table(rows)
+    if any("* " in cell for row in rows for cell in row[1:]):
+        print("* not what most methods say")
+
+
+def compare_answers(methods, tokenizer, question, context):
+    rows = [["", "answer", "ms", "ms to switch to it, from its file", "its file (MB)"]]
+    for method in methods:
+        text, ms = milliseconds(lambda: answer(method, tokenizer, question, context))
+        rows.append([method.name, text, f"{ms:.1f}", f"{method.switch_ms:.0f}", f"{method.megabytes:.2f}"])
+    print_table(rows)
+
+
+def main(args):
+    is_qa = args.question is not None
+    files = {path.stem: path for path in args.checkpoint} if args.checkpoint else find(args.output, is_qa, args.method)
+    tokenizer, methods = load_methods(files, args.model)
+    for method in methods:
+        if is_qa is ("stride" not in method.about["settings"]):
+            fail(f"{method.name} is trained on {'sentences; it takes no' if is_qa else 'questions; it takes a'} --question")
+    if is_qa:
+        compare_answers(methods, tokenizer, args.question.strip(), args.context)
+    else:
+        compare_sentences(methods, tokenizer, args.sentences)
+
+
+if __name__ == "__main__":
+    main(ARGS)

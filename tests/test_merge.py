@@ -1,0 +1,104 @@
+"""A merged model answers as the unmerged one, and is a plain Hugging Face folder that needs nothing from here."""
+import json
+import sys
+
+import pytest
+import torch
+from conftest import METHODS, ROOT, build, elsewhere, randomize, run, save_small_bert, settings, tiny_inputs
+from torch import nn
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
+
+import merge
+from settings import checkpoint_path
+
+SENTENCES = ["a good film", "a bad film about a good dog", "no"]
+
+
+def logits(model):
+    inputs = tiny_inputs()
+    del inputs["labels"]
+    out = model(**inputs)
+    return out.logits if hasattr(out, "logits") else torch.stack((out.start_logits, out.end_logits))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head_class", [BertForSequenceClassification, BertForQuestionAnswering])
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora", "qdora"])
+def test_merged_equals_unmerged_and_twice_is_once(method, head_class):
+    model = randomize(build(method, head_class))
+    plain, names = logits(build("full", head_class)), set(build("full", head_class).state_dict())
+    before = logits(model)
+    assert (before - plain).abs().max() > 0.1  # it learned something, or the equality would say nothing
+    merge.merge(model, settings(*METHODS[method]))
+    assert (logits(model) - before).abs().max() < 1e-5
+    assert set(model.state_dict()) == names and all(p.dtype is torch.float32 for p in model.parameters())
+    assert {type(m) for m in model.bert.encoder.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    once = {name: p.clone() for name, p in model.state_dict().items()}
+    merge.merge(model, settings(*METHODS[method]))
+    assert all(torch.equal(p, once[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer"])
+def test_adapters_cannot_be_merged_and_stay_as_they_are(method):
+    model = randomize(build(method))
+    before = logits(model)
+    with pytest.raises(SystemExit, match="nonlinear"):
+        merge.merge(model, settings(*METHODS[method]))
+    assert torch.equal(logits(model), before)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(study):
+    """{name: checkpoint} of a small study."""
+    comparison = json.loads((study[0] / "metrics" / "comparison.json").read_text())
+    return {name: checkpoint_path(study[0], entry["runs"][0]["settings"]) for name, entry in comparison.items()}
+
+
+@pytest.fixture(scope="module")
+def small_bert(tmp_path_factory):
+    return save_small_bert(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", ["full_ft", "lora_r8", "qlora"])
+def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, tmp_path):
+    merge.main(merge.parse_args([str(checkpoints[name]), "--to", str(tmp_path / "out")]))
+    found, labels = elsewhere("AutoModelForSequenceClassification", [SENTENCES], tmp_path / "out", tmp_path)
+    tokenizer, base, base_hash = merge.load_base(checkpoints[name])
+    model, _ = merge.attach(base, base_hash, checkpoints[name])
+    with torch.no_grad():
+        expected = model(**tokenizer(SENTENCES, padding=True, return_tensors="pt")).logits
+        plain = base(**tokenizer(SENTENCES, padding=True, return_tensors="pt")).logits
+    assert (found - expected).abs().max() < 1e-5 and (found - plain).abs().max() > 1e-3
+    assert labels == ["0", "1"] and not list(tmp_path.glob("*.part"))
+
+
+def test_requantizing_is_measured(checkpoints, tmp_path, study):
+    path = tmp_path / "requantized.json"
+    done = run(sys.executable, ROOT / "merge.py", checkpoints["qlora"], "--requantized", path, "--data", study[1][1])
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    row, = json.loads(path.read_text())
+    assert row["test_rows"] == 20 and row["merged"]["changed_predictions"] == 0
+    assert row["merged"]["loss"] == pytest.approx(row["unmerged"]["loss"], abs=1e-5)
+    assert row["requantized"]["loss"] != pytest.approx(row["unmerged"]["loss"], abs=1e-5)
+    assert row["rounding_norm"] > 0 and row["update_norm"] > 0
+    assert merge.markdown([row]) in done.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["adapter", "--to", "{tmp}/out"], ["adapters cannot be merged"]),
+    (["lora_r8", "--to", "{tmp}"], ["is there already", "--to"]),
+    (["lora_r8", "qlora", "--to", "{tmp}/out"], ["one checkpoint"]),
+    (["lora_r8", "--requantized", "{tmp}/x.json"], ["only QLoRA and QDoRA"]),
+    (["qlora", "--requantized", "{tmp}/x.json"], ["--data"]),
+    (["lora_r8"], ["--to", "--requantized"]),
+    (["lora_r8", "--to", "{tmp}/out", "--model", "{small}"], ["another base model"]),
+    (["{tmp}/nothing", "--to", "{tmp}/out"], ["nothing", "cannot read"]),
+])
+def test_what_merge_refuses(flags, words, checkpoints, tmp_path, small_bert):
+    (tmp_path / "mine").write_text("mine")
+    flags = [checkpoints.get(flag, str(flag).format(tmp=tmp_path, small=small_bert)) for flag in flags]
+    with pytest.raises(SystemExit) as error:
+        merge.main(merge.parse_args([str(flag) for flag in flags]))
+    line, = str(error.value.code).splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
