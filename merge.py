@@ -19,8 +19,8 @@ def parse_args(argv=None):
     p = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", nargs="+", type=Path, help="what train.py left in checkpoints/")
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--to", type=Path, metavar="FOLDER", help="export the merged model and its tokenizer (no default)")
-    what.add_argument("--requantized", type=Path, metavar="JSON", help="measure instead, for QLoRA and QDoRA (no default)")
+    what.add_argument("--to", type=Path, metavar="FOLDER", help="export the merged model and its tokenizer")
+    what.add_argument("--requantized", type=Path, metavar="JSON", help="measure instead, for QLoRA and QDoRA")
     p.add_argument("--model", metavar="FOLDER", help="where the base is, if it was a folder (default: as in training)")
     p.add_argument("--data", type=Path, metavar="DIR", help="where the data are, if they were a folder (default: none)")
     args = p.parse_args(argv)
@@ -49,7 +49,7 @@ from train import evaluate
 
 
 def merge(model, s):
-    """Turn a model of the settings `s` (checkpoint.attach) into a plain BERT in place. A second time changes nothing."""
+    """Turn a model of the settings `s` (checkpoint.attach) into a plain BERT, in place. Twice is once."""
     if s["method"] == "adapter":
         fail("adapters cannot be merged: a nonlinear function stands between their two matrices, so that no weight of "
              "BERT's own does the same. LoRA, DoRA, QLoRA and QDoRA can")

@@ -122,7 +122,8 @@ def main(runs, argv):
     first, s = runs["full"]["movies"]
     results = {m: {t: read_json(result_path(args.output, s)) for t, (args, s) in of_tasks.items()}
                for m, of_tasks in runs.items()}
-    files = {m: {t: checkpoint_path(args.output, s) for t, (args, s) in of_tasks.items()} for m, of_tasks in runs.items()}
+    files = {m: {t: checkpoint_path(args.output, s) for t, (args, s) in of_tasks.items()}
+             for m, of_tasks in runs.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = amp_dtype(first.amp, device)
     amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -140,7 +141,8 @@ def main(runs, argv):
         if device.type == "cpu":
             fast.install(model)
         model.to(device)
-        tensors = {task: {name: t.to(device) for name, t in read(path)[1].items()} for task, path in files[method].items()}
+        tensors = {task: {name: tensor.to(device) for name, tensor in read(path)[1].items()}
+                   for task, path in files[method].items()}
         slots, turn = trained_tensors(model), [*RATED_TASKS, *reversed(RATED_TASKS)]
         for task in turn if method != "full" else []:
             switch(slots, tensors[task])

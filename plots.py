@@ -381,14 +381,52 @@ def draw_multitask(output):
         ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
         ax.minorticks_off()
     where = study["environment"]
-    fig.suptitle(f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}; markers: measured, "
-                 "dashed: computed from the sizes of the tensors and files", fontsize=9)
+    fig.suptitle(f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}; markers: "
+                 "measured, dashed: computed from the sizes of the tensors and files", fontsize=9)
     figures = output / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     save(fig, figures / "multitask.png")
     text = multitask_markdown(study)
     (figures / "multitask.md").write_text(text, encoding="utf-8")
     print(text + f"\nfigures are in {figures}")
+
+
+FROZEN = "#DDDDDD"
+
+
+def draw_layers(path):
+    """Draw where the methods sit: grey boxes are frozen, coloured ones train. Boxes are (name, x, y, text, colour)."""
+    lora_color, adapter_color = STYLE["lora_r8"][1], STYLE["adapter"][1]
+    low_rank = [("x", 0, 2, "x", "white"), ("A", 2.6, 1, "A\n(r, in)", lora_color),
+                ("B", 4, 1, "s B\n(out, r)", lora_color), ("+", 5, 2, "+", "white")]
+    pictures = [
+        ("LoRA: query and value\nh = W0 x + b + s B A dropout(x)",
+         [*low_rank, ("W0", 2, 3, "W0 x + b", FROZEN), ("drop", 1.2, 1, "dropout", "white"), ("h", 6, 2, "h", "white")],
+         [("x", "W0"), ("x", "drop"), ("drop", "A"), ("A", "B"), ("W0", "+"), ("B", "+"), ("+", "h")]),
+        ("DoRA, without dropout: query and value\nh = m (W0 + s B A) x / ||W0 + s B A|| + b",
+         [*low_rank, ("W0", 2, 3, "W0 x", FROZEN), ("m", 6.1, 2, "m / ||.||", STYLE["dora"][1]),
+          ("b", 7.3, 2, "+ b", FROZEN), ("h", 8.1, 2, "h", "white")],
+         [("x", "W0"), ("x", "A"), ("A", "B"), ("W0", "+"), ("B", "+"), ("+", "m"), ("m", "b"), ("b", "h")]),
+        ("Houlsby adapter: after attention and FFN\ny = LN(h + Adapter(h) + a),  h = dropout(dense(.))",
+         [("h", 0, 2, "h", "white"), ("down", 1.3, 1, "W_down\n+ b_down", adapter_color), ("gelu", 2.8, 1, "GELU", "white"),
+          ("up", 4.1, 1, "W_up\n+ b_up", adapter_color), ("a", 4.1, 3, "a: what came in", "white"), ("+", 5.1, 2, "+", "white"),
+          ("LN", 6, 2, "LN", adapter_color), ("y", 6.9, 2, "y", "white")],
+         [("h", "+"), ("h", "down"), ("down", "gelu"), ("gelu", "up"), ("up", "+"), ("a", "+"), ("+", "LN"), ("LN", "y")]),
+    ]
+    fig, axes = plt.subplots(1, 3, figsize=(14, 3))
+    for ax, (title, boxes, arrows) in zip(axes, pictures):
+        drawn = {name: ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=3,
+                               bbox={"boxstyle": "round,pad=0.35", "facecolor": color, "edgecolor": "#555555"})
+                 for name, x, y, text, color in boxes}
+        at = {name: (x, y) for name, x, y, *_ in boxes}
+        for start, end in arrows:
+            ax.annotate("", at[end], at[start], arrowprops={
+                "arrowstyle": "->", "color": "#555555", "patchA": drawn[start].get_bbox_patch(),
+                "patchB": drawn[end].get_bbox_patch()})
+        ax.set(title=title, xlim=(-0.5, 8.5), ylim=(0.3, 3.6))
+        ax.title.set_fontsize(10)
+        ax.axis("off")
+    save(fig, path)
 
 
 if __name__ == "__main__":
@@ -401,3 +439,4 @@ if __name__ == "__main__":
              "multitask.py make them")
     for drawing in found:
         drawing(folder)
+    draw_layers(folder / "figures" / "layers.png")

@@ -75,7 +75,7 @@ class Method(NamedTuple):
     switch_ms: float  # from the file to a model on the shared base
 
 
-def find(output, is_qa, only=None):
+def find(output, is_qa=False, only=None):
     """{name: checkpoint} of what run_all.sh, or for questions run_grid.sh, left: every method's run, of several seeds
     the first, or the best of every method by test F1."""
     script, file = ("run_grid.sh", "grid.json") if is_qa else ("run_all.sh", "comparison.json")
@@ -92,7 +92,7 @@ def find(output, is_qa, only=None):
     files = {name: checkpoint_path(output, run["settings"]) for name, run in runs.items() if only in (None, name)}
     for name, checkpoint in files.items():
         if not checkpoint.exists():
-            fail(f"the checkpoint of {name} is not there ({checkpoint}); bash {script} with the flags of {path} trains it")
+            fail(f"{checkpoint}, the checkpoint of {name}, is not there; bash {script} with the flags of {path} trains it")
     return files
 
 
@@ -188,7 +188,8 @@ def main(args):
     tokenizer, methods = load_methods(files, args.model)
     for method in methods:
         if is_qa is ("stride" not in method.about["settings"]):
-            fail(f"{method.name} is trained on {'sentences; it takes no' if is_qa else 'questions; it takes a'} --question")
+            fail(f"{method.name} was trained on " + ("sentences; leave --question out" if is_qa else
+                                                     "questions; it needs --question and --context"))
     if is_qa:
         compare_answers(methods, tokenizer, args.question.strip(), args.context)
     else:

@@ -12,6 +12,7 @@ import bench
 import compare
 import grid
 import memory
+import merge
 import plots
 
 
@@ -69,6 +70,13 @@ def test_readme_tables_of_memory_and_speed_are_those_of_the_results():
     assert memory.markdown(ledger) in readme
     assert bench.markdown(json.loads(committed("metrics/bench.json"))) in readme
     assert bench.tricks_markdown(json.loads(committed("metrics/bench_tricks.json"))) in readme
+
+
+def test_readme_tables_of_many_tasks_and_of_requantizing_are_those_of_the_results():
+    readme = committed("README.md")
+    tables = plots.multitask_markdown(json.loads(committed("metrics/multitask.json")))
+    assert committed("figures/multitask.md") == tables and tables in readme
+    assert merge.markdown(json.loads(committed("metrics/requantized.json"))) in readme
 
 
 def test_every_link_of_the_readme_leads_somewhere():
