@@ -14,7 +14,8 @@ RUN groupadd --non-unique --gid "$GID" user \
 USER $UID:$GID
 
 # setup.sh uses this environment as long as its requirements are those of the project.
-ENV HOME=/home/user VENV=/opt/venv PATH=/opt/venv/bin:$PATH HF_HOME=/workspace/downloads/huggingface
+ENV HOME=/home/user BERT_VENV=/opt/venv PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 \
+    HF_HOME=/workspace/downloads/huggingface
 COPY requirements.txt /tmp/requirements.txt
 RUN python3 -m venv /opt/venv \
  && pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \

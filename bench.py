@@ -10,7 +10,7 @@ import signal
 import statistics
 import sys
 
-from compare import refuse
+from compare import explain, refuse
 from settings import CASES, TRICKS, check_writable, fail, make_parser, model_of, settings_of, write_json
 
 PEERS = {"full": "Hugging Face", "lora_r8": "peft", "dora": "peft"}  # method: what does the same elsewhere
@@ -36,6 +36,7 @@ def trick_cases():
 def parse_args(argv):
     """({name: (label, flags)} to measure, {name: their argparse results}, whether these are the tricks)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    explain(__doc__, argv)
     refuse(["--method", "--r", "--without", "--accumulation", "--lr", "--epochs", "--warmup", "--max-steps"], argv,
            "is not for bench.py, which times some steps of every method, with and without its tricks")
     is_tricks = "--tricks" in argv

@@ -54,9 +54,12 @@ def read(path):
     except Exception as e:  # OSError, or safetensors' own for a truncated or foreign file
         fail(f"cannot read the checkpoint {path} ({str(e).splitlines()[0]})")
     try:
-        return {key: json.loads(metadata[key]) for key in ("settings", "label_names", "base")}, tensors
-    except (KeyError, ValueError):
-        fail(f"{path} does not say what it was trained on; an earlier version or another program wrote it")
+        about = {key: json.loads(metadata[key]) for key in ("settings", "label_names", "base")}
+        if {*MEANING, "model", "model_sha256", "max_length"} <= set(about["settings"]):
+            return about, tensors
+    except (KeyError, ValueError, TypeError):
+        pass
+    fail(f"{path} does not say what it was trained on; an earlier version or another program wrote it")
 
 
 def check_base(path, about, base):
@@ -74,8 +77,9 @@ def fill(path, model, tensors, assign):
     if extra := sorted(tensors.keys() - own.keys()):
         fail(f"{path} has {len(extra)} tensors that this method does not train, {extra[0]} first")
     for name, p in own.items():
-        if p.shape != tensors[name].shape:
-            fail(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(p.shape)}")
+        found = tensors[name]
+        if (found.shape, found.dtype) != (p.shape, p.dtype):
+            fail(f"{path}: {name} is {found.dtype} of shape {tuple(found.shape)}, not {p.dtype} of {tuple(p.shape)}")
     model.load_state_dict(tensors, strict=False, assign=assign)
 
 
@@ -92,14 +96,16 @@ def load(path, model, about):
 
 
 def share(model):
-    """A second model over the same parameters and buffers: the modules are copied, no tensor is."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    """A second model over the same storage: modules and nn.Parameters are new, so that they can be replaced, frozen or
+    cast without a trace on the first, but no number is copied."""
+    memo = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo | {id(b): b for b in model.buffers()})
 
 
 def attach(base, base_hash, path, compute_dtype=torch.float32):
     """(model, about): the trained method of a file on a fresh model `base` (load_pretrained's) with the hash_base
-    `base_hash`. What is frozen is the base's own, so that many methods and tasks share it; what was trained, and
-    4-bit weights, are the new model's. The model is in evaluation mode."""
+    `base_hash`. What is frozen lies where the base's own does, so that many methods and tasks share it; what was
+    trained, 4-bit weights and a frozen encoder in another `compute_dtype` are the new model's. In evaluation mode."""
     about, tensors = read(path)
     check_base(path, about, base_hash)
     model = share(base)

@@ -33,6 +33,13 @@ def given(flag, argv):
     return any(word.split("=")[0] == flag for word in argv)
 
 
+def explain(program, argv):
+    """Answer --help of a program, by its docstring, whose other flags are train.py's."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{program.strip()}\n\npython train.py --help explains the other flags.")
+        sys.exit()
+
+
 def refuse(flags, argv, why):
     for flag in flags:
         if given(flag, argv):
@@ -118,6 +125,7 @@ def prediction_rows(runs):
 
 
 def main(argv):
+    explain(__doc__, argv)
     refuse(["--method", "--r"], argv, "is what the five runs differ in; for one run of your own use train.py")
     to_list = "--list" in argv
     seeds, argv = split_seeds([word for word in argv if word != "--list"])

@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 
-from compare import collect, commands, given, mixed_hardware, read_json, refuse, write_csv
+from compare import collect, commands, explain, given, mixed_hardware, read_json, refuse, write_csv
 from fetch import model_folder
 from settings import DEFAULT_MODEL, fail, make_parser, model_of, settings_of, write_json
 from spread import mean_std
@@ -63,6 +63,7 @@ def check_same_study(path, argv):
 
 
 def main(argv):
+    explain(__doc__, argv)
     refuse(["--method", "--r", "--epochs", "--lr"], argv,
            "is part of what the twenty runs are; for one run of your own use train.py")
     to_list = "--list" in argv

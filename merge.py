@@ -5,17 +5,19 @@
     LoRA    W = W0 + s B A                                lora.py, computed in fp32
     DoRA    W = m (W0 + s B A) / ||W0 + s B A||
 
-A 4-bit W0 is dequantised first, and W stays in float: 4 bits are too coarse for what was learned. --requantized JSON
-measures that: it rounds W to 4 bits once more and scores the test rows.
+A 4-bit W0 is dequantised first, and W stays in float, because rounding it to 4 bits once more could undo what was learned.
+--requantized JSON does that all the same, and scores the test rows.
 """
 import argparse
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-from settings import Parser, check_writable, fail, write_json
+from settings import Parser, check_writable, fail, fingerprint, write_json
 
 
 def parse_args(argv=None):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     p = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", nargs="+", type=Path, help="what train.py left in checkpoints/")
     what = p.add_mutually_exclusive_group(required=True)
@@ -24,18 +26,24 @@ def parse_args(argv=None):
     p.add_argument("--model", metavar="FOLDER", help="where the base is, if it was a folder (default: as in training)")
     p.add_argument("--data", type=Path, metavar="DIR", help="where the data are, if they were a folder (default: none)")
     args = p.parse_args(argv)
-    if args.to:
-        if len(args.checkpoint) > 1:
-            fail(f"--to takes one checkpoint, not {len(args.checkpoint)}")
-        if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
-            fail(f"{args.to} is there already; choose another --to")
-    check_writable((args.to or args.requantized).resolve().parent)
+    if args.to and len(args.checkpoint) > 1:
+        fail(f"--to takes one checkpoint, not {len(args.checkpoint)}")
+    if args.to and args.data:
+        fail("--data is for --requantized")
+    flag, path = ("--to", args.to) if args.to else ("--requantized", args.requantized)
+    try:
+        if path.is_dir() or args.to and args.to.exists():
+            fail(f"{path} is there already; choose another {flag}")
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}")
+    check_writable(path.resolve().parent, flag)
     return args
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports
 
 import shutil
+import tempfile
 
 import torch
 
@@ -64,13 +72,15 @@ def export(path, folder, model_name=None):
     tokenizer, base, base_hash = load_base(path, model_name)
     model, about = attach(base, base_hash, path)
     merge(model, about["settings"])
-    part = folder.resolve().with_name(folder.resolve().name + ".part")
+    folder = folder.resolve()
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name[:100] + "."))
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        part.chmod(0o755)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.replace(folder)
-    except OSError as e:
+        part.rename(folder)
+    except Exception as e:  # OSError, or safetensors' own for the same causes
+        shutil.rmtree(part, ignore_errors=True)
         fail(f"cannot write {folder}: {e}")
 
 
@@ -78,6 +88,8 @@ def load_test(s, tokenizer, folder):
     """The test rows that the run with the settings `s` was scored on."""
     if s["data_sha256"] and not folder:
         fail(f"it was trained on the folder {s['task']}; --data DIR says where that is")
+    if folder and fingerprint(folder) != s["data_sha256"]:
+        fail(f"{folder} is not what it was trained on, which is {s['task']}")
     task = (qa if "stride" in s else data).load_task(SimpleNamespace(data=folder, task=s["task"]))
     return task.encode(task.test, tokenizer, s)
 

@@ -10,10 +10,11 @@ pointed at another task's tensors: nothing is copied, and the frozen base is the
 
 Other flags are train.py's. Writes metrics/multitask.json, figures/multitask.png and figures/multitask.md.
 """
+import signal
 import subprocess
 import sys
 
-from compare import commands, refuse
+from compare import commands, explain, refuse
 from settings import (CASES, RATED_TASKS, check_writable, checkpoint_path, fail, make_parser, model_of, result_path,
                       settings_of, write_json)
 
@@ -24,6 +25,8 @@ SWITCHES = 200  # to take the median of
 
 def parse_args(argv):
     """{method: {task: (argparse results, settings)}}, and the flags."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    explain(__doc__, argv)
     refuse(["--method", "--task", "--data", "--r", "--alpha", "--placement", "--bottleneck", "--reduction"], argv,
            "is what the runs of multitask.py differ in; for one run of your own use train.py")
     runs = {method: {task: make_parser().parse_args([*argv, "--task", task, *CASES[method][1].split()])
@@ -74,6 +77,10 @@ def switch(slots, tensors):
         p.data = tensors[name]
 
 
+def on_device(tensors, device):
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
 def resident():
     """Bytes of this process in memory now; outside Linux the most it ever had, which is the same while it grows."""
     try:
@@ -82,9 +89,9 @@ def resident():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
-def hold(files, model_name, label_names, needs_base, queue):
-    """In a fresh process: put into the queue [(n, bytes that n tasks take)], the base included if they need one. Stops
-    at a quarter of the machine's memory."""
+def hold(files, model_name, label_names, needs_base, pipe):
+    """In a fresh process: send [(n, bytes that n tasks take)], the base included if they need one. Stops at a quarter of
+    the machine's memory."""
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
     before, held, measured = resident(), [], []
     if needs_base:
@@ -95,17 +102,20 @@ def hold(files, model_name, label_names, needs_base, queue):
             held.append(read(files[len(held) % len(files)])[1])
         if len(held) == n:
             measured.append((n, resident() - before))
-    queue.put(measured)
+    pipe.send(measured)
 
 
 def memory_of(files, *args):
     context = multiprocessing.get_context("spawn")  # fresh: nothing of this process is in its memory
-    queue = context.SimpleQueue()
-    process = context.Process(target=hold, args=(files, *args, queue))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=hold, args=(files, *args, sender))
     process.start()
-    measured = queue.get()
-    process.join()
-    return measured
+    sender.close()  # this end; when the process dies, the other closes too, and recv() does not wait for ever
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        fail(f"the process that measures the memory of many tasks has died (status {process.exitcode})")
 
 
 def median_ms(act, n):
@@ -141,26 +151,25 @@ def main(runs, argv):
         if device.type == "cpu":
             fast.install(model)
         model.to(device)
-        tensors = {task: {name: tensor.to(device) for name, tensor in read(path)[1].items()}
-                   for task, path in files[method].items()}
+        tensors = {task: on_device(read(path)[1], device) for task, path in files[method].items()}
         slots, turn = trained_tensors(model), [*RATED_TASKS, *reversed(RATED_TASKS)]
         for task in turn if method != "full" else []:
             switch(slots, tensors[task])
             scores, pairs = evaluate(model, splits[task], device, amp)
             alone = results[method][task]
             answers, full = ([answer for _, answer in r["test_predictions"]] for r in (alone, results["full"][task]))
-            row = table[task].setdefault(method, {
-                "f1_macro": alone["f1_macro"], "together": [], "changed_predictions": 0,
-                "vs_full": paired_bootstrap([label for label, _ in pairs], [answers], [full])})
+            row = table[task].setdefault(method, {"f1_macro": alone["f1_macro"], "together": [], "changed_predictions": 0})
             row["together"].append(scores["f1_macro"])
             row["changed_predictions"] += sum(own != answer for (_, own), answer in zip(pairs, answers))
+            if len(row["together"]) == 1:
+                row["vs_full"] = paired_bootstrap([label for label, _ in pairs], [answers], [full])
         order = iter(turn * SWITCHES)
         path = files[method]["movies"]
         methods[method] = {
             "label": CASES[method][0], "trained_bytes": sum(t.nbytes for t in tensors["movies"].values()),
             "file_bytes": path.stat().st_size,
             "switch_ms": median_ms(lambda: switch(slots, tensors[next(order)]), SWITCHES),
-            "load_ms": median_ms(lambda: switch(slots, read(path)[1]), 20),
+            "load_ms": median_ms(lambda: switch(slots, on_device(read(path)[1], device)), 20),
             "memory": memory_of(list(files[method].values()), model_of(first), labels, method != "full")}
         del model, slots, tensors
     study = {"model": s["model"], "seed": s["seed"], "base_bytes": base_bytes, "tasks": table, "methods": methods,

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from settings import Parser, checkpoint_path, fail
+from settings import Parser, checkpoint_path, fail, result_path
 
 SENTENCES = ["It is hard to dislike.",
              "You will laugh, though perhaps not where the director hoped.",
@@ -27,8 +27,8 @@ def parse_args(argv=None):
     p.add_argument("--context", metavar="TEXT", help="the passage that holds the answer (default: none)")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--method", metavar="NAME", help="only this one, as the table names it (default: all)")
-    which.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE", help="these instead, any that train.py "
-                       "left in checkpoints/ (default: those of the comparison)")
+    which.add_argument("--checkpoint", type=Path, action="append", metavar="FILE", help="this instead, any that train.py "
+                       "left in checkpoints/; give it several times to compare (default: those of the comparison)")
     p.add_argument("--model", metavar="FOLDER", help="where the base is, if it was a folder (default: as in training)")
     p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR", help="train.py's --output, with "
                    "metrics/ and checkpoints/ (default: beside this file)")
@@ -40,14 +40,16 @@ def parse_args(argv=None):
     for name, text in [("--question", args.question), ("--context", args.context)]:
         if text is not None and not text.strip():
             fail(f"{name} is empty")
-    if args.question is None and not args.sentences and not sys.stdin.isatty():
-        try:
+    try:
+        if args.question is None and not args.sentences and sys.stdin and not sys.stdin.isatty():
             args.sentences = [line.strip() for line in sys.stdin if line.strip()]
-        except UnicodeDecodeError as e:
-            fail(f"stdin is not {e.encoding.upper()}: byte {e.object[e.start]:#04x}")
-    args.sentences = args.sentences or SENTENCES
+        for text in (*args.sentences, args.question or "", args.context or ""):
+            text.encode()  # in some locales Python lets through what is not UTF-8
+    except UnicodeError as e:
+        fail(f"a text is not UTF-8 ({e.reason})")
     if not all(sentence.strip() for sentence in args.sentences):
         fail("a sentence is empty")
+    args.sentences = args.sentences or SENTENCES
     return args
 
 
@@ -83,16 +85,24 @@ def find(output, is_qa=False, only=None):
     if not path.exists():
         fail(f"{path} is not there; bash {script} makes it (and --output says where)")
     results = read_json(path)
-    if is_qa:
-        runs = {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
-    else:
-        runs = {name: entry["runs"][0] for name, entry in results.items()}
-    if only and only not in runs:
-        fail(f"--method {only}: {path} has {', '.join(runs)}")
-    files = {name: checkpoint_path(output, run["settings"]) for name, run in runs.items() if only in (None, name)}
-    for name, checkpoint in files.items():
-        if not checkpoint.exists():
-            fail(f"{checkpoint}, the checkpoint of {name}, is not there; bash {script} with the flags of {path} trains it")
+    try:
+        if is_qa:
+            runs = {row["method"]: results[row["run"]]["settings"] for row in best_of(rows_of(results))}
+        else:
+            runs = {name: entry["runs"][0]["settings"] for name, entry in results.items()}
+        files = {name: checkpoint_path(output, s) for name, s in runs.items()}
+    except (KeyError, TypeError, AttributeError):
+        files = {}
+    if not files:
+        fail(f"{path} is damaged or of an earlier version; bash {script} makes it anew")
+    if only is not None and only not in files:
+        fail(f"--method {only}: {path} has {', '.join(files)}")
+    files = {name: file for name, file in files.items() if only in (None, name)}
+    for name, file in files.items():
+        if not file.exists():
+            result = result_path(output, runs[name])
+            fail(f"{file}, the checkpoint of {name}, is not there; " + (f"delete {result}, and " if result.exists() else "")
+                 + f"bash {script} with the flags of {path} trains it")
     return files
 
 
@@ -184,7 +194,11 @@ def compare_answers(methods, tokenizer, question, context):
 
 def main(args):
     is_qa = args.question is not None
-    files = {path.stem: path for path in args.checkpoint} if args.checkpoint else find(args.output, is_qa, args.method)
+    if args.checkpoint:
+        stems = {path.stem for path in args.checkpoint}
+        files = {path.stem if len(stems) == len(args.checkpoint) else str(path): path for path in args.checkpoint}
+    else:
+        files = find(args.output, is_qa, args.method)
     tokenizer, methods = load_methods(files, args.model)
     for method in methods:
         if is_qa is ("stride" not in method.about["settings"]):

@@ -226,13 +226,13 @@ def write_json(path, value):
     write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def check_writable(folder):
-    """End now, not after the training, if no file can be made in `folder`."""
+def check_writable(folder, flag="--output"):
+    """End now, not after the training, if no file can be made in `folder`, which `flag` named."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        fail(f"cannot write into {folder}: {e.strerror}; choose another --output")
+        fail(f"cannot write into {folder}: {e.strerror}; choose another {flag}")
 
 
 def parse_args(argv=None):

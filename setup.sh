@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by run_all.sh, run_grid.sh and tests/run.sh: makes .venv with the pinned requirements and sets $here and $python.
-# $VENV is another place for it: the containers bring theirs in /opt/venv.
+# $BERT_VENV is another place for it: the containers bring theirs in /opt/venv.
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-venv="${VENV:-$here/.venv}"
+venv="${BERT_VENV:-$here/.venv}"
 python="$venv/bin/python"
 if ! cmp -s "$here/requirements.txt" "$venv/installed.txt"; then
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||

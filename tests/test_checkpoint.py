@@ -59,17 +59,25 @@ def test_questions_too(method, tmp_path):
     assert torch.equal(logits(attached), logits(model))
 
 
-def test_all_methods_share_one_base_and_leave_it_as_it_was(tmp_path):
-    base, models, expected = fresh(), {}, {}
-    before, plain = {name: p.clone() for name, p in base.state_dict().items()}, logits(base)
-    for method in METHODS:
-        model, about = trained(method, tmp_path / method)
-        expected[method] = logits(model)
-        models[method], _ = checkpoint.attach(base, about["base"], tmp_path / method)
-    for method in [*METHODS, *reversed(METHODS)]:
-        assert torch.equal(logits(models[method]), expected[method])
-    assert torch.equal(logits(base), plain)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [list(METHODS), list(METHODS)[::-1]], ids=["forth", "back"])
+def test_all_methods_share_one_base_and_leave_it_as_it_was(order, dtype, tmp_path):
+    base, models, expected, amp = fresh(), {}, {}, dtype is torch.bfloat16
+    before, plain = {name: p.clone() for name, p in base.state_dict().items()}, logits(base, amp)
+    trains = {}
+    for method in order:
+        model, about = trained(method, tmp_path / method, dtype)
+        expected[method] = logits(model, amp)
+        models[method], _ = checkpoint.attach(base, about["base"], tmp_path / method, dtype)
+        trains[method] = set(trained_tensors(model))
+    for method in [*order, *reversed(order)]:
+        assert torch.equal(logits(models[method], amp), expected[method])
+        assert set(trained_tensors(models[method])) == trains[method]
+    assert torch.equal(logits(base, amp), plain)
+    assert all(p.requires_grad and p.dtype is torch.float32 for p in base.parameters())
     assert all(torch.equal(p, before[name]) for name, p in base.state_dict().items())
+    if amp:  # the encoder's frozen weights are then each model's own
+        return
     bases = {p.data_ptr() for p in base.parameters()}
     for method, model in models.items():
         own = trained_tensors(model)
@@ -102,7 +110,10 @@ NAME = "bert.encoder.layer.0.attention.self.query.lora_A"
 @pytest.mark.parametrize("damage, words", [
     (lambda path: changed(path, tensors=lambda t: {k: v for k, v in t.items() if k != NAME}), f"lacks 1 .* {NAME}"),
     (lambda path: changed(path, tensors=lambda t: t | {"bert.pooler.dense.bias": torch.ones(64)}), "has 1 .*pooler"),
-    (lambda path: changed(path, tensors=lambda t: t | {NAME: torch.ones(5, 64)}), rf"{NAME}.*\(5, 64\), not \(4, 64\)"),
+    (lambda path: changed(path, tensors=lambda t: t | {NAME: torch.ones(5, 64)}), rf"{NAME}.*\(5, 64\), not .*\(4, 64\)"),
+    (lambda path: changed(path, tensors=lambda t: t | {NAME: t[NAME].half()}), f"{NAME} is torch.float16"),
+    (lambda path: changed(path, settings=None), "does not say"),
+    (lambda path: changed(path, settings={"method": "lora"}), "does not say"),
     (lambda path: changed(path, base="0" * 16), "another base model"),
     (lambda path: changed(path, label_names=["bad", "good", "meh"]), "another task.*'meh'.*'yes'"),
     (lambda path: changed(path, settings=settings(*METHODS["dora"])), "has method dora, not lora"),

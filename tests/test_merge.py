@@ -72,6 +72,17 @@ def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, tmp_
     assert labels == ["0", "1"] and not list(tmp_path.glob("*.part"))
 
 
+def test_a_failed_export_leaves_nothing(checkpoints, tmp_path, monkeypatch):
+    def full_disk(model, folder):
+        (folder / "config.json").write_text("half a file")
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(BertForSequenceClassification, "save_pretrained", full_disk)
+    with pytest.raises(SystemExit, match="error: cannot write .*no space left"):
+        merge.main(merge.parse_args([str(checkpoints["lora_r8"]), "--to", str(tmp_path / "out")]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_requantizing_is_measured(checkpoints, tmp_path, study):
     path = tmp_path / "requantized.json"
     done = run(sys.executable, ROOT / "merge.py", checkpoints["qlora"], "--requantized", path, "--data", study[1][1])
@@ -90,6 +101,10 @@ def test_requantizing_is_measured(checkpoints, tmp_path, study):
     (["lora_r8", "qlora", "--to", "{tmp}/out"], ["one checkpoint"]),
     (["lora_r8", "--requantized", "{tmp}/x.json"], ["only QLoRA and QDoRA"]),
     (["qlora", "--requantized", "{tmp}/x.json"], ["--data"]),
+    (["qlora", "--requantized", "{tmp}/x.json", "--data", "{tmp}"], ["not what it was trained on"]),
+    (["qlora", "--requantized", "{tmp}"], ["is there already"]),
+    (["lora_r8", "--to", "{tmp}/out", "--data", "{tmp}"], ["--data is for"]),
+    (["lora_r8", "--to", "{tmp}/" + 300 * "x"], ["cannot write"]),
     (["lora_r8"], ["--to", "--requantized"]),
     (["lora_r8", "--to", "{tmp}/out", "--model", "{small}"], ["another base model"]),
     (["{tmp}/nothing", "--to", "{tmp}/out"], ["nothing", "cannot read"]),

@@ -63,6 +63,11 @@ def test_a_deleted_checkpoint_is_said_and_its_result_kept(study):
     assert sorted(output.rglob("*")) == before
 
 
+def test_a_process_that_dies_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="error: the process that measures .* has died"):
+        multitask.memory_of([tmp_path / "nothing"], None, None, False)
+
+
 @pytest.mark.parametrize("flag", ["--task", "--data", "--method", "--r"])
 def test_what_the_runs_differ_in_is_refused(flag):
     with pytest.raises(SystemExit, match=f"error: {flag} is what the runs"):

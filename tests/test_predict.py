@@ -83,6 +83,8 @@ def test_nothing_there(tmp_path, ask):
     (["--question", "who?", "--context", " "], ["--context is empty"]),
     (["--question", "who?", "--context", "he.", "a film"], ["sentences, or"]),
     (["good", " "], ["empty"]),
+    (["--method", ""], ["lora_r8"]),
+    (["caf\udce9"], ["UTF-8"]),
     (["--model", "/nonexistent", "good"], ["/nonexistent"]),
 ])
 def test_bad_flags(flags, words, study, ask):
@@ -97,7 +99,12 @@ def test_damaged_and_missing_checkpoints(study, tmp_path, ask):
     path.write_bytes(path.read_bytes()[:1000])
     refused(ask, "--output", tmp_path, words=[path, "cannot read"])
     path.unlink()
-    refused(ask, "--output", tmp_path, words=["qlora", path.name, "run_all.sh"])
+    refused(ask, "--output", tmp_path, words=["qlora", path.name, "delete", f"{path.stem}.json", "run_all.sh"])
     assert len(ask("--output", tmp_path, "--method", "adapter", "good")) == 5
+    for content in "{}", "[]", '{"full_ft": {}}', "[":
+        (tmp_path / "metrics" / "comparison.json").write_text(content)
+        refused(ask, "--output", tmp_path, words=["comparison.json", "damaged"])
     lora, = (tmp_path / "checkpoints").glob("*lora_r8*")
+    there, _ = ask("--checkpoint", lora, "--checkpoint", study[0] / "checkpoints" / lora.name, "good")[:2]
+    assert there.split() == [str(lora), str(study[0] / "checkpoints" / lora.name)]
     refused(ask, "--question", "who?", "--context", "he.", "--checkpoint", lora, words=["sentences"])
