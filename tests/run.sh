@@ -4,4 +4,7 @@ set -euo pipefail
 # shellcheck source=../setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 "$python" "$here/fetch.py"
-"$python" -m pytest -q --durations=5 "$here/tests" "$@"
+# Two workers of one thread each: most of the time goes into starting processes, and more threads than cores would wait
+# for each other.
+export OMP_NUM_THREADS=1
+"$python" -m pytest -q -n 2 --dist loadfile --durations=5 "$here/tests" "$@"
