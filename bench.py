@@ -115,19 +115,25 @@ def with_peft(model, s):
                                             use_dora=s["method"] == "dora"))
 
 
-def prepare(args, split, label_names, device, dtype, peer=None):
-    """(a function that trains for one round, the batches it trains on) of a case, or of its `peer`."""
+def build(args, label_names, device, compute_dtype, without, peer=None):
+    """The model of a case as train.py makes it, or that of its `peer`."""
     s = settings_of(args)
-    without = set(TRICKS) - {"fused_adamw"} if peer else s.get("without", ())  # Trainer has that one, too
     transformers.set_seed(s["seed"])
     _, model = load_pretrained(model_of(args), label_names)
     if peer == "peft":
         model = with_peft(model, s)
     elif peer is None:
-        apply_method(model, s, dtype or torch.float32)
+        apply_method(model, s, compute_dtype)
         if device.type == "cpu":
             fast.install(model, without)
-    model.to(device).train()
+    return model.to(device)
+
+
+def prepare(args, split, label_names, device, dtype, peer=None):
+    """(a function that trains for one round, the batches it trains on) of a case, or of its `peer`."""
+    s = settings_of(args)
+    without = set(TRICKS) - {"fused_adamw"} if peer else s.get("without", ())  # Trainer has that one, too
+    model = build(args, label_names, device, dtype or torch.float32, without, peer).train()
     optimizer = make_optimizer(list(trained_tensors(model).values()), 1e-5, fused="fused_adamw" not in without)
     batches = sample(split, s["batch_size"], "length_groups" not in without, s["seed"])
     amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -143,14 +149,9 @@ def prepare(args, split, label_names, device, dtype, peer=None):
 def prepare_inference(args, split, label_names, device, dtype, is_merged):
     """The same for inference."""
     s = settings_of(args)
-    transformers.set_seed(s["seed"])
-    _, model = load_pretrained(model_of(args), label_names)
-    apply_method(model, s, torch.float32)
+    model = build(args, label_names, device, torch.float32, without=()).eval()
     if is_merged:
         merge_lora(model)
-    if device.type == "cpu":
-        fast.install(model)
-    model.to(device).eval()
     batches = sample(split, s["batch_size"], True, s["seed"])
 
     @torch.no_grad()

@@ -45,18 +45,27 @@ def save(path, model, about):
     write_whole(path, lambda part: save_file(trained_tensors(model), part, metadata))
 
 
-def read(path):
-    """(about, {name: tensor}) of a file, or one line on stderr."""
+def read(path, get):
+    """get(file) of an open file, or one line on stderr."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # cloned: the file is only mapped
+            return get(file)
     except Exception as e:  # OSError, or safetensors' own for a truncated or foreign file
         fail(f"cannot read the checkpoint {path} ({str(e).splitlines()[0]})")
+
+
+def read_tensors(path):
+    """{name: tensor} of a file; copies, because the file is only mapped."""
+    return read(path, lambda file: {name: file.get_tensor(name).clone() for name in file.keys()})
+
+
+def read_about(path):
+    """What describe() gave when the file was written."""
+    metadata = read(path, lambda file: file.metadata() or {})
     try:
         about = {key: json.loads(metadata[key]) for key in ("settings", "label_names", "base")}
         if {*MEANING, "model", "model_sha256", "max_length"} <= set(about["settings"]):
-            return about, tensors
+            return about
     except (KeyError, ValueError, TypeError):
         pass
     fail(f"{path} does not say what it was trained on; an earlier version or another program wrote it")
@@ -68,10 +77,10 @@ def check_base(path, about, base):
              f"{about['base']}..., not {base}...")
 
 
-def fill(path, model, tensors, assign):
-    """Put all tensors into a model, or none and one line on stderr. assign: in the place of the model's own
+def fill(path, model, assign):
+    """Put all tensors of a file into a model, or none and one line on stderr. assign: in the place of the model's own
     parameters, which stay as they are; otherwise copied into them."""
-    own = trained_tensors(model)
+    own, tensors = trained_tensors(model), read_tensors(path)
     if missing := sorted(own.keys() - tensors.keys()):
         fail(f"{path} lacks {len(missing)} of the {len(own)} tensors that train, {missing[0]} first")
     if extra := sorted(tensors.keys() - own.keys()):
@@ -85,14 +94,14 @@ def fill(path, model, tensors, assign):
 
 def load(path, model, about):
     """Put a file back into a model that apply_method has made, as `about` describes it; whole or not at all."""
-    found, tensors = read(path)
+    found = read_about(path)
     check_base(path, found, about["base"])
     if found["label_names"] != about["label_names"]:
         fail(f"{path} is of another task: its labels are {found['label_names']}, not {about['label_names']}")
     for key in MEANING:
         if found["settings"][key] != about["settings"][key]:
             fail(f"{path} has {key} {found['settings'][key]}, not {about['settings'][key]}")
-    fill(path, model, tensors, assign=False)
+    fill(path, model, assign=False)
 
 
 def share(model):
@@ -106,7 +115,7 @@ def attach(base, base_hash, path, compute_dtype=torch.float32):
     """(model, about): the trained method of a file on a fresh model `base` (load_pretrained's) with the hash_base
     `base_hash`. What is frozen lies where the base's own does, so that many methods and tasks share it; what was
     trained, 4-bit weights and a frozen encoder in another `compute_dtype` are the new model's. In evaluation mode."""
-    about, tensors = read(path)
+    about = read_about(path)
     check_base(path, about, base_hash)
     model = share(base)
     if about["label_names"]:  # tasks on one base may have other labels, and another number of them
@@ -115,5 +124,5 @@ def attach(base, base_hash, path, compute_dtype=torch.float32):
         model.num_labels = len(about["label_names"])
         model.classifier = nn.Linear(model.config.hidden_size, model.num_labels)
     apply_method(model, about["settings"], compute_dtype)
-    fill(path, model, tensors, assign=True)
+    fill(path, model, assign=True)
     return model.eval(), about

@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from settings import (Parser, checkpoint_path, fail, make_parser, number, result_path, settings_of, write_json,
+from settings import (Parser, checkpoint_path, fail, make_parser, number, read_flags, settings_of, write_json,
                       write_whole)
 from spread import mean_std, paired_bootstrap
 
@@ -57,10 +57,9 @@ def collect(runs, argv):
     settings are never picked up, because a result's file name is made of its settings."""
     results, missing = {}, []
     for name, flags in runs.items():
-        args = make_parser().parse_args(argv + flags.split())
-        path = result_path(args.output, settings_of(args))
-        if path.exists():
-            results[name] = read_json(path)
+        args = read_flags(argv + flags.split())
+        if args.result.exists():
+            results[name] = read_json(args.result)
         else:
             missing.append(name)
     return results, missing, args.output

@@ -4,7 +4,6 @@
 `python grid.py` brings together what is finished and names what is not. Other flags are train.py's.
 """
 import contextlib
-import json
 import sys
 
 from compare import collect, commands, explain, given, mixed_hardware, read_json, refuse, write_csv

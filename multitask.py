@@ -15,8 +15,7 @@ import subprocess
 import sys
 
 from compare import commands, explain, refuse
-from settings import (CASES, RATED_TASKS, check_writable, checkpoint_path, fail, make_parser, model_of, result_path,
-                      settings_of, write_json)
+from settings import CASES, RATED_TASKS, check_writable, fail, model_of, read_flags, write_json
 
 METHODS = ("full", "lora_r8", "adapter")
 COUNTS = (1, 2, 4, 10, 20, 30, 40, 50)  # tasks in memory
@@ -24,16 +23,14 @@ SWITCHES = 200  # to take the median of
 
 
 def parse_args(argv):
-    """{method: {task: (argparse results, settings)}}, and the flags."""
+    """{method: {task: the flags of its run (settings.read_flags)}}, and the flags of all."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     explain(__doc__, argv)
     refuse(["--method", "--task", "--data", "--r", "--alpha", "--placement", "--bottleneck", "--reduction"], argv,
            "is what the runs of multitask.py differ in; for one run of your own use train.py")
-    runs = {method: {task: make_parser().parse_args([*argv, "--task", task, *CASES[method][1].split()])
-                     for task in RATED_TASKS} for method in METHODS}
-    runs = {method: {task: (args, settings_of(args)) for task, args in of_tasks.items()}
-            for method, of_tasks in runs.items()}
-    check_writable(runs["full"]["movies"][0].output / "metrics")
+    runs = {method: {task: read_flags([*argv, "--task", task, *CASES[method][1].split()]) for task in RATED_TASKS}
+            for method in METHODS}
+    check_writable(runs["full"]["movies"].output / "metrics")
     return runs, argv
 
 
@@ -42,29 +39,27 @@ SELECTED = parse_args(sys.argv[1:]) if __name__ == "__main__" else None  # befor
 import multiprocessing
 import os
 import resource
-import statistics
-import time
 from pathlib import Path
 
 import torch
 
 import data
 import fast
-from checkpoint import attach, hash_base, read
+from checkpoint import attach, hash_base, read_tensors
 from compare import read_json
 from methods import trained_tensors
 from plots import draw_multitask
+from predict import milliseconds
 from spread import paired_bootstrap
 from train import RSS_UNIT, amp_dtype, environment, evaluate, load_pretrained
 
 
 def train_missing(runs, argv):
     for method, of_tasks in runs.items():
-        for task, (args, s) in of_tasks.items():
-            result, checkpoint = result_path(args.output, s), checkpoint_path(args.output, s)
-            if result.exists() and not checkpoint.exists():
-                fail(f"{checkpoint} is gone, although its run is finished; delete {result} to run it again")
-            if not result.exists():
+        for task, run in of_tasks.items():
+            if run.result.exists() and not run.checkpoint.exists():
+                fail(f"{run.checkpoint} is gone, although its run is finished; delete {run.result} to run it again")
+            if not run.result.exists():
                 command = commands({method: CASES[method][1]}, [*argv, "--task", task])
                 print(f"== {command}", flush=True)
                 if status := subprocess.run(command, shell=True).returncode:
@@ -99,7 +94,7 @@ def hold(files, model_name, label_names, needs_base, pipe):
         hash_base(base)  # reads every weight; until then they are only mapped from their file
     for n in COUNTS:
         while len(held) < n and resident() - before < limit:
-            held.append(read(files[len(held) % len(files)])[1])
+            held.append(read_tensors(files[len(held) % len(files)]))
         if len(held) == n:
             measured.append((n, resident() - before))
     pipe.send(measured)
@@ -118,26 +113,15 @@ def memory_of(files, *args):
         fail(f"the process that measures the memory of many tasks has died (status {process.exitcode})")
 
 
-def median_ms(act, n):
-    times = []
-    for _ in range(n):
-        start = time.perf_counter()
-        act()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def main(runs, argv):
     train_missing(runs, argv)
-    first, s = runs["full"]["movies"]
-    results = {m: {t: read_json(result_path(args.output, s)) for t, (args, s) in of_tasks.items()}
-               for m, of_tasks in runs.items()}
-    files = {m: {t: checkpoint_path(args.output, s) for t, (args, s) in of_tasks.items()}
-             for m, of_tasks in runs.items()}
+    first = runs["full"]["movies"]
+    s = first.settings
+    results = {method: {task: read_json(run.result) for task, run in of_tasks.items()} for method, of_tasks in runs.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = amp_dtype(first.amp, device)
     amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-    tasks = {task: data.load_task(args) for task, (args, _) in runs["full"].items()}
+    tasks = {task: data.load_task(run) for task, run in runs["full"].items()}
     labels = tasks["movies"].label_names  # the same for all four
     tokenizer, base = load_pretrained(model_of(first), labels)
     base_hash, base_bytes = hash_base(base), sum(p.nbytes for p in base.parameters())
@@ -147,11 +131,12 @@ def main(runs, argv):
              for task, split in splits.items()}
     methods = {}
     for method in METHODS:
-        model, _ = attach(base, base_hash, files[method]["movies"], dtype or torch.float32)
+        files = [runs[method][task].checkpoint for task in RATED_TASKS]
+        model, _ = attach(base, base_hash, files[0], dtype or torch.float32)
         if device.type == "cpu":
             fast.install(model)
         model.to(device)
-        tensors = {task: on_device(read(path)[1], device) for task, path in files[method].items()}
+        tensors = {task: on_device(read_tensors(file), device) for task, file in zip(RATED_TASKS, files)}
         slots, turn = trained_tensors(model), [*RATED_TASKS, *reversed(RATED_TASKS)]
         for task in turn if method != "full" else []:
             switch(slots, tensors[task])
@@ -164,14 +149,12 @@ def main(runs, argv):
             if len(row["together"]) == 1:
                 row["vs_full"] = paired_bootstrap([label for label, _ in pairs], [answers], [full])
         order = iter(turn * SWITCHES)
-        path = files[method]["movies"]
+        _, switch_ms = milliseconds(lambda: switch(slots, tensors[next(order)]), SWITCHES)
+        _, load_ms = milliseconds(lambda: switch(slots, on_device(read_tensors(files[0]), device)), 20)
         methods[method] = {
             "label": CASES[method][0], "trained_bytes": sum(t.nbytes for t in tensors["movies"].values()),
-            "file_bytes": path.stat().st_size,
-            "switch_ms": median_ms(lambda: switch(slots, tensors[next(order)]), SWITCHES),
-            "load_ms": median_ms(lambda: switch(slots, on_device(read(path)[1], device)), 20),
-            "memory": memory_of(list(files[method].values()), model_of(first), labels, method != "full")}
-        del model, slots, tensors
+            "file_bytes": files[0].stat().st_size, "switch_ms": switch_ms, "load_ms": load_ms,
+            "memory": memory_of(files, model_of(first), labels, method != "full")}
     study = {"model": s["model"], "seed": s["seed"], "base_bytes": base_bytes, "tasks": table, "methods": methods,
              "environment": environment(device, dtype)}
     write_json(first.output / "metrics" / "multitask.json", study)

@@ -68,6 +68,7 @@ def name_rows(ax, names):
 
 
 def save(fig, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
@@ -190,7 +191,6 @@ def summary(entries, path):
 def draw(output):
     """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the table."""
     figures = output / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
     entries = json.loads((output / "metrics" / "comparison.json").read_text())
     if any("checkpoint_mb" not in entry for entry in entries.values()):
         fail(f"{output / 'metrics' / 'comparison.json'} is of an earlier version; bash run_all.sh makes it anew")
@@ -275,7 +275,6 @@ def grid_time(runs, path):
 def draw_grid(output):
     """Draw everything that output/metrics/grid.json holds into output/figures/, and print the tables."""
     figures = output / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
     runs = json.loads((output / "metrics" / "grid.json").read_text())
     grid_bars(runs, figures / "grid_f1.png")
     grid_boxes(runs, figures / "grid_boxes.png")
@@ -313,14 +312,17 @@ def draw_ledger(output):
     ax.set_xlabel("memory in training (GB)")
     ax.legend(fontsize=9, loc="lower right")
     fig.suptitle(ledger_caption(ledger), fontsize=9)
-    (output / "figures").mkdir(parents=True, exist_ok=True)
     save(fig, output / "figures" / "ledger.png")
 
 
-def bytes_of(study, name, n):
-    """What n tasks take in memory, computed: the base once, unless every task has its own."""
-    own = study["methods"][name]["trained_bytes"]
-    return n * own if name == "full" else study["base_bytes"] + n * own
+def bytes_of(study, name, n, own):
+    """What n tasks take, computed: the base once, unless every task has its own. own: "trained_bytes" or "file_bytes"."""
+    return n * study["methods"][name][own] + (0 if name == "full" else study["base_bytes"])
+
+
+def multitask_caption(study):
+    where = study["environment"]
+    return f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}"
 
 
 def multitask_markdown(study):
@@ -340,18 +342,17 @@ def multitask_markdown(study):
     cost = []
     for name, method in study["methods"].items():
         measured = dict(method["memory"])
-        held = [f"{(measured.get(n) or bytes_of(study, name, n)) / 1e6:,.0f}" + ("" if n in measured else "*")
+        held = [f"{(measured.get(n) or bytes_of(study, name, n, 'trained_bytes')) / 1e6:,.0f}" + ("" if n in measured else "*")
                 for n in (1, 4, 10, counts[-1])]
-        on_disk = counts[-1] * method["file_bytes"] + (0 if name == "full" else study["base_bytes"])
         cost.append([method["label"], f"{method['file_bytes'] / 1e6:.2f}", f"{1000 * method['switch_ms']:.0f}",
-                     f"{method['load_ms']:.1f}", *held, f"{on_disk / 1e6:,.0f}"])
+                     f"{method['load_ms']:.1f}", *held,
+                     f"{bytes_of(study, name, counts[-1], 'file_bytes') / 1e6:,.0f}"])
     header_cost = ["", "file of one task (MB)", "switch in memory (µs)", "switch from the file (ms)",
                    *(f"{n} task{'s' if n > 1 else ''} in memory (MB)" for n in (1, 4, 10, counts[-1])),
                    f"{counts[-1]} tasks on disk (MB)"]
-    where = study["environment"]
-    caption = (f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}; [ ] is a 95 % "
-               "interval, by a paired bootstrap over test sentences. Memory is measured in a fresh process, beyond "
-               "Python and its libraries; for LoRA and adapter with the base and its tokenizer" +
+    caption = (f"{multitask_caption(study)}; [ ] is a 95 % interval, by a paired bootstrap over test sentences. Memory is "
+               "measured in a fresh process, beyond Python and its libraries; for LoRA and adapter with the base and its "
+               "tokenizer" +
                ("; * computed." if any("*" in cell for row in cost for cell in row) else "."))
     return markdown_table(header, rows) + "\n" + markdown_table(header_cost, cost) + f"\n{caption}\n"
 
@@ -367,10 +368,9 @@ def draw_multitask(output):
         scores.plot(np.arange(len(tasks)) + 0.18 * (i - 1), f1, marker, color=color, markersize=8, label=method["label"])
         counts, measured = np.array(method["memory"]).T
         every = np.arange(1, 51)
-        memory.plot(every, [bytes_of(study, name, n) / 1e9 for n in every], "--", color=color, linewidth=1)
+        memory.plot(every, bytes_of(study, name, every, "trained_bytes") / 1e9, "--", color=color, linewidth=1)
         memory.plot(counts, measured / 1e9, marker, color=color, label=method["label"])
-        on_disk = every * method["file_bytes"] + (0 if name == "full" else study["base_bytes"])
-        disk.plot(every, on_disk / 1e9, "--", color=color)
+        disk.plot(every, bytes_of(study, name, every, "file_bytes") / 1e9, "--", color=color)
     scores.set(title="test macro-F1", xticks=range(len(tasks)), xticklabels=tasks)
     scores.margins(x=0.1)
     scores.legend(fontsize=9, loc="upper left")
@@ -379,11 +379,9 @@ def draw_multitask(output):
     for ax in memory, disk:
         ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
         ax.minorticks_off()
-    where = study["environment"]
-    fig.suptitle(f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}; markers: "
-                 "measured, dashed: computed from the sizes of the tensors and files", fontsize=9)
+    fig.suptitle(f"{multitask_caption(study)}; markers: measured, dashed: computed from the sizes of the tensors and "
+                 "files", fontsize=9)
     figures = output / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
     save(fig, figures / "multitask.png")
     text = multitask_markdown(study)
     (figures / "multitask.md").write_text(text, encoding="utf-8")

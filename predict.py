@@ -62,7 +62,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import attach, hash_base, read
+from checkpoint import attach, hash_base, read_about
 from compare import read_json
 from grid import best_of, rows_of
 from qa import Question, Windows
@@ -108,7 +108,7 @@ def find(output, is_qa=False, only=None):
 
 def load_base(path, model_name=None):
     """(tokenizer, base, its hash) for the checkpoint `path`; model_name: instead of the one it was trained on."""
-    about, _ = read(path)
+    about = read_about(path)
     s = about["settings"]
     if s["model_sha256"] and not model_name:
         fail(f"{path} was trained on a model in the folder {s['model']}; --model FOLDER says where that is")

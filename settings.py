@@ -235,13 +235,19 @@ def check_writable(folder, flag="--output"):
         fail(f"cannot write into {folder}: {e.strerror}; choose another {flag}")
 
 
-def parse_args(argv=None):
-    """The flags of train.py, with .settings, .result and .checkpoint; ends with status 0 if that run is finished."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, as kill does: write_whole allows it
+def read_flags(argv=None):
+    """The flags of train.py, with .settings, .result and .checkpoint."""
     args = make_parser().parse_args(argv)
     args.settings = settings_of(args)
     args.result = result_path(args.output, args.settings)
     args.checkpoint = checkpoint_path(args.output, args.settings)
+    return args
+
+
+def parse_args(argv=None):
+    """read_flags; ends with status 0 if that run is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, as kill does: write_whole allows it
+    args = read_flags(argv)
     if args.result.exists():
         print(f"finished already: {args.result} (delete it to run again)")
         sys.exit(0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -78,6 +78,16 @@ def tiny_inputs(seed=1):
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
 
 
+@torch.no_grad()
+def logits(model, amp=False):
+    """Of a tiny BERT on the tiny inputs; of one for questions (2, batch, tokens): start and end."""
+    inputs = tiny_inputs()
+    del inputs["labels"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        out = model(**inputs)
+    return out.logits if hasattr(out, "logits") else torch.stack((out.start_logits, out.end_logits))
+
+
 def run(*command, timeout=300, **kwargs):
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, **kwargs)
 
@@ -92,6 +102,14 @@ def one_line_error(done, *words):
     assert done.returncode != 0 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:
         assert str(word) in lines[0], lines[0]
+
+
+def one_line_exit(act, *words):
+    """The same of a program that runs in this process, as act()."""
+    with pytest.raises(SystemExit) as error:
+        act()
+    line, = str(error.value.code).splitlines()
+    assert line.startswith("error: ") and all(str(word) in line for word in words), line
 
 
 def write_splits(folder, sizes, row):

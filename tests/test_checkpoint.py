@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import METHODS, randomize, settings, tiny_bert, tiny_inputs
+from conftest import METHODS, logits, randomize, settings, tiny_bert
 from safetensors.torch import load_file, save_file
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
@@ -21,15 +21,6 @@ def trained(method, path, dtype=torch.float32, labels=LABELS, head_class=BertFor
     apply_method(model, s, dtype)
     checkpoint.save(path, randomize(model), about)
     return model, about
-
-
-@torch.no_grad()
-def logits(model, amp=False):
-    inputs = tiny_inputs()
-    del inputs["labels"]
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
-        out = model(**inputs)
-    return out.logits if hasattr(out, "logits") else torch.stack((out.start_logits, out.end_logits))
 
 
 def fresh(head_seed=11, head_class=BertForSequenceClassification):
@@ -99,9 +90,8 @@ def test_a_task_with_another_number_of_labels(tmp_path):
 def changed(path, **metadata):
     """The file again with other tensors (a function of them) or metadata."""
     change = metadata.pop("tensors", lambda tensors: tensors)
-    about, tensors = checkpoint.read(path)
-    about = about | metadata
-    save_file(change(tensors), path, {key: json.dumps(value) for key, value in about.items()})
+    about = checkpoint.read_about(path) | metadata
+    save_file(change(checkpoint.read_tensors(path)), path, {key: json.dumps(value) for key, value in about.items()})
 
 
 NAME = "bert.encoder.layer.0.attention.self.query.lora_A"

@@ -1,7 +1,6 @@
 """The splits, the user's own files with all that can be wrong with them, and the batches."""
 import numpy as np
 import pytest
-import torch
 from conftest import settings
 
 import data

@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, one_line_exit, run
 
 import predict
 from compare import RUNS
@@ -24,10 +24,7 @@ def ask(monkeypatch, capsys):
 
 
 def refused(ask, *flags, words):
-    with pytest.raises(SystemExit) as error:
-        ask(*flags)
-    line, = str(error.value.code).splitlines()
-    assert line.startswith("error: ") and all(str(word) in line for word in words), line
+    one_line_exit(lambda: ask(*flags), *words)
 
 
 def cells(line):
