@@ -117,7 +117,8 @@ def main(runs, argv):
     train_missing(runs, argv)
     first = runs["full"]["movies"]
     s = first.settings
-    results = {method: {task: read_json(run.result) for task, run in of_tasks.items()} for method, of_tasks in runs.items()}
+    results = {method: {task: read_json(run.result) for task, run in of_tasks.items()}
+               for method, of_tasks in runs.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = amp_dtype(first.amp, device)
     amp = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -143,7 +144,8 @@ def main(runs, argv):
             scores, pairs = evaluate(model, splits[task], device, amp)
             alone = results[method][task]
             answers, full = ([answer for _, answer in r["test_predictions"]] for r in (alone, results["full"][task]))
-            row = table[task].setdefault(method, {"f1_macro": alone["f1_macro"], "together": [], "changed_predictions": 0})
+            row = table[task].setdefault(method, {"f1_macro": alone["f1_macro"], "together": [],
+                                                  "changed_predictions": 0})
             row["together"].append(scores["f1_macro"])
             row["changed_predictions"] += sum(own != answer for (_, own), answer in zip(pairs, answers))
             if len(row["together"]) == 1:

@@ -68,7 +68,7 @@ def name_rows(ax, names):
 
 
 def save(fig, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
