@@ -1,9 +1,9 @@
-"""How fast each method trains, measured so that it compares: all in one process, in turns, on the same sentences.
+"""How fast each method trains, measured so that it compares: all in one process, in turns.
 
     python bench.py             every method; the peer is Hugging Face's modules, peft (if installed) and random batches
     python bench.py --tricks    what each speed trick gains, alone and together with the others
 
-Other flags are train.py's. A round trains every case once on the same 16 batches' worth of sentences, from the shortest
+Other flags are train.py's. A round trains every case once, on 16 batches that stand for an epoch of it, from the shortest
 to the longest; a round before the others is for warming up. Writes metrics/bench.json or metrics/bench_tricks.json.
 """
 import signal
@@ -99,12 +99,14 @@ def flops_of(run_round):
 
 
 def sample(split, batch_size, by_length, seed):
-    """STEPS batches of row numbers, from the shortest to the longest rows; by_length=False: the same rows shuffled."""
-    batches = [batch for batch in split.batches(batch_size) if len(batch) == batch_size] or split.batches(batch_size)
-    batches = [batches[i] for i in np.linspace(0, len(batches) - 1, min(STEPS, len(batches))).round().astype(int)]
-    if by_length:
-        return batches
-    return np.array_split(np.random.default_rng(seed).permutation(np.concatenate(batches)), len(batches))
+    """STEPS batches that stand for an epoch: of its batches, in order of their longest row, the middle one of each
+    sixteenth. Their mean number of tokens, padding included, is the epoch's; with the longest batch of all among them,
+    shuffled, random batches would be an eighth too long (movies) and their loader seem too slow."""
+    batches = split.batches(batch_size, np.random.default_rng(seed), by_length)
+    batches = [batch for batch in batches if len(batch) == batch_size] or batches
+    batches.sort(key=lambda batch: split.lengths[batch].max())
+    n = min(STEPS, len(batches))
+    return [batches[(2 * i + 1) * len(batches) // (2 * n)] for i in range(n)]
 
 
 def with_peft(model, s):

@@ -2,10 +2,12 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, one_line_error, run, save_small_bert
 
 import bench
+import data
 from settings import CASES, TRICKS
 
 
@@ -38,6 +40,20 @@ def test_trick_cases_leave_out_what_they_say():
     assert len(cases) == 2 * (2 + 2 * len(TRICKS))
     assert cases["full without cls_only"][1] == "--method full --without cls_only"
     assert set(cases["full only cls_only"][1].split()[3:]) == TRICKS.keys() - {"cls_only"}
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_sampled_batches_are_as_long_as_the_epoch_s(by_length):
+    split = data.Encoded()
+    split.lengths = 3 + np.random.default_rng(0).geometric(0.05, size=8000).clip(max=125)  # few are long, as in life
+    split.ids, split.usable = [None] * 8000, np.arange(8000)
+
+    def tokens(batches):  # per row, padding included
+        return sum(len(b) * split.lengths[b].max() for b in batches) / sum(map(len, batches))
+
+    sampled = bench.sample(split, 32, by_length, seed=0)
+    assert len(sampled) == bench.STEPS and {len(b) for b in sampled} == {32}
+    assert tokens(sampled) == pytest.approx(tokens(split.batches(32, np.random.default_rng(1), by_length)), rel=0.03)
 
 
 def test_bench_measures_every_method(data_dir, tmp_path):
