@@ -1,7 +1,7 @@
 """The same BERT, faster on a CPU: cheap dropout masks, and a last layer that computes only what is read.
 
 CUDA does not need this file. On 2 cores without bf16 arithmetic the masks make a training step of LoRA 1.33 times as
-fast and the short last layer 1.13 times, of full fine-tuning 1.16 and 1.12 times (`python bench.py --tricks`, README).
+fast and the short last layer 1.14 times, of full fine-tuning 1.16 and 1.12 times (`python bench.py --tricks`, README).
 """
 import functools
 
