@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run, settings, train
+from conftest import ROOT, one_line_error, one_line_exit, run, save_small_bert, settings, train
 
 import checkpoint
 import data
@@ -150,7 +150,8 @@ def test_a_run_without_any_trick_is_another_run_with_alike_results(study, tmp_pa
 
 
 def test_killed_run_leaves_no_result_and_goes_on(data_dir, tmp_path):
-    flags = ["--method", "lora", "--data", data_dir, "--batch-size", 4, "--epochs", 4, "--output", tmp_path / "out"]
+    flags = ["--method", "lora", "--model", save_small_bert(tmp_path / "model"), "--data", data_dir, "--batch-size", 4, "--epochs", 4,
+             "--output", tmp_path / "out"]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:  # past the first epoch: a checkpoint has been written
         if line.startswith("epoch 1:"):
@@ -247,7 +248,10 @@ def test_model_that_is_not_bert(tmp_path):
 
 def test_hub_model_without_network(tmp_path):
     nobody_answers = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = train("--method", "lora", "--model", "bert-base-uncased", "--output", tmp_path / "out", env=nobody_answers)
+    without_waiting = ("import runpy, sys, time; sys.argv = sys.argv[1:]; time.sleep = lambda s: None\n"
+                       "runpy.run_path(sys.argv[0], run_name='__main__')")  # the hub's library tries again for 23 s
+    done = run(sys.executable, "-c", without_waiting, ROOT / "train.py", "--method", "lora", "--model", "bert-base-uncased",
+               "--output", tmp_path / "out", env=nobody_answers, cwd=ROOT)
     one_line_error(done, "bert-base-uncased", "hub", "Offline", "--model FOLDER")
 
 
@@ -256,14 +260,15 @@ def test_hub_task_without_network(tmp_path):
     one_line_error(train("--method", "lora", "--task", "sst2", "--output", tmp_path / "out", env=offline), "hub", "--task movies", "--data DIR")
 
 
-def test_bad_data_and_missing_bf16_leave_finished_results_untouched(study, data_dir):
+def test_bad_data_and_missing_bf16_leave_finished_results_untouched(study, data_dir, monkeypatch):
     output, *_ = study
+    monkeypatch.setattr(train_module, "has_bf16", lambda device: False)
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     with open(data_dir / "train.tsv", "ab") as file:
         file.write(b"caf\xe9\tyes\n")
-    one_line_error(train("--method", "full", "--data", data_dir, "--output", output), "UTF-8")
-    no_bf16 = "import train; from settings import parse_args; train.has_bf16 = lambda device: False; train.main(parse_args())"
-    one_line_error(run(sys.executable, "-c", no_bf16, "--method", "full", "--amp", "bf16", "--output", output, cwd=ROOT), "bf16", "--amp")
+    for flags, words in (["--data", str(data_dir)], ["UTF-8"]), (["--amp", "bf16"], ["bf16", "--amp"]):
+        args = parse_args(["--method", "full", "--output", str(output), *flags])
+        one_line_exit(lambda: train_module.main(args), *words)
     assert before == {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
 
 

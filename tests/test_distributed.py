@@ -16,8 +16,10 @@ def without_dropout(tmp_path_factory):
     return save_small_bert(tmp_path_factory.mktemp("model"), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
-def torchrun(n, *program):
-    return run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *program,
+def launch(n, *program):
+    """`program` in n processes under torchrun, or without it in one."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n] if n > 1 else []
+    return run(sys.executable, *torchrun, *program,
                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
@@ -28,14 +30,15 @@ def many_rows(tmp_path):
                         f"a {'good' if i % 2 else 'bad'} film {'that is ' * (i % 5)}number {i * i} of {split}\t{i % 2}")
 
 
-@pytest.mark.parametrize("method, extra", [("full", []), ("lora", ["--accumulation", 2]), ("qdora", [])])
-def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_path, method, extra):
-    """80 rows in batches of 27 leave a last batch of 26, and pieces of uneven and even sizes."""
-    flags = ["--method", method, "--model", without_dropout, "--data", many_rows, "--batch-size", 27, "--epochs", 2,
+@pytest.mark.parametrize("method, batch_size, extra", [("full", 79, []), ("qdora", 27, ["--accumulation", 2])])
+def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_path, method, batch_size, extra):
+    """80 rows in batches of 27 leave a last batch of 26, and pieces of uneven and even sizes; in batches of 79, a last one
+    with a row for one of the two processes only."""
+    flags = ["--method", method, "--model", without_dropout, "--data", many_rows, "--batch-size", batch_size, "--epochs", 2,
              "--dropout", 0, "--amp", "off", "--lr", "1e-3", *extra]
     results, tensors = [], []
     for n in 1, 2:
-        done = torchrun(n, ROOT / "train.py", *flags, "--output", tmp_path / str(n))
+        done = launch(n, ROOT / "train.py", *flags, "--output", tmp_path / str(n))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 1:") == 1  # one process speaks
         path, = (tmp_path / str(n) / "metrics" / "runs").iterdir()  # and writes
@@ -51,19 +54,6 @@ def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_pat
     assert tensors[0].keys() == tensors[1].keys()
     for name, tensor in tensors[0].items():
         assert torch.allclose(tensor, tensors[1][name], atol=2e-4), name  # a fifth of one step of Adam at 1e-3
-
-
-def test_a_last_batch_with_fewer_rows_than_processes(without_dropout, data_dir, tmp_path):
-    flags = ["--method", "lora", "--model", without_dropout, "--data", data_dir, "--batch-size", 79, "--epochs", 1,
-             "--dropout", 0, "--amp", "off"]
-    losses = []
-    for n in 1, 2:
-        done = torchrun(n, ROOT / "train.py", *flags, "--output", tmp_path / str(n))
-        assert done.returncode == 0, done.stderr
-        path, = (tmp_path / str(n) / "metrics" / "runs").iterdir()
-        epoch, = json.loads(path.read_text())["history"]
-        losses.append((epoch["train_loss"], epoch["validation_loss"]))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 STEPS = """
@@ -89,12 +79,11 @@ distributed.leave()
 def test_gradients_have_the_scale_of_one_process(without_dropout, tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
     states = []
-    for n in 1, 2, 3:
-        done = torchrun(n, tmp_path / "steps.py", without_dropout, tmp_path / f"{n}.pt")
+    for n in 1, 3:
+        done = launch(n, tmp_path / "steps.py", without_dropout, tmp_path / f"{n}.pt")
         assert done.returncode == 0, done.stderr
         states.append(torch.load(tmp_path / f"{n}.pt"))
     start = BertForSequenceClassification.from_pretrained(without_dropout).state_dict()
     for name, tensor in states[0].items():
-        for other in states[1:]:
-            assert torch.allclose(other[name], tensor, atol=1e-6), name
+        assert torch.allclose(states[1][name], tensor, atol=1e-6), name
     assert (states[0]["classifier.weight"] - start["classifier.weight"]).abs().max() > 1e-3

@@ -10,7 +10,7 @@ from settings import CASES, RATED_TASKS, parse_args
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def eleven_runs(tmp_path_factory):
     """(flags, output folder) of eleven finished runs; the twelfth is missing."""
     base = tmp_path_factory.mktemp("multitask")
     # a high learning rate, so that a few steps make four different models
@@ -24,8 +24,8 @@ def study(tmp_path_factory):
     return flags, base / "out"
 
 
-def test_all_of_it(study, capfd):
-    flags, output = study
+def test_all_of_it(eleven_runs, capfd):
+    flags, output = eleven_runs
     multitask.main(*multitask.parse_args(flags))
     out = capfd.readouterr().out
     assert out.count("== ") == 1 and "--method lora --r 8" in out and "--task tweets" in out  # only that one was trained
@@ -44,8 +44,8 @@ def test_all_of_it(study, capfd):
     assert (output / "figures" / "multitask.md").read_text() in out
 
 
-def test_without_switching_the_answers_would_be_others(study, monkeypatch):
-    flags, output = study
+def test_without_switching_the_answers_would_be_others(eleven_runs, monkeypatch):
+    flags, output = eleven_runs
     monkeypatch.setattr(multitask, "switch", lambda slots, tensors: None)
     monkeypatch.setattr(multitask, "memory_of", lambda *args: [(1, 1), (50, 50)])
     multitask.main(*multitask.parse_args(flags))
@@ -53,8 +53,8 @@ def test_without_switching_the_answers_would_be_others(study, monkeypatch):
     assert all(tasks[task]["lora_r8"]["changed_predictions"] > 0 for task in ("products", "tweets"))
 
 
-def test_a_deleted_checkpoint_is_said_and_its_result_kept(study):
-    flags, output = study
+def test_a_deleted_checkpoint_is_said_and_its_result_kept(eleven_runs):
+    flags, output = eleven_runs
     path = next((output / "checkpoints").glob("tweets_full*"))
     path.unlink()
     before = sorted(output.rglob("*"))

@@ -7,10 +7,11 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, build, elsewhere, one_line_error, randomize, run, settings, train
+from conftest import METHODS, ROOT, build, elsewhere, one_line_error, one_line_exit, randomize, run, settings, train
 from transformers import AutoTokenizer, BertForQuestionAnswering
 
 import fast
@@ -18,9 +19,10 @@ import grid
 import merge
 import qa
 import synthetic
+import train as train_module
 from fetch import model_folder
 from methods import trained_tensors
-from settings import result_path, run_name
+from settings import parse_args, result_path, run_name
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon".split()
 
@@ -320,17 +322,23 @@ def test_a_task_that_does_not_fit(finished, data_dir, tmp_path):
     (tmp_path / "long").mkdir()
     words = " ".join(WORDS * 9)  # no window of 96 tokens holds such an answer
     (tmp_path / "long" / "train.json").write_text(json.dumps(squad(*[(f"{i} {words}", [("where?", words, len(f"{i} "))]) for i in range(30)])))
-    one_line_error(train("--method", "full", "--data", tmp_path / "long", "--max-length", 96, "--stride", 8, "--output", tmp_path), "no window", "--max-length")
+    flags = ["--data", str(tmp_path / "long"), "--max-length", "96", "--stride", "8", "--output", str(tmp_path)]
+    one_line_exit(lambda: train_module.main(parse_args(["--method", "full", *flags])), "no window", "--max-length")
     model = tmp_path / "qa_model"
     shutil.copytree(model_folder(), model)
     BertForQuestionAnswering.from_pretrained(model_folder()).save_pretrained(model)  # has no pooler
-    one_line_error(train("--method", "lora", "--model", model, "--output", tmp_path), "question answering only")
+    flags = ["--model", str(model), "--output", str(tmp_path)]
+    one_line_exit(lambda: train_module.main(parse_args(["--method", "lora", *flags])), "question answering only")
 
 
-def test_hub_questions_without_network(tmp_path):
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+def test_hub_questions_without_network(monkeypatch):
+    def nobody_answers(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", nobody_answers)
     for task in "squad", "squad_pt":
-        one_line_error(train("--method", "lora", "--task", task, "--output", tmp_path / "out", env=offline), "hub", "--task synthetic", "--data DIR")
+        args = parse_args(["--method", "lora", "--task", task])
+        one_line_exit(lambda: qa.load_task(args), "hub", "--task synthetic", "--data DIR")
 
 
 def test_portuguese_questions_take_the_portuguese_model():

@@ -31,9 +31,15 @@ def test_macro_f1_of_a_resample_is_scikit_learns(task):
 def test_interval_is_that_of_a_bootstrap_written_out(task):
     labels, good, bad = task
     rng, differences = np.random.default_rng(5), []
+
+    def f1(truth, answer):  # scikit-learn's takes 1.5 ms, 9,000 times
+        hits, of = [((truth == c) & (answer == c)).sum() for c in range(3)], [(truth == c).sum() + (answer == c).sum() for c in range(3)]
+        return np.mean(2 * np.array(hits) / of)
+
+    assert f1(labels, bad[0]) == pytest.approx(f1_score(labels, bad[0], average="macro"))
     for _ in range(1500):
         seeds, drawn = rng.integers(3, size=3), rng.integers(120, size=120)
-        score = lambda p: np.mean([f1_score(labels[drawn], p[s][drawn], average="macro") for s in seeds])
+        score = lambda p: np.mean([f1(labels[drawn], p[s][drawn]) for s in seeds])
         differences.append(100 * (score(bad) - score(good)))
     low, high = np.percentile(differences, [2.5, 97.5])
     got = paired_bootstrap(labels, bad, good)
