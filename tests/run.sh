@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 # Two workers of one thread each: most of the time goes into starting processes, and more threads than cores would wait
 # for each other.
 export OMP_NUM_THREADS=1
-"$python" -m pytest -q -n 2 --dist loadfile --durations=5 "$here/tests" "$@"
+"$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 "$here/tests" "$@"
