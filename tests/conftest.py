@@ -158,7 +158,7 @@ def study(tmp_path_factory):
     flags = ["--data", base / "mine", "--max-steps", 4, "--epochs", 2, "--batch-size", 64, "--output", base / "out"]
     with open(base.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not base.exists():
+        if not (base / "done.json").exists():
             base.mkdir()
             write_splits(base / "mine", {"train": 200, "validation": 20, "test": 20},
                          lambda i, split: f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}")
