@@ -154,7 +154,9 @@ class Encoded:
     metric     the score that picks the best epoch
     ids        list of 1-D int64 tensors, one a row; lengths: their lengths
     usable     the row numbers that may be trained on
-    collate    row numbers -> the model's inputs
+    note       what a user should know of these rows, or ""
+    collate    row numbers -> the model's inputs, and what the loss needs
+    forward    a model and these inputs -> its output, with `loss`, the mean over the rows
     predict    the model's output for some rows -> a list of one prediction a row
     pairs      the predictions for all rows -> a list of (truth, answer), one a sentence or question
     score      these pairs -> {measure: value}
@@ -179,6 +181,10 @@ class Encoded:
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
+    def forward(self, model, inputs):
+        return model(**inputs)
+
+
 class Sentences(Encoded):
     metric = "f1_macro"
 
@@ -188,6 +194,9 @@ class Sentences(Encoded):
         self.lengths = np.array([len(i) for i in ids])
         self.labels = torch.tensor(rows.labels)
         self.n, self.usable, self.pad_id = len(ids), np.arange(len(ids)), tokenizer.pad_token_id
+        full = [rows.sentences[i] for i in np.flatnonzero(self.lengths == s["max_length"])]
+        cut = sum(len(i) > s["max_length"] for i in tokenizer(full)["input_ids"]) if full else 0
+        self.note = f"{cut:,} of {self.n:,} sentences are cut at {s['max_length']} tokens (--max-length)" if cut else ""
 
     def collate(self, rows):
         """input_ids, attention_mask (batch, tokens) and labels (batch,)."""

@@ -141,7 +141,7 @@ def answer(method, tokenizer, question, context):
     windows = Windows([Question(context, question, [""], None, None)], tokenizer, method.about["settings"])
     predictions = {}
     for rows in windows.batches(32):
-        predictions.update(zip(rows.tolist(), windows.predict(method.model(**windows.collate(rows)), rows)))
+        predictions.update(zip(rows.tolist(), windows.predict(windows.forward(method.model, windows.collate(rows)), rows)))
     return windows.pairs([predictions[row] for row in range(len(windows.ids))])[0][1]
 
 

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from data import Encoded, Task, from_hub
 from settings import SPLIT_SEED, fail
 from synthetic import make_questions
 
-MAX_ANSWER = 30  # tokens in a predicted answer
 MAX_QUESTION = 64  # tokens of a question that are read, as in BERT's own SQuAD code
 
 
@@ -171,6 +172,31 @@ def f1(answer, reference):
     return 2 * shared / (len(a) + len(b)) if shared else 0.0
 
 
+class SpanHead(nn.Linear):
+    """The head of question answering, (batch, tokens, hidden) -> (batch, tokens, 2), in fp32 whatever autocast says:
+    with bf16's 8 bits many spans would have the same score."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def reach(context, spans):
+    """Where a token that ends at a character reaches to, (characters + 1,): over what the normaliser dropped behind it.
+    Combining marks, control and format characters belong to no token, but to the word before them.
+
+    spans: (tokens, 2), first and one past the last character of every token of the context, in any order.
+    """
+    covered = np.zeros(len(context) + 1, int)
+    np.add.at(covered, spans[:, 0], 1)
+    np.add.at(covered, spans[:, 1], -1)
+    ends = np.arange(len(context) + 1)
+    for i in np.flatnonzero(np.cumsum(covered)[:-1] == 0)[::-1]:
+        if not context[i].isspace():
+            ends[i] = ends[i + 1]
+    return ends
+
+
 class Windows(Encoded):
     """The questions of one split as windows: [CLS] question [SEP] a piece of the passage [SEP], at most max_length
     tokens. Neighbouring windows of a long passage share `stride` tokens. A window that does not hold the whole answer
@@ -187,40 +213,74 @@ class Windows(Encoded):
         self.ids = [torch.tensor(ids) for ids in out["input_ids"]]
         self.lengths = np.array([len(ids) for ids in self.ids])
         self.question = out["overflow_to_sample_mapping"]  # of every window
+        # of every window: first and one past the last token of the passage
+        self.passage = [(parts.index(1), len(parts) - parts[::-1].index(1)) if 1 in parts else (len(parts), len(parts))
+                        for parts in map(out.sequence_ids, range(len(self.ids)))]
         # of every window: first and one past the last character of each token, (tokens, 2)
         self.offsets = [np.array(offsets, np.int32) for offsets in out["offset_mapping"]]
-        # of every window: first and one past the last token of the passage, before the last [SEP]
-        self.passage = [(types.index(1), len(types) - 1) for types in out["token_type_ids"]]
-        self.spans = torch.tensor([self.span(window) for window in range(len(self.ids))])  # (windows, 2)
+        self.has_types = "token_type_ids" in tokenizer.model_input_names
+        self.max_answer = s.get("max_answer_length", 30)  # tokens; checkpoints of earlier versions do not say
+        self.find_answers()
         held = {self.question[window] for window in range(len(self.ids)) if self.spans[window].any()}
         self.usable = np.array([window for window, question in enumerate(self.question) if question in held])
+        self.note = self.count_long(tokenizer)
 
-    def span(self, window):
-        """(first, last) token of the answer in a window, (0, 0) if the window does not hold all of it."""
-        q, (first, last) = self.questions[self.question[window]], self.passage[window]
-        starts, ends = self.offsets[window][first:last].T
-        if q.start is None or first == last or starts[0] > q.start or ends[-1] < q.end:
-            return 0, 0
-        tokens = first + np.flatnonzero((starts < q.end) & (ends > q.start))  # that share a character with the answer
-        return (tokens[0], tokens[-1]) if len(tokens) else (0, 0)
+    def find_answers(self):
+        """Set `spans`, (windows, 2): first and last token of the answer, (0, 0) in a window that does not hold all of it.
+        And let the tokens of the passages reach over what belongs to no token."""
+        self.spans, windows = torch.zeros(len(self.ids), 2, dtype=torch.int64), {}
+        for window, question in enumerate(self.question):
+            windows.setdefault(question, []).append(window)
+        for question, own in windows.items():
+            q, pieces = self.questions[question], [self.offsets[w][slice(*self.passage[w])] for w in own]
+            if q.start is not None:
+                # the tokens of each piece that share a character with the answer, and from where to where they go
+                shared = [np.flatnonzero((piece[:, 0] < q.end) & (piece[:, 1] > q.start)) for piece in pieces]
+                edges = [(piece[at[0], 0], piece[at[-1], 1]) if len(at) else None for piece, at in zip(pieces, shared)]
+                starts, ends = zip(*filter(None, edges)) if any(edges) else ((), ())
+                for window, at, edge in zip(own, shared, edges):
+                    if edge and edge == (min(starts), max(ends)):
+                        self.spans[window] = self.passage[window][0] + torch.from_numpy(at[[0, -1]])
+            ends = reach(q.context, np.concatenate(pieces))
+            for piece in pieces:
+                piece[:, 1] = ends[piece[:, 1]]
+
+    def count_long(self, tokenizer):
+        """How many questions have no answer that could be predicted, as a sentence; "" if there are none."""
+        texts = [text for q in self.questions for text in q.answers]
+        lengths = iter([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+        n = sum(min(next(lengths) for _ in q.answers) > self.max_answer for q in self.questions)
+        return (f"{n:,} of {self.n:,} questions have only answers of more than {self.max_answer} tokens, which are never "
+                "predicted whole (--max-answer-length)") if n else ""
 
     def collate(self, rows):
         """input_ids, attention_mask, token_type_ids (1: passage), (batch, tokens); start_, end_positions (batch,)."""
         ids, mask = self.pad(rows)
         first = torch.tensor([self.passage[i][0] for i in rows])
         starts, ends = self.spans[rows].unbind(1)
-        return {"input_ids": ids, "attention_mask": mask,
-                "token_type_ids": (torch.arange(ids.shape[1]) >= first[:, None]).long() * mask,
-                "start_positions": starts, "end_positions": ends}
+        types = {"token_type_ids": (torch.arange(ids.shape[1]) >= first[:, None]).long() * mask} if self.has_types else {}
+        return {"input_ids": ids, "attention_mask": mask, **types, "start_positions": starts, "end_positions": ends}
+
+    def forward(self, model, inputs):
+        """The model's output for what collate() gave, with `loss`, the mean over the rows; padding scores -inf."""
+        inputs = dict(inputs)
+        starts, ends = inputs.pop("start_positions"), inputs.pop("end_positions")
+        out, padding = model(**inputs), inputs["attention_mask"] == 0
+        # a softmax over padding, too, would make the loss depend on the longest row of the batch
+        out.start_logits = out.start_logits.masked_fill(padding, -torch.inf)  # (batch, tokens)
+        out.end_logits = out.end_logits.masked_fill(padding, -torch.inf)
+        # loss = (CE(start) + CE(end)) / 2
+        out.loss = (F.cross_entropy(out.start_logits, starts) + F.cross_entropy(out.end_logits, ends)) / 2
+        return out
 
     def predict(self, out, rows):
-        """[(score, answer)] of the best valid span of each window: inside the passage, 1 to MAX_ANSWER tokens."""
-        start, end = out.start_logits.float(), out.end_logits.float()  # (batch, tokens)
+        """[(score, answer)] of the best valid span of each window: inside the passage, 1 to max_answer tokens."""
+        start, end = out.start_logits, out.end_logits  # (batch, tokens)
         tokens = start.shape[1]
         position = torch.arange(tokens, device=start.device)
         first, last = torch.tensor([self.passage[i] for i in rows], device=start.device)[:, :, None].unbind(1)
         start = start.masked_fill((position < first) | (position >= last), -torch.inf)
-        valid = torch.ones(tokens, tokens, dtype=torch.bool, device=start.device).triu().tril(MAX_ANSWER - 1)
+        valid = torch.ones(tokens, tokens, dtype=torch.bool, device=start.device).triu().tril(self.max_answer - 1)
         valid = valid & (position < last)[:, None, :]  # (batch, start, end)
         # score(i, j) = start_i + end_j
         scores = (start[:, :, None] + end[:, None, :]).masked_fill(~valid, -torch.inf)

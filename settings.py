@@ -101,6 +101,8 @@ def make_parser():
                    "sentence is cut, a passage goes into several windows (default: 128; questions 384)")
     g.add_argument("--stride", type=count, metavar="N", help="questions: tokens that neighbouring windows of a passage "
                    "share (default: 128)")
+    g.add_argument("--max-answer-length", type=count, metavar="N",
+                   help="questions: the longest answer that is predicted, in tokens (default: 30)")
     g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, metavar="F",
                    help="fraction of all steps in which the learning rate rises, before it falls to 0 (default: 0.1)")
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N",
@@ -154,8 +156,9 @@ def settings_of(args):
     batch_size = args.batch_size or (32 if not is_qa else 4 if args.task == "synthetic" and not args.data else 8)
     if is_qa and max_length < stride + 70:  # 64 tokens of question, 3 special tokens, and some way to go
         fail(f"--max-length {max_length} leaves no room beside a question and --stride {stride}; at least stride + 70")
-    if args.stride and not is_qa:
-        fail("--stride is for question answering; a sentence is one window")
+    for flag, value in ("--stride", args.stride), ("--max-answer-length", args.max_answer_length):
+        if value and not is_qa:
+            fail(f"{flag} is for question answering; a sentence is one window and has a label")
     local_model = model != DEFAULT_MODEL and Path(model).is_dir()
     if not local_model and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         fail(f"--model {model}: no such folder")
@@ -173,7 +176,8 @@ def settings_of(args):
         "reduction": args.reduction if is_adapter else None,
         "lr": args.lr or DEFAULT_LR[args.method][case],
         "epochs": args.epochs, "batch_size": batch_size, "accumulation": args.accumulation, "max_length": max_length,
-        "warmup": args.warmup, "seed": args.seed, "amp": args.amp, **({"stride": stride} if is_qa else {}),
+        "warmup": args.warmup, "seed": args.seed, "amp": args.amp,
+        **({"stride": stride, "max_answer_length": args.max_answer_length or 30} if is_qa else {}),
         "max_steps": args.max_steps, **({"without": sorted(without)} if without else {}),
         "task": args.data.resolve().name if args.data else args.task,
         "data_sha256": fingerprint(args.data) if args.data else None,

@@ -89,6 +89,8 @@ def load_pretrained(name, label_names):
     if missing := sorted(key for key in untrained if not key.startswith(HEAD)):
         hint = "; such a model fits question answering only" if all(".pooler." in key for key in missing) else ""
         fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay random{hint}")
+    if not label_names:
+        model.qa_outputs = qa.SpanHead(config.hidden_size, 2)
     head = model.classifier if label_names else model.qa_outputs  # new even where the folder brings a head
     nn.init.normal_(head.weight, std=config.initializer_range)
     nn.init.zeros_(head.bias)
@@ -112,7 +114,7 @@ def step(model, optimizer, split, batch, device, amp, scaler, accumulation=1):
         if not len(piece):
             piece = batch[:1]  # with weight 0: all processes must take part
         with amp:
-            loss = model(**to_device(split.collate(piece), device)).loss * weight
+            loss = split.forward(model, to_device(split.collate(piece), device)).loss * weight
         scaler.scale(loss * WORLD).backward()  # times WORLD, since gradients are averaged over the processes
         total_loss += loss.detach()
     scaler.unscale_(optimizer)
@@ -130,7 +132,7 @@ def evaluate(model, split, device, amp):
     loss, predictions = 0.0, {}
     for rows in split.batches(EVAL_BATCH)[RANK::WORLD]:
         with amp:
-            out = model(**to_device(split.collate(rows), device))
+            out = split.forward(model, to_device(split.collate(rows), device))
         loss += out.loss.item() * len(rows)
         predictions.update(zip(rows.tolist(), split.predict(out, rows)))
     losses, parts = zip(*gather((loss, predictions)))
@@ -195,7 +197,10 @@ def main(args):
           f"({params['trainable_pct']:.3f} %: {kinds}), lr {s['lr']:g}, {device.type}, amp {dtype or 'off'}")
 
     train, validation, test = (task.encode(rows, tokenizer, s) for rows in (task.train, task.validation, task.test))
-    rows = {"train": train.n, "validation": validation.n, "test": test.n}
+    splits = {"train": train, "validation": validation, "test": test}
+    notes = [task.note, *(f"{name}: {split.note}" for name, split in splits.items() if split.note)]
+    print("\n".join(notes[1:]), end="\n" * (len(notes) > 1))
+    rows = {name: split.n for name, split in splits.items()}
     print(", ".join(f"{n:,} {split}" for split, n in rows.items()) + f" rows; training examples: {len(train.usable):,}"
           f" of {len(train.ids):,}")
     if not len(train.usable):
@@ -248,7 +253,7 @@ def main(args):
     result = {**params, **scores, "best_epoch": best["epoch"],
               "epoch_time_s": float(np.mean(seconds)), "train_time_s": sum(seconds),
               "peak_vram_gb": peak_vram and peak_vram / 1e9, "peak_rss_gb": peak_rss / 1e9,
-              "history": history, "label_names": task.label_names, "splits": task.note,
+              "history": history, "label_names": task.label_names, "splits": "; ".join(notes),
               "rows": rows, "settings": s, "environment": environment(device, dtype), "test_predictions": pairs}
     write_json(args.result, result)
     print(f"test {show(scores)} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, wrote {args.result}")

@@ -105,7 +105,7 @@ class Characters:
     """A tokenizer stand-in: a token a character."""
     pad_token_id = 0
 
-    def __call__(self, sentences, truncation, max_length):
+    def __call__(self, sentences, truncation=False, max_length=None):
         return {"input_ids": [[ord(c) for c in s][:max_length] for s in sentences]}
 
 
