@@ -6,12 +6,12 @@
 Other flags are train.py's. A round trains every case once, on 16 batches that stand for an epoch of it, from the shortest
 to the longest; a round before the others is for warming up. Writes metrics/bench.json or metrics/bench_tricks.json.
 """
-import signal
 import statistics
 import sys
 
 from compare import explain, refuse
 from settings import CASES, TRICKS, check_writable, fail, make_parser, model_of, settings_of, write_json
+from start import start
 
 PEERS = {"full": "Hugging Face", "lora_r8": "peft", "dora": "peft"}  # method: what does the same elsewhere
 INFERENCE = {"plain": ("inference: BERT", "full"), "unmerged": ("inference: LoRA r=8", "lora_r8"),
@@ -35,7 +35,7 @@ def trick_cases():
 
 def parse_args(argv):
     """({name: (label, flags)} to measure, {name: their argparse results}, whether these are the tricks)."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    start()
     explain(__doc__, argv)
     refuse(["--method", "--r", "--without", "--accumulation", "--lr", "--epochs", "--warmup", "--max-steps"], argv,
            "is not for bench.py, which times some steps of every method, with and without its tricks")
@@ -69,7 +69,8 @@ from distributed import WORLD
 from lora import merge_lora
 from methods import apply_method, trained_tensors
 from plots import markdown_table
-from train import amp_dtype, environment, load_pretrained, make_optimizer, step, to_device
+from model import load_pretrained
+from train import amp_dtype, environment, make_optimizer, step, to_device
 
 
 def matmul_rate(device, dtype):

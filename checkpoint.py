@@ -6,6 +6,7 @@ each value as JSON, say what the tensors mean:
     settings       all flags of the run (settings.settings_of)
     label_names    of the head's outputs; null for question answering
     base           hash_base of the BERT that was trained on
+    tokenizer      hash_tokenizer of what made its token ids
 
 The frozen tensors are not in the file and did not change: loaded onto the same base, it gives the same bits.
 """
@@ -21,6 +22,8 @@ from torch import nn
 from methods import HEAD, apply_method, trained_tensors
 from settings import fail, write_whole
 
+PROBE = ("The caf\u00e9 and the CAFE\u0301 isn't \u00dcn\u00efc\u00f8de, I\u0307stanbul\u200b stra\u00dfe; \u4e2d\u6587 don\u2019t\x00 re-do "
+         "\u0939\u093f\u0928\u094d\u0926\u0940 [MASK] <s> 1,000.5%\u00a0")
 MEANING = ("method", "r", "alpha", "placement", "bottleneck", "reduction")  # settings that decide what tensors do
 
 
@@ -34,9 +37,17 @@ def hash_base(model):
     return digest.hexdigest()[:16]
 
 
-def describe(model, settings, label_names):
+def hash_tokenizer(tokenizer):
+    """SHA-256 (first 16 hex digits) of what a tokenizer does, however its files are written: its vocabulary, and the ids
+    of a text that shows how it treats case, accents, marks, scripts, control characters and punctuation."""
+    ids = tokenizer(PROBE)["input_ids"], tokenizer(PROBE, PROBE)["input_ids"]
+    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()).hexdigest()[:16]
+
+
+def describe(model, settings, label_names, tokenizer):
     """The metadata, as a dict, of what will be trained on a fresh model."""
-    return {"settings": settings, "label_names": label_names, "base": hash_base(model)}
+    return {"settings": settings, "label_names": label_names, "base": hash_base(model),
+            "tokenizer": hash_tokenizer(tokenizer)}
 
 
 def save(path, model, about):
@@ -64,6 +75,7 @@ def read_about(path):
     metadata = read(path, lambda file: file.metadata() or {})
     try:
         about = {key: json.loads(metadata[key]) for key in ("settings", "label_names", "base")}
+        about["tokenizer"] = json.loads(metadata.get("tokenizer", "null"))  # files of earlier versions do not say
         if {*MEANING, "model", "model_sha256", "max_length"} <= set(about["settings"]):
             return about
     except (KeyError, ValueError, TypeError):
@@ -75,6 +87,13 @@ def check_base(path, about, base):
     if about["base"] != base:
         fail(f"{path} was trained on another base model: {about['settings']['model']}, with the SHA-256 "
              f"{about['base']}..., not {base}...")
+
+
+def check_tokenizer(path, about, tokenizer):
+    """End if the checkpoint at `path`, which `about` describes, was trained with another tokenizer."""
+    if about["tokenizer"] not in (None, own := hash_tokenizer(tokenizer)):
+        fail(f"{path} was trained with another tokenizer, with the SHA-256 {about['tokenizer']}..., not {own}...: the same "
+             "words would be other tokens")
 
 
 def fill(path, model, assign):

@@ -4,14 +4,15 @@
 writes the comparison and draws it. Other flags are train.py's, and select the runs that were trained with them.
 """
 import csv
-import json
+import os
 import shlex
 import sys
 from pathlib import Path
 
-from settings import (Parser, checkpoint_path, fail, make_parser, number, read_flags, settings_of, write_json,
+from settings import (Parser, checkpoint_path, fail, make_parser, number, read_flags, read_json, settings_of, write_json,
                       write_whole)
 from spread import mean_std, paired_bootstrap
+from start import start
 
 RUNS = {
     "full_ft": "--method full",
@@ -20,13 +21,6 @@ RUNS = {
     "qlora": "--method qlora --r 16",
     "adapter": "--method adapter",
 }
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        fail(f"{path} is damaged ({e}); delete it")
 
 
 def given(flag, argv):
@@ -52,6 +46,11 @@ def commands(runs, argv):
     return "\n".join(f"{shlex.join(train)} {flags}" for flags in runs.values())
 
 
+def print_commands(text):
+    """On stdout, in the bytes in which the arguments came: a path that the terminal cannot show is a path all the same."""
+    sys.stdout.buffer.write(os.fsencode(text + "\n"))
+
+
 def collect(runs, argv):
     """({run: result}, names of the missing runs, output folder) of runs with the flags `argv`. Results of other
     settings are never picked up, because a result's file name is made of its settings."""
@@ -68,7 +67,7 @@ def collect(runs, argv):
 def write_csv(path, rows):
     """Write dicts of the same keys as a CSV file with a header."""
     def write(part):
-        with open(part, "w", newline="") as file:
+        with open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -124,6 +123,7 @@ def prediction_rows(runs):
 
 
 def main(argv):
+    start()
     explain(__doc__, argv)
     refuse(["--method", "--r"], argv, "is what the five runs differ in; for one run of your own use train.py")
     to_list = "--list" in argv
@@ -132,7 +132,7 @@ def main(argv):
         fail("run_all.sh compares sentence classifiers; for question answering there is run_grid.sh")
     by_seed = [[*argv, "--seed", str(seed)] for seed in seeds]
     if to_list:
-        print("\n".join(commands(RUNS, flags) for flags in by_seed))
+        print_commands("\n".join(commands(RUNS, flags) for flags in by_seed))
         return
     runs = {name: [] for name in RUNS}
     for seed, flags in zip(seeds, by_seed):

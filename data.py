@@ -4,6 +4,7 @@ qa.py is the same for questions and passages.
 """
 import csv
 import re
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,9 @@ from sklearn.model_selection import train_test_split
 from torch.nn.utils.rnn import pad_sequence
 
 from fetch import ratings_file
-from settings import RATED_TASKS, SPLIT_SEED, fail
+from settings import RATED_TASKS, SPLIT_SEED, data_files, fail, warn, warn_unread
+
+NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is one
 
 
 class Rows(NamedTuple):
@@ -43,9 +46,16 @@ def carve(rows, n):
 def make_task(train, validation=None, test=None):
     """Fill in what is missing, aloud: labelled validation rows become the test rows where there are none, and slices
     of train (1,000 rows, or a tenth of a small set) take the empty places. Labels become positions."""
-    names = sorted(set(train.labels))
+    names = sorted(set(train.labels), key=str)
+    if all(re.fullmatch(NUMBER, str(name)) for name in names):
+        names.sort(key=float)  # 10 comes after 9
     if len(names) < 2:
         fail(f"the training rows have only one label, {names[0]!r}; a classifier needs two")
+    for split, rows in ("validation", validation), ("test", test):
+        if unknown := set(rows.labels if rows else ()) - set(names):
+            fail(f"the {split} rows have the label {min(unknown)!r}, which no training row has")
+    train, validation, test = (rows and Rows(rows.sentences, [names.index(label) for label in rows.labels])
+                               for rows in (train, validation, test))
     n, notes = min(1000, len(train.sentences) // 10), []
     if test is None and validation is not None:
         test, validation = validation, None
@@ -56,11 +66,8 @@ def make_task(train, validation=None, test=None):
     if validation is None:
         train, validation = carve(train, n)
         notes.append(f"{n:,} of train validate (seed {SPLIT_SEED})")
-    for split, rows in ("validation", validation), ("test", test):
-        if unknown := set(rows.labels) - set(names):
-            fail(f"the {split} rows have the label {min(unknown)!r}, which no training row has")
-    splits = [Rows(rows.sentences, [names.index(label) for label in rows.labels]) for rows in (train, validation, test)]
-    return Task([str(name) for name in names], *splits, "; ".join(notes) or "splits as given", Sentences)
+    note = "; ".join(notes) or "splits as given"
+    return Task([str(name) for name in names], train, validation, test, note, Sentences)
 
 
 def load_rated(name):
@@ -100,44 +107,76 @@ def load_hub(task):
 
 
 def read_file(path):
-    """Rows of a .tsv (GLUE layout: no quoting) or .csv file with a header that has `sentence` and `label`."""
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    rows = Rows([], [])
+    """Rows of a .tsv (GLUE layout: no quoting) or .csv file with a header that has `sentence` and `label`. Ends with the
+    line where a row does not fit the header; warns of quoted fields that go over several lines."""
+    rows, breaks, start = Rows([], []), [], 1  # breaks: of each such field, the lines where it opens and closes
+    csv.field_size_limit(2**31 - 1)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, **style)
+            style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+            reader = csv.reader(file, **style)
+            header = next(reader, [])
             for column in "sentence", "label":
-                if column not in (reader.fieldnames or []):
-                    fail(f"{path} has no column {column!r}; its first line is {','.join(reader.fieldnames or [])!r}")
-            for row in reader:
-                sentence, label = (row["sentence"] or "").strip(), (row["label"] or "").strip()
-                if not sentence or not label:
-                    fail(f"{path}, line {reader.line_num}: no {'label' if sentence else 'sentence'}")
-                rows.sentences.append(sentence)
-                rows.labels.append(label)
+                if column not in header:
+                    fail(f"{path} has no column {column!r}; its first line is {','.join(header)!r}")
+            if twice := [name for name in header if name and header.count(name) > 1]:
+                fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} times")
+            at_sentence, at_label, start = header.index("sentence"), header.index("label"), reader.line_num + 1
+            for fields in reader:
+                if fields and len(fields) != len(header):
+                    lost = f"; no {header[len(fields)]}" if len(fields) < len(header) else ""
+                    fail(f"{path}, line {start}: fields found {len(fields)}, expected {len(header)}{lost}")
+                if fields:  # a blank line has none
+                    sentence, label = fields[at_sentence].strip(), fields[at_label].strip()
+                    if not sentence or not label:
+                        fail(f"{path}, line {start}: no {'label' if sentence else 'sentence'}")
+                    rows.sentences.append(sentence)
+                    rows.labels.append(label)
+                for field in fields:
+                    n = len(re.findall("\r\n|\r|\n", field))
+                    breaks += [(start, start + n)] if n else []
+                    start += n
+                start = reader.line_num + 1
     except UnicodeDecodeError as e:
         fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
-    except (OSError, csv.Error) as e:
+    except csv.Error as e:
+        if "unexpected end" in str(e):
+            fail(f"{path}, line {start}: a quote opens and never closes")
+        fail(f"{path}, line {reader.line_num}, in the row that starts at line {start}: text after a closing quote ({e})")
+    except OSError as e:
         fail(f"cannot read {path}: {e}")
     if not rows.sentences:
         fail(f"{path} has no rows")
+    if breaks:
+        opens, closes = max(breaks, key=lambda lines: lines[1] - lines[0])
+        which = "a quoted field" if len(breaks) == 1 else f"{len(breaks):,} quoted fields hold line breaks, the longest"
+        warn(f"{path}: {which} opens at line {opens} and closes at line {closes}; a stray quote swallows rows like that")
     return rows
 
 
+def warn_labels(names):
+    """Name what may not be meant as classes: ratings, and labels that differ in writing only."""
+    if all(re.fullmatch(NUMBER, name) for name in names) and any(float(name) % 1 for name in names):
+        warn(f"{len(names)} labels are numbers with fractions ({names[0]} to {names[-1]}); each counts as a class")
+    written = {}
+    for name in names:
+        key = float(name) if re.fullmatch(NUMBER, name) else unicodedata.normalize("NFKC", name).casefold()
+        if (other := written.setdefault(key, name)) != name:
+            warn(f"the labels {other!r} and {name!r} ({ascii(other)} and {ascii(name)}) count as two classes")
+            break
+
+
 def load_folder(folder):
-    """The user's own train, validation (or dev) and test files, each .tsv or .csv; only train must be there."""
-    splits = {}
-    for split, names in ("train", ["train"]), ("validation", ["validation", "dev"]), ("test", ["test"]):
-        found = [path for name in names for suffix in (".tsv", ".csv") if (path := folder / (name + suffix)).exists()]
-        if len(found) > 1:
-            fail(f"{folder} has both {found[0].name} and {found[1].name}; keep one")
-        splits[split] = read_file(found[0]) if found else None
-    if splits["train"] is None:
+    """The user's own train, validation and test files (settings.data_files), .tsv or .csv; only train must be there.
+    A label is the text in the file."""
+    files, _ = data_files(folder)
+    if "train" not in files:
         fail(f"{folder} has neither train.tsv nor train.csv, nor train.json with questions")
-    present = [rows for rows in splits.values() if rows]
-    if all(re.fullmatch("-?[0-9]+", label) for rows in present for label in rows.labels):  # 10 sorts after 9
-        splits = {k: rows and Rows(rows.sentences, [int(label) for label in rows.labels]) for k, rows in splits.items()}
-    return make_task(**splits)
+    warn_unread(folder)
+    splits = {split: read_file(path) for split, path in files.items()}
+    task = make_task(**splits)
+    warn_labels(task.label_names)
+    return task
 
 
 def load_task(args):

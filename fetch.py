@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from settings import fail, write_whole
+from start import start
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 
@@ -93,6 +94,7 @@ def ratings_file(task):
 
 
 if __name__ == "__main__":
+    start()
     print(model_folder())
     for task in RATINGS:
         print(ratings_file(task))

@@ -6,10 +6,11 @@
 import contextlib
 import sys
 
-from compare import collect, commands, explain, given, mixed_hardware, read_json, refuse, write_csv
+from compare import collect, commands, explain, given, mixed_hardware, print_commands, refuse, write_csv
 from fetch import model_folder
-from settings import DEFAULT_MODEL, fail, make_parser, model_of, settings_of, write_json
+from settings import DEFAULT_MODEL, fail, make_parser, model_of, read_json, settings_of, warn, write_json
 from spread import mean_std
+from start import start
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora")
 RUNS = {f"{method}_epoch-{epochs}_lr_{lr}":
@@ -62,6 +63,7 @@ def check_same_study(path, argv):
 
 
 def main(argv):
+    start()
     explain(__doc__, argv)
     refuse(["--method", "--r", "--epochs", "--lr"], argv,
            "is part of what the twenty runs are; for one run of your own use train.py")
@@ -79,7 +81,7 @@ def main(argv):
         if model_of(args) == DEFAULT_MODEL:  # before several runs start at once and all download it
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the commands
                 model_folder()
-        print(commands(RUNS, argv))
+        print_commands(commands(RUNS, argv))
         return
     results, missing, output = collect(RUNS, argv)
     if not results:
@@ -94,7 +96,7 @@ def main(argv):
     from plots import draw_grid  # matplotlib is slow to import
     draw_grid(output)
     if line := mixed_hardware(results.values()):
-        print(f"warning: the minutes do not compare: {line}", file=sys.stderr)
+        warn(f"the minutes do not compare: {line}")
     if missing:
         print(f"{len(missing)} of {len(RUNS)} runs are missing: {', '.join(missing)}")
 

@@ -24,6 +24,7 @@ import json
 from pathlib import Path
 
 from settings import CASES, DEFAULT_MODEL, Parser, check_writable, fail, make_parser, number, settings_of, write_json
+from start import start
 
 MODELS = {  # where they differ from BertConfig's defaults, which are bert-base-uncased
     DEFAULT_MODEL: {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
@@ -49,6 +50,7 @@ def fields_of(name):
 
 
 def parse_args(argv=None):
+    start()
     p = Parser(description="Predict how much memory each method needs in training.", allow_abbrev=False)
     p.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{', '.join(MODELS)}, or a BERT's "
                    f"config.json or its folder; its weights are not read (default: {DEFAULT_MODEL})")

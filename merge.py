@@ -9,15 +9,15 @@ A 4-bit W0 is dequantised first, and W stays in float, because rounding it to 4 
 --requantized JSON does that all the same, and scores the test rows.
 """
 import argparse
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-from settings import Parser, check_writable, fail, fingerprint, write_json
+from settings import Parser, check_writable, data_files, fail, fingerprint, write_json
+from start import start
 
 
 def parse_args(argv=None):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    start()
     p = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", nargs="+", type=Path, help="what train.py left in checkpoints/")
     what = p.add_mutually_exclusive_group(required=True)
@@ -88,7 +88,7 @@ def load_test(s, tokenizer, folder):
     """The test rows that the run with the settings `s` was scored on."""
     if s["data_sha256"] and not folder:
         fail(f"it was trained on the folder {s['task']}; --data DIR says where that is")
-    if folder and fingerprint(folder) != s["data_sha256"]:
+    if folder and fingerprint(data_files(folder)[0].values()) != s["data_sha256"]:
         fail(f"{folder} is not what it was trained on, which is {s['task']}")
     task = (qa if "stride" in s else data).load_task(SimpleNamespace(data=folder, task=s["task"]))
     return task.encode(task.test, tokenizer, s)

@@ -10,12 +10,12 @@ pointed at another task's tensors: nothing is copied, and the frozen base is the
 
 Other flags are train.py's. Writes metrics/multitask.json, figures/multitask.png and figures/multitask.md.
 """
-import signal
 import subprocess
 import sys
 
 from compare import commands, explain, refuse
-from settings import CASES, RATED_TASKS, check_writable, fail, model_of, read_flags, write_json
+from settings import CASES, RATED_TASKS, check_writable, fail, model_of, read_flags, read_json, write_json
+from start import start
 
 METHODS = ("full", "lora_r8", "adapter")
 COUNTS = (1, 2, 4, 10, 20, 30, 40, 50)  # tasks in memory
@@ -24,7 +24,7 @@ SWITCHES = 200  # to take the median of
 
 def parse_args(argv):
     """{method: {task: the flags of its run (settings.read_flags)}}, and the flags of all."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    start()
     explain(__doc__, argv)
     refuse(["--method", "--task", "--data", "--r", "--alpha", "--placement", "--bottleneck", "--reduction"], argv,
            "is what the runs of multitask.py differ in; for one run of your own use train.py")
@@ -45,13 +45,13 @@ import torch
 
 import data
 import fast
-from checkpoint import attach, hash_base, read_tensors
-from compare import read_json
+from checkpoint import attach, check_tokenizer, hash_base, read_tensors
 from methods import trained_tensors
 from plots import draw_multitask
 from predict import milliseconds
 from spread import paired_bootstrap
-from train import RSS_UNIT, amp_dtype, environment, evaluate, load_pretrained
+from model import load_pretrained
+from train import RSS_UNIT, amp_dtype, environment, evaluate
 
 
 def train_missing(runs, argv):
@@ -133,7 +133,8 @@ def main(runs, argv):
     methods = {}
     for method in METHODS:
         files = [runs[method][task].checkpoint for task in RATED_TASKS]
-        model, _ = attach(base, base_hash, files[0], dtype or torch.float32)
+        model, about = attach(base, base_hash, files[0], dtype or torch.float32)
+        check_tokenizer(files[0], about, tokenizer)
         if device.type == "cpu":
             fast.install(model)
         model.to(device)

@@ -5,11 +5,11 @@
     python predict.py --question "Who?" --context "A passage."       the best run of every method of run_grid.sh
 """
 import argparse
-import signal
 import sys
 from pathlib import Path
 
-from settings import Parser, checkpoint_path, fail, result_path
+from settings import Parser, checkpoint_path, fail, read_json, result_path
+from start import start
 
 SENTENCES = ["It is hard to dislike.",
              "You will laugh, though perhaps not where the director hoped.",
@@ -19,7 +19,7 @@ SENTENCES = ["It is hard to dislike.",
 
 
 def parse_args(argv=None):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    start()
     p = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("sentences", nargs="*", metavar="SENTENCE", help="what to classify (default: stdin, if there is any, "
                    "else five sentences)")
@@ -62,11 +62,10 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import attach, hash_base, read_about
-from compare import read_json
+from checkpoint import attach, check_tokenizer, hash_base, read_about
 from grid import best_of, rows_of
 from qa import Question, Windows
-from train import load_pretrained
+from model import load_pretrained
 
 
 class Method(NamedTuple):
@@ -113,6 +112,7 @@ def load_base(path, model_name=None):
     if s["model_sha256"] and not model_name:
         fail(f"{path} was trained on a model in the folder {s['model']}; --model FOLDER says where that is")
     tokenizer, base = load_pretrained(model_name or s["model"], about["label_names"])
+    check_tokenizer(path, about, tokenizer)
     return tokenizer, base.eval(), hash_base(base)
 
 
@@ -122,6 +122,7 @@ def load_methods(files, model_name=None):
     methods = []
     for name, path in files.items():
         (model, about), switch_ms = milliseconds(lambda: attach(base, base_hash, path))
+        check_tokenizer(path, about, tokenizer)
         methods.append(Method(name, model, about, path.stat().st_size / 1e6, switch_ms))
     return tokenizer, methods
 
@@ -129,8 +130,8 @@ def load_methods(files, model_name=None):
 @torch.no_grad()
 def classify(method, tokenizer, sentence):
     """(label, its probability) of one sentence, in fp32."""
-    inputs = tokenizer(sentence, truncation=True, max_length=method.about["settings"]["max_length"], return_tensors="pt")
-    probabilities = method.model(**inputs).logits[0].softmax(-1)  # (labels)
+    ids = tokenizer(sentence, truncation=True, max_length=method.about["settings"]["max_length"], return_tensors="pt")["input_ids"]
+    probabilities = method.model(input_ids=ids).logits[0].softmax(-1)  # (labels)
     best = int(probabilities.argmax())
     return method.about["label_names"][best], float(probabilities[best])
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import Encoded, Task, from_hub
-from settings import SPLIT_SEED, fail
+from settings import SPLIT_SEED, data_files, fail, warn_unread
 from synthetic import make_questions
 
 MAX_QUESTION = 64  # tokens of a question that are read, as in BERT's own SQuAD code
@@ -79,11 +79,12 @@ def read_squad(path):
 
 
 def load_folder(folder):
-    """{split: questions as dicts} of the user's own train.json, validation.json (or dev.json) and test.json."""
-    if (folder / "validation.json").exists() and (folder / "dev.json").exists():
-        fail(f"{folder} has both validation.json and dev.json; keep one")
-    names = {"train.json": "train", "validation.json": "validation", "dev.json": "validation", "test.json": "test"}
-    return {split: read_squad(folder / name) for name, split in names.items() if (folder / name).exists()}
+    """{split: questions as dicts} of the user's own .json files (settings.data_files)."""
+    files, _ = data_files(folder)
+    if "train" not in files:
+        fail(f"{folder} has no train.json")
+    warn_unread(folder)
+    return {split: read_squad(path) for split, path in files.items()}
 
 
 def load_hub(task):

@@ -7,6 +7,7 @@ of 16 levels, the quantiles of a normal distribution, so that a weight costs 4 b
 absmax values themselves in 8 bits, in blocks of 256 with one fp32 constant each (c1): 4.127 bits a weight in all.
 The forward pass dequantises a weight, multiplies, and forgets it; the backward pass dequantises it once more.
 """
+import start  # noqa: F401, I001: before bitsandbytes
 import bitsandbytes as bnb
 from torch import nn
 
@@ -35,8 +36,8 @@ def to_nf4(linear, compute_dtype):
                                          compress_statistics=True, module=quantized)
     if linear.bias is not None:  # bitsandbytes would cast it in place on the first forward; frozen means frozen
         quantized.bias = nn.Parameter(linear.bias.detach().to(compute_dtype), requires_grad=False)
-    # In eval mode on some CPUs, bitsandbytes repacks the weight into a layout that has no backward: after the first
-    # validation, the layers below would silently get no gradient. This keeps the trainable layout.
+    # In eval mode on CPUs with AVX512-BF16, bitsandbytes would repack the weight into a layout for inference alone: after
+    # the first validation, backward would end in a RuntimeError and dequantize() give another weight.
     quantized.support_avx512bf16_for_cpu = False
     return quantized.to(linear.weight.device)
 

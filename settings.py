@@ -3,14 +3,16 @@
 Imports nothing slow, so that --help, a typo and an already finished run are answered at once.
 """
 import argparse
+import glob
 import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
+
+from start import start
 
 SPLIT_SEED = 42  # splits are the same for every --seed, so that seeds are compared on the same test rows
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; every other name is a folder or a Hugging Face hub id
@@ -24,6 +26,14 @@ PORTUGUESE_MODEL = "neuralmind/bert-base-portuguese-cased"  # BERTimbau
 RATED_TASKS = ["movies", "products", "tweets", "editorials"]  # fetch.py brings them, too
 HUB_TASKS = ["sst2", "ag_news"]
 QA_TASKS = ["synthetic", "squad", "squad_pt"]
+
+# The user's own files: what the file of a split may be called, and of which kinds it may be.
+SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev", "eval"), "test": ("test",)}
+TABLES, QUESTIONS = (".tsv", ".csv"), ".json"
+LOOKS_LIKE_TABLE = (*TABLES, QUESTIONS, ".jsonl", ".parquet", ".arrow", ".xls", ".xlsx", ".ods")
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+               "vocab.txt")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # What makes training fast, each with the file it is in; --without NAME leaves it out.
 TRICKS = {"length_groups": "batches of one sentence length (data.py)",
@@ -45,9 +55,20 @@ CASES = {
 }
 
 
+def one_line(message):
+    """A text as one line, whatever is in the names that it quotes."""
+    return message.replace("\r", "\\r").replace("\n", "\\n")
+
+
 def fail(message):
     """End with one line on stderr and exit status 1."""
-    sys.exit(f"error: {message}")
+    sys.exit(one_line(f"error: {message}"))
+
+
+def warn(message):
+    """Say on stderr, in one line, what is legal but perhaps not meant. Of several processes one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(one_line(f"warning: {message}"), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,14 +150,55 @@ def make_parser():
     return p
 
 
-def fingerprint(folder):
-    """SHA-256 (first 16 hex digits) of the names and bytes of a folder's files, to tell changed data or weights."""
-    digest = hashlib.sha256()
+def list_folder(folder):
+    """The names in a folder, sorted."""
     try:
-        for path in sorted(p for p in folder.iterdir() if p.is_file()):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return sorted(os.listdir(folder))
     except OSError as e:
         fail(f"cannot read {folder}: {e.strerror}")
+
+
+def data_files(folder):
+    """({split: path} of the train, validation and test files in the user's own folder, whether they hold questions)."""
+    names = list_folder(folder)
+    found = {split: [folder / (stem + suffix) for stem in stems for suffix in (*TABLES, QUESTIONS) if stem + suffix in names]
+             for split, stems in SPLITS.items()}
+    kinds = {path.suffix == QUESTIONS: path.name for paths in found.values() for path in paths}
+    if len(kinds) > 1:
+        fail(f"{folder} has sentences ({kinds[False]}) and questions ({kinds[True]}); a folder is for one of the two")
+    for paths in found.values():
+        if len(paths) > 1:
+            fail(f"{folder} has both {paths[0].name} and {paths[1].name}; keep one")
+    return {split: paths[0] for split, paths in found.items() if paths}, True in kinds
+
+
+def warn_unread(folder):
+    """Name what looks like a table or a split in the user's own folder and is not read."""
+    read = {path.name for path in data_files(folder)[0].values()}
+    stems = {stem for of_split in SPLITS.values() for stem in of_split}
+    if left := [name for name in list_folder(folder) if name not in read and not name.startswith(".") and
+                (Path(name).suffix.lower() in LOOKS_LIKE_TABLE or Path(name).stem.lower() in stems)]:
+        fewer = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        warn(f"{folder}: not read: {fewer}; read are " + ", ".join(sorted(read)))
+
+
+def model_files(folder):
+    """The files of a model's folder that are read: configuration, tokenizer and one set of weights, of several the one
+    that transformers takes."""
+    names = list_folder(folder)
+    weights = next((name for name in WEIGHT_FILES if name in names), None)
+    shards = weights.split(".")[0] + "-" if weights and weights.endswith(".index.json") else None
+    return [folder / name for name in names if name in (*MODEL_FILES, weights) or shards and name.startswith(shards)]
+
+
+def fingerprint(files):
+    """SHA-256 (first 16 hex digits) of the names and bytes of some files, to tell changed data or weights."""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(files):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror}")
     return digest.hexdigest()[:16]
 
 
@@ -150,7 +212,7 @@ def settings_of(args):
     passing --alpha to all methods does not make another full fine-tuning out of it. Only question answering has a
     "stride", only a run that leaves out a trick has "without"."""
     model = model_of(args)
-    is_qa = (args.data / "train.json").exists() if args.data else args.task in QA_TASKS
+    files, is_qa = data_files(args.data) if args.data else ([], args.task in QA_TASKS)
     case = 2 if is_qa else 0 if model == DEFAULT_MODEL and args.task in RATED_TASKS and not args.data else 1
     max_length, stride = args.max_length or (384 if is_qa else 128), args.stride or 128
     batch_size = args.batch_size or (32 if not is_qa else 4 if args.task == "synthetic" and not args.data else 8)
@@ -180,9 +242,9 @@ def settings_of(args):
         **({"stride": stride, "max_answer_length": args.max_answer_length or 30} if is_qa else {}),
         "max_steps": args.max_steps, **({"without": sorted(without)} if without else {}),
         "task": args.data.resolve().name if args.data else args.task,
-        "data_sha256": fingerprint(args.data) if args.data else None,
+        "data_sha256": fingerprint(files.values()) if args.data else None,
         "model": Path(model).resolve().name if local_model else model,
-        "model_sha256": fingerprint(Path(model)) if local_model else None,
+        "model_sha256": fingerprint(model_files(Path(model))) if local_model else None,
     }
 
 
@@ -213,21 +275,53 @@ def checkpoint_path(output, s):
     return output / "checkpoints" / f"{run_name(s)}.safetensors"
 
 
-def write_whole(path, write):
-    """Let `write(part)` make a neighbour file and rename it to `path`, which so never exists half-written."""
-    part = path.with_name(path.name + ".part")
+def part_of(path):
+    """A neighbour of `path` that is this process's own, to be written first and then renamed (put_in_place)."""
+    return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.part")
+
+
+def put_in_place(part, path):
+    """Rename a written file to `path`, which so never exists half-written, whoever else writes it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}")
+
+
+def clear_parts(path):
+    """Remove what killed processes of this machine had begun to write for `path`."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.{glob.escape(os.uname().nodename)}-*.part"):
+        try:
+            os.kill(int(part.stem.rsplit("-", 1)[1]), 0)
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+        except (OSError, ValueError):
+            pass  # another user's process, which lives
+
+
+def write_whole(path, write):
+    """Let `write(part)` make a neighbour file and rename it to `path`."""
+    part = part_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_parts(path)
+        write(part)
     except Exception as e:  # OSError, or safetensors' own for the same causes
         fail(f"cannot write {path}: {e}")
+    put_in_place(part, path)
 
 
 def write_json(path, value):
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
+    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        fail(f"{path} is damaged ({e}); delete it")
 
 
 def check_writable(folder, flag="--output"):
@@ -237,6 +331,21 @@ def check_writable(folder, flag="--output"):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         fail(f"cannot write into {folder}: {e.strerror}; choose another {flag}")
+
+
+def check_name(path):
+    """The same if no file can be made that is called `path`."""
+    check_writable(path.parent)
+    try:
+        str(path).encode()  # safetensors takes no other names
+        part_of(path).touch()
+        part_of(path).unlink()
+        if path.is_dir():
+            fail(f"cannot write {path}: it is a folder")
+    except UnicodeEncodeError:
+        fail(f"cannot write {ascii(str(path))}: the name is not UTF-8; rename that folder")
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}; a shorter folder name makes a shorter file name")
 
 
 def read_flags(argv=None):
@@ -250,11 +359,13 @@ def read_flags(argv=None):
 
 def parse_args(argv=None):
     """read_flags; ends with status 0 if that run is finished."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, as kill does: write_whole allows it
+    start()
     args = read_flags(argv)
     if args.result.exists():
-        print(f"finished already: {args.result} (delete it to run again)")
+        made = read_json(args.result).get("environment", {})  # --amp auto has one name on all machines
+        print(f"finished already: {args.result} (amp {made.get('amp')}, {made.get('device')}; delete it to run again)")
         sys.exit(0)
-    check_writable(args.result.parent)
-    check_writable(args.checkpoint.parent)
+    for path in args.result, args.checkpoint:
+        check_name(path)
+        clear_parts(path)
     return args

@@ -4,11 +4,10 @@
 
 The loop is the same for every method: what differs is which tensors exist and which of them train (methods.py).
 """
-from settings import DEFAULT_MODEL, fail, model_of, parse_args, write_json
+from settings import fail, model_of, parse_args, part_of, put_in_place, write_json
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that a typo is answered at once
 
-import logging
 import math
 import platform
 import resource
@@ -23,8 +22,7 @@ import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoTokenizer, BertForQuestionAnswering, BertForSequenceClassification,
-                          get_linear_schedule_with_warmup)
+from transformers import get_linear_schedule_with_warmup
 
 import checkpoint
 import data
@@ -32,17 +30,13 @@ import distributed
 import fast
 import qa
 from distributed import LOCAL_RANK, RANK, WORLD, gather
-from fetch import model_folder
-from methods import HEAD, apply_method, count_params, trained_tensors
+from methods import apply_method, count_params, trained_tensors
+from model import check_words, load_pretrained
 
 WEIGHT_DECAY = 0.01  # on matrices only, as in BERT's own fine-tuning
 EVAL_BATCH = 32  # rows; with windows of 384 tokens the attention of one layer of bert-base is 0.2 GB
 CLIP_NORM = 1.0  # largest L2 norm of all gradients together
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it warns for half a minute
 
 
 def has_bf16(device):
@@ -62,39 +56,6 @@ def amp_dtype(mode, device):
     if mode == "auto":
         mode = "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[mode]
-
-
-def load_pretrained(name, label_names):
-    """(tokenizer, model in fp32) of a hub id or folder, with a new head that comes from the seed: a
-    BertForSequenceClassification with these labels, or a BertForQuestionAnswering where label_names is None."""
-    head_class = BertForSequenceClassification if label_names else BertForQuestionAnswering
-    folder = model_folder() if name == DEFAULT_MODEL else name
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "bert":
-            fail(f"{name} is a {config.model_type!r} model; this project fine-tunes BERT (model_type 'bert')")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if not label_names and not tokenizer.is_fast:
-            fail(f"{name} has no fast tokenizer, which alone tells where in the passage a token stands")
-        model, loading = head_class.from_pretrained(
-            folder, num_labels=len(label_names or ("start", "end")), problem_type="single_label_classification",
-            dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-    except Exception as e:  # transformers raises OSError, ValueError, SafetensorError, hub errors and more
-        reason = f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"
-        if Path(name).is_dir():
-            fail(f"{name} holds no BERT that can be loaded ({reason})")
-        fail(f"cannot load {name!r}: no such folder, and the Hugging Face hub did not give it ({reason}). "
-             f"Offline, --model FOLDER and the default {DEFAULT_MODEL} work")
-    untrained = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    if missing := sorted(key for key in untrained if not key.startswith(HEAD)):
-        hint = "; such a model fits question answering only" if all(".pooler." in key for key in missing) else ""
-        fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay random{hint}")
-    if not label_names:
-        model.qa_outputs = qa.SpanHead(config.hidden_size, 2)
-    head = model.classifier if label_names else model.qa_outputs  # new even where the folder brings a head
-    nn.init.normal_(head.weight, std=config.initializer_range)
-    nn.init.zeros_(head.bias)
-    return tokenizer, model
 
 
 def to_device(inputs, device):
@@ -186,7 +147,7 @@ def main(args):
         distributed.wait()
     if s["max_length"] > (longest := model.config.max_position_embeddings):
         fail(f"--max-length {s['max_length']}: {s['model']} reads {longest} tokens at most")
-    about = checkpoint.describe(model, s, task.label_names)
+    about = checkpoint.describe(model, s, task.label_names, tokenizer)
     apply_method(model, s, dtype or torch.float32)
     if device.type == "cpu":
         fast.install(model, without)
@@ -197,6 +158,7 @@ def main(args):
           f"({params['trainable_pct']:.3f} %: {kinds}), lr {s['lr']:g}, {device.type}, amp {dtype or 'off'}")
 
     train, validation, test = (task.encode(rows, tokenizer, s) for rows in (task.train, task.validation, task.test))
+    check_words(s["model"], train, tokenizer)
     splits = {"train": train, "validation": validation, "test": test}
     notes = [task.note, *(f"{name}: {split.note}" for name, split in splits.items() if split.note)]
     print("\n".join(notes[1:]), end="\n" * (len(notes) > 1))
@@ -216,7 +178,7 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)  # otherwise it does nothing
     rng = np.random.default_rng(s["seed"])  # the data order: its own generator, so no method can shift it
 
-    history = []
+    history, best_file = [], part_of(args.checkpoint)  # this process's own, should the same run go on in another
     for epoch in range(1, math.ceil(total_steps / steps_per_epoch) + 1):
         model.train()
         batches = train.batches(s["batch_size"], rng, "length_groups" not in without)
@@ -235,11 +197,11 @@ def main(args):
         print(f"epoch {epoch}: train loss {loss:.4f}, validation {show(scores)}, {seconds:.1f} s")
         best = max(history, key=lambda h: h[f"validation_{train.metric}"])  # the first of equals
         if best is history[-1] and RANK == 0:
-            checkpoint.save(args.checkpoint, model, about)
+            checkpoint.save(best_file, model, about)
 
     # Only the best epoch sees the test rows, once. The frozen tensors are not in the file and did not change.
     if RANK == 0:
-        checkpoint.load(args.checkpoint, model, about)
+        checkpoint.load(best_file, model, about)
     distributed.share([p.data for p in trained])  # the file is perhaps on another machine
     scores, pairs = evaluate(model, test, device, amp)
     del scores["loss"]  # of test questions without a known place it is none
@@ -255,7 +217,8 @@ def main(args):
               "peak_vram_gb": peak_vram and peak_vram / 1e9, "peak_rss_gb": peak_rss / 1e9,
               "history": history, "label_names": task.label_names, "splits": "; ".join(notes),
               "rows": rows, "settings": s, "environment": environment(device, dtype), "test_predictions": pairs}
-    write_json(args.result, result)
+    put_in_place(best_file, args.checkpoint)
+    write_json(args.result, result)  # last: it says that the run is finished
     print(f"test {show(scores)} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, wrote {args.result}")
 
 

@@ -1,4 +1,5 @@
 import fcntl
+import functools
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,6 +59,11 @@ def randomize(model):
 
 def settings(*flags):
     return settings_of(make_parser().parse_args([str(f) for f in flags]))
+
+
+@functools.cache
+def default_tokenizer():
+    return AutoTokenizer.from_pretrained(model_folder())
 
 
 def tiny_bert(seed=0, head_class=BertForSequenceClassification):
@@ -112,6 +118,13 @@ def one_line_exit(act, *words):
         act()
     line, = str(error.value.code).splitlines()
     assert line.startswith("error: ") and all(str(word) in line for word in words), line
+
+
+def one_warning(stderr, *words):
+    """Of what a process said on stderr the progress bars left out, there is one line, a warning with these words."""
+    line, = [line for line in stderr.replace("\r", "\n").splitlines() if line.strip() and "step/s]" not in line and "s/step]" not in line
+             and "?step" not in line]
+    assert line.startswith("warning: ") and all(str(word) in line for word in words), line
 
 
 def write_splits(folder, sizes, row):

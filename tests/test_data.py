@@ -1,4 +1,6 @@
 """The splits, the user's own files with all that can be wrong with them, and the batches."""
+import shutil
+
 import numpy as np
 import pytest
 from conftest import settings
@@ -9,7 +11,7 @@ import data
 def folder(path, **files):
     path.mkdir(exist_ok=True)
     for name, text in files.items():
-        (path / name.replace("_", ".")).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (path / name.replace("__", ".").replace("_", ".")).write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
@@ -85,6 +87,22 @@ BAD = {
 }
 
 
+GOOD_CSV = "sentence,label\n" + "".join(f"film {i},{['no', 'yes'][i % 2]}\n" for i in range(60))
+BAD |= {
+    "commas without quotes": (dict(train_csv=GOOD_CSV + "good, really good,yes\n"), ["train.csv, line 62", "found 3, expected 2"]),
+    "a tab too many": (dict(train_tsv=TRAIN + "good\t\tyes\n"), ["train.tsv, line 62", "found 3, expected 2"]),
+    "a field too few": (dict(train_csv="id," + GOOD_CSV.replace("\nfilm", "\n1,film") + "2,yes\n"), ["train.csv, line 62", "found 2, expected 3"]),
+    "a column twice": (dict(train_csv="sentence,label,label\n" + "good,yes,a\n" * 60), ["train.csv, line 1", "'label'", "2 times"]),
+    "another column twice": (dict(train_csv="id,id,sentence,label\n" + "1,1,good,yes\n" * 60), ["train.csv, line 1", "'id'"]),
+    "a quote that never closes": (dict(train_csv=GOOD_CSV + '"good,yes\n' + GOOD_CSV), ["train.csv, line 62", "never closes"]),
+    "text after a quote": (dict(train_csv=GOOD_CSV + '"good" film,yes\n'), ["train.csv, line 62", "after a closing quote"]),
+    "line numbers after line breaks": (dict(train_csv=GOOD_CSV + '"a\nb\r\nc",yes\ngood\n'), ["train.csv, line 65", "found 1, expected 2"]),
+    "sentences and questions": (dict(train_tsv=TRAIN, train_json="{}"), ["train.tsv", "train.json", "one of the two"]),
+    "sentences and questions of two splits": (dict(train_tsv=TRAIN, dev_json="{}"), ["train.tsv", "dev.json"]),
+    "two validation files": (dict(train_tsv=TRAIN, val_tsv=TRAIN, eval_csv=TRAIN), ["both val.tsv and eval.csv"]),
+}
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_folder_gives_one_line(tmp_path, case):
     files, words = BAD[case]
@@ -92,6 +110,67 @@ def test_bad_folder_gives_one_line(tmp_path, case):
         data.load_folder(folder(tmp_path / "d", **files))
     assert e.value.code.startswith("error: ") and "\n" not in e.value.code
     assert all(word in e.value.code for word in words), e.value.code
+
+
+@pytest.fixture
+def warned(tmp_path, capsys):
+    """A function that loads a folder of these files: (the Task, what was said on stderr)."""
+    def load(**files):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        return data.load_folder(folder(tmp_path / "d", **files)), capsys.readouterr().err.splitlines()
+    return load
+
+
+def texts(task):
+    return [sentence for rows in task[1:4] for sentence in rows.sentences]
+
+
+def test_good_files_warn_of_nothing(warned):
+    assert warned(train_tsv=TRAIN, README_md="notes", __DS_Store="x")[1] == []
+    assert warned(train_csv=GOOD_CSV + '\n"a ""quoted"", film",yes\n\n')[1] == []
+
+
+def test_a_quote_over_many_lines_is_named(warned):
+    lines = GOOD_CSV.splitlines()
+    lines[20], lines[40] = '"' + lines[20], lines[40].replace(",", '",')  # 21 rows become one
+    task, (line,) = warned(train_csv="\n".join(lines + ['"two\nlines",no']) + "\n")
+    assert len(texts(task)) == 60 - 20 + 1 and "two\nlines" in texts(task)
+    assert line.startswith("warning: ") and "2 quoted fields" in line and "line 21 and closes at line 41" in line
+
+
+def test_a_long_field_is_read_whole(warned):
+    task, said = warned(train_csv=GOOD_CSV + "lovely " * 30_000 + ",yes\n")
+    assert max(map(len, texts(task))) == 30_000 * 7 - 1 and said == []
+
+
+@pytest.mark.parametrize("labels, names, words", [
+    (["01", "007"], ["01", "007"], []),
+    (["2", "01", "1"], ["01", "1", "2"], ["'01' and '1'"]),
+    ([str(i) for i in range(11)], [str(i) for i in range(11)], []),
+    (["10", "9", "x"], ["10", "9", "x"], []),
+    (["0.0", "1.0"], ["0.0", "1.0"], []),
+    (["9.5", "10.0", "-1.0"], ["-1.0", "9.5", "10.0"], ["3 labels are numbers with fractions", "-1.0 to 10.0"]),
+    (["caf\u00e9", "cafe\u0301", "tea"], ["cafe\u0301", "caf\u00e9", "tea"], ["'caf\u00e9'", "'cafe\u0301'", "two classes"]),
+    (["Yes", "yes", "no"], ["Yes", "no", "yes"], ["'Yes' and 'yes'"]),
+])
+def test_labels_are_the_text_of_the_file(labels, names, words, warned):
+    task, said = warned(train_tsv=tsv(*[(f"film {i}", labels[i % len(labels)]) for i in range(120)]))
+    assert task.label_names == names
+    lookup = {sentence: task.label_names[label] for rows in task[1:4] for sentence, label in zip(*rows)}
+    assert all(lookup[f"film {i}"] == labels[i % len(labels)] for i in range(120))
+    assert len(said) == bool(words) and all(word in said[0] for word in words), said
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "valid", "dev", "eval"])
+def test_names_of_the_validation_file(name, warned):
+    task, said = warned(**{"train_tsv": TRAIN, f"{name}_tsv": tsv(("v", "no"), ("w", "yes")), "test_csv": "label,sentence\nyes,t\n"})
+    assert task.validation.sentences == ["v", "w"] and task.test.sentences == ["t"] and said == []
+
+
+def test_tables_that_are_not_read_are_named(warned):
+    _, (line,) = warned(train_tsv=TRAIN, train2_tsv=TRAIN, test_jsonl="{}", Dev_TSV=TRAIN, test_txt="x", notes_txt="x")
+    assert all(name in line for name in ("train2.tsv", "test.jsonl", "Dev.TSV", "test.txt")) and "notes" not in line
+    assert line.endswith("read are train.tsv")
 
 
 def test_changed_data_is_another_run(tmp_path):
@@ -135,6 +214,13 @@ def test_order_comes_from_the_seed_and_changes_with_the_epoch(encoded):
     rng = np.random.default_rng(1)
     first, second = flat(rng), flat(rng)
     assert first == flat(np.random.default_rng(1)) and first != second
+
+
+def test_how_many_sentences_are_cut_is_said(encoded):
+    n = 333 - sum(len(row) < 30 for row in encoded.ids)
+    exactly = sum(len(s) == 30 for s in ("x" * k for k in np.random.default_rng(0).integers(1, 40, size=333)))
+    assert encoded.note == f"{n - exactly} of 333 sentences are cut at 30 tokens (--max-length)" and exactly > 0
+    assert not data.Sentences(data.Rows(["x"], [0]), Characters(), {"max_length": 30}).note
 
 
 def test_collate_pads_masks_and_cuts(encoded):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import ROOT, run, save_small_bert, write_splits
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification
 
 
 @pytest.fixture(scope="module")
@@ -58,33 +57,36 @@ def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_pat
 
 STEPS = """
 import contextlib, sys, torch
-from transformers import AutoTokenizer, BertForSequenceClassification
-import data, distributed, train
-device, folder = distributed.join(), sys.argv[1]
-model = BertForSequenceClassification.from_pretrained(folder)
+import data, distributed, model, qa, train
+device, folder, kind, accumulation = distributed.join(), *sys.argv[1:4]
+torch.manual_seed(1)
+tokenizer, model = model.load_pretrained(folder, ["no", "yes"] if kind == "sentences" else None)
+start = {f"{name} at the start": p.detach().clone() for name, p in model.named_parameters() if name.startswith(("classifier", "qa"))}
 replica = distributed.parallel(model)
-rows = data.Rows([f"a film {'very ' * i} long" for i in range(7)], [i % 2 for i in range(7)])
-split = data.Sentences(rows, AutoTokenizer.from_pretrained(folder), {"max_length": 32})
+texts = [f"a film {'very ' * i} long" for i in range(7)]
+split = (data.Sentences(data.Rows(texts, [i % 2 for i in range(7)]), tokenizer, {"max_length": 32}) if kind == "sentences" else
+         qa.Windows([qa.Question(text, "what?", ["film"], 2, 6) for text in texts], tokenizer, {"max_length": 32, "stride": 4}))
 sgd = torch.optim.SGD(model.parameters(), lr=0.1)  # unlike AdamW it shows a wrong scale of the gradients
 train.CLIP_NORM = 1e9
-for batch in split.batches(4):
-    train.step(replica, sgd, split, batch, device, contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False), 2)
+for batch in split.batches(4, by_length=sys.argv[4] == "grouped"):
+    train.step(replica, sgd, split, batch, device, contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False), int(accumulation))
 if distributed.RANK == 0:
-    torch.save(model.state_dict(), sys.argv[2])
+    torch.save(model.state_dict() | start, sys.argv[5])
 del replica
 distributed.leave()
 """
 
 
-def test_gradients_have_the_scale_of_one_process(without_dropout, tmp_path):
+@pytest.mark.parametrize("kind, order", [("sentences", "grouped"), ("questions", "grouped"), ("questions", "as they come")])
+def test_gradients_have_the_scale_of_one_process(without_dropout, tmp_path, kind, order):
     (tmp_path / "steps.py").write_text(STEPS)
     states = []
-    for n in 1, 2, 3:
-        done = launch(n, tmp_path / "steps.py", without_dropout, tmp_path / f"{n}.pt")
+    for n, accumulation in (1, 1), (2, 2), (3, 1):
+        done = launch(n, tmp_path / "steps.py", without_dropout, kind, accumulation, order, tmp_path / "state.pt")
         assert done.returncode == 0, done.stderr
-        states.append(torch.load(tmp_path / f"{n}.pt"))
-    start = BertForSequenceClassification.from_pretrained(without_dropout).state_dict()
+        states.append(torch.load(tmp_path / "state.pt"))
     for name, tensor in states[0].items():
         for other in states[1:]:
             assert torch.allclose(other[name], tensor, atol=1e-6), name
-    assert (states[0]["classifier.weight"] - start["classifier.weight"]).abs().max() > 1e-3
+    head = "classifier.weight" if kind == "sentences" else "qa_outputs.weight"
+    assert (states[0][head] - states[0][f"{head} at the start"]).abs().max() > 1e-3

@@ -64,6 +64,24 @@ def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, tmp_
     assert labels == ["0", "1"] and not list(tmp_path.glob("*.part"))
 
 
+PIPELINE = """
+import json, sys
+from transformers import pipeline
+ask = pipeline("text-classification", sys.argv[1])
+print(json.dumps([ask("good " * 600, truncation=True)[0], ask.tokenizer.model_max_length, ask.model.config.to_dict()]))
+"""
+
+
+def test_a_plain_pipeline_takes_the_exported_folder_and_a_long_text(checkpoints, tmp_path):
+    merge.main(merge.parse_args([str(checkpoints["lora_r8"]), "--to", str(tmp_path / "out")]))
+    done = run(sys.executable, "-I", "-c", PIPELINE, tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer, longest, config = json.loads(done.stdout)
+    assert answer["label"] in ("0", "1") and longest == 512
+    assert (config["problem_type"], config["dtype"]) == ("single_label_classification", "float32")
+    assert config["id2label"] == {"0": "0", "1": "1"} and config["label2id"] == {"0": 0, "1": 1}
+
+
 def test_a_failed_export_leaves_nothing(checkpoints, tmp_path, monkeypatch):
     def full_disk(model, folder):
         (folder / "config.json").write_text("half a file")

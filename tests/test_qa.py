@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import METHODS, ROOT, build, elsewhere, one_line_error, one_line_exit, randomize, run, settings, train
-from transformers import AutoTokenizer, BertForQuestionAnswering
+from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 import fast
 import grid
@@ -21,7 +21,7 @@ import qa
 import synthetic
 import train as train_module
 from fetch import model_folder
-from methods import trained_tensors
+from methods import apply_method, trained_tensors
 from settings import parse_args, result_path, run_name
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon".split()
@@ -172,6 +172,113 @@ def test_fast_model_is_the_same_model(method):
         out.loss.backward()
     for name, p in trained_tensors(plain).items():
         assert torch.allclose(p.grad, trained_tensors(quick)[name].grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "dora"])
+def test_padding_changes_neither_loss_nor_gradient_nor_answer(method, tokenizer):
+    windows = qa.Windows([question(f"it is {'very ' * i}far, near {w}", w) for i, w in enumerate(WORDS[:6])], tokenizer,
+                         {"max_length": 64, "stride": 8})
+    model = randomize(build_for(tokenizer, method))
+    x = windows.collate(np.arange(6))
+    found = []
+    for extra in 0, 1, 23:
+        padded = {name: torch.nn.functional.pad(tensor, (0, extra)) if tensor.dim() == 2 else tensor for name, tensor in x.items()}
+        model.zero_grad()
+        out = windows.forward(model, padded)
+        out.loss.backward()
+        found.append((out.loss.item(), [p.grad.clone() for p in trained_tensors(model).values()], windows.predict(out, np.arange(6))))
+    for loss, grads, answers in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-6) and [a for _, a in answers] == [a for _, a in found[0][2]]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, found[0][1]))
+    logits = model(**{name: x[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
+    expected = []  # the equation written out: only tokens are in the sums
+    for i, n in enumerate(windows.lengths):
+        for scores, at in (logits.start_logits[i, :n], x["start_positions"][i]), (logits.end_logits[i, :n], x["end_positions"][i]):
+            expected.append(torch.log(torch.exp(scores).sum()) - scores[at])
+    assert found[0][0] == pytest.approx(float(sum(expected)) / 12, abs=1e-5)
+
+
+def build_for(tokenizer, method):
+    """A small BERT for questions with this tokenizer's vocabulary, without dropout, turned into one of METHODS."""
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    apply_method(model, settings(*METHODS[method], "--dropout", 0) if method != "full" else settings(*METHODS[method]), torch.float32)
+    return model
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_accumulation_changes_neither_loss_nor_step(by_length, tokenizer):
+    windows = qa.Windows([question(f"it is {'very ' * (7 * i % 12)}far, near {WORDS[i]}", WORDS[i]) for i in range(12)], tokenizer,
+                         {"max_length": 64, "stride": 8})
+    batches = windows.batches(6, np.random.default_rng(0), by_length)
+    results = []
+    for accumulation in 1, 2, 4:
+        model = randomize(build_for(tokenizer, "full"))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        off = torch.autocast("cpu", enabled=False), torch.amp.GradScaler("cpu", enabled=False)
+        losses = [train_module.step(model, sgd, windows, batch, torch.device("cpu"), *off, accumulation).item() for batch in batches]
+        results.append((losses, [p.detach().clone() for p in model.parameters()]))
+    for losses, tensors in results[1:]:
+        assert losses == pytest.approx(results[0][0], abs=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(tensors, results[0][1]))
+
+
+def test_logits_are_fp32_under_autocast(tokenizer):
+    model = build_for(tokenizer, "full")
+    model.qa_outputs = qa.SpanHead(32, 2)
+    ids = torch.randint(1000, 2000, (8, 64), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert model.bert.encoder.layer[0].attention.self.query(torch.ones(1, 32)).dtype is torch.bfloat16
+        start = model(input_ids=ids).start_logits
+    assert start.dtype is torch.float32 and len(start.unique()) > 500  # rounded to bf16, fewer than 100 are left
+    assert len(start.bfloat16().unique()) < 400
+
+
+@pytest.mark.parametrize("context, answer", [
+    ("Caio ordered one cafe\u0301 at table 1. It was hot.", "cafe\u0301"),
+    ("Ana went to sa\u0303o paulo", "sa\u0303o paulo"),
+    ("he drank a cafe\u0301", "cafe\u0301"),  # nothing after the last mark
+    ("a\u0302\u0323 b\u0302\u0323c e\u0302\u0323.", "e\u0302\u0323"),
+    ("\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902 \u0926\u093f\u0932\u094d\u0932\u0940 \u0939\u0948", "\u0926\u093f\u0932\u094d\u0932\u0940"),  # Hindi
+    ("\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u05e2\u05d5\u05b9\u05dc\u05b8\u05dd\u05b8", "\u05e2\u05d5\u05b9\u05dc\u05b8\u05dd\u05b8"),  # Hebrew with points
+    ("\u0e44\u0e1b\u0e01\u0e34\u0e19\u0e19\u0e49\u0e33", "\u0e19\u0e49\u0e33"),  # Thai, without spaces
+    ("a soft hy\u00adphen\u00ad", "hy\u00adphen\u00ad"),
+])
+def test_answers_reach_over_what_belongs_to_no_token(context, answer, tokenizer):
+    windows = qa.Windows([question(context, answer)], tokenizer, {"max_length": 64, "stride": 8})
+    (start, end), offsets = windows.spans[0].tolist(), windows.offsets[0]
+    assert start > 0
+    found = context[offsets[start][0]:offsets[end][1]]
+    if "\u0e44" not in context:  # of a Thai word without spaces BERT makes one token
+        assert found == answer and qa.f1(found, answer) == qa.exact_match(found, answer) == 1
+    first, last = windows.passage[0]
+    reached = {i for a, b in offsets[first:last] for i in range(a, b)}
+    assert {i for i, c in enumerate(context) if not c.isspace()} == reached  # each character belongs to a token
+
+
+def test_a_mark_at_the_edge_of_a_window(tokenizer):
+    words = [f"cafe\u0301{i}" if i % 3 else "e\u0301" for i in range(60)]
+    context = " ".join(words)
+    windows = qa.Windows([question(context, " ".join(words[20:23]))], tokenizer, {"max_length": 48, "stride": 20})
+    held = [w for w in range(len(windows.ids)) if windows.spans[w].any()]
+    assert len(windows.ids) > 3 and held
+    for w in held:
+        (start, end), offsets = windows.spans[w].tolist(), windows.offsets[w]
+        assert context[offsets[start][0]:offsets[end][1]] == " ".join(words[20:23])
+
+
+def test_answers_that_are_too_long_are_counted_and_the_limit_can_be_raised(tokenizer):
+    long = "a very " + "long and " * 20 + "winding road"  # 44 tokens
+    questions = [question(f"Ana walked {long}. Then it rained.", long), question("it is here", "here"),
+                 question(f"it is {long}", long)._replace(answers=[long, "a road"])]
+    scores = SimpleNamespace(start_logits=torch.zeros(3, 64), end_logits=torch.zeros(3, 64))
+    for limit, n in (30, 1), (43, 1), (44, 0):
+        windows = qa.Windows(questions, tokenizer, {"max_length": 64, "stride": 8, "max_answer_length": limit})
+        assert windows.note.startswith(f"{n} of 3 questions" if n else "") and bool(windows.note) is bool(n)
+        scores.start_logits[0, windows.spans[0, 0]] = scores.end_logits[0, windows.spans[0, 1]] = 9
+        (_, answer), *_ = windows.predict(scores, [0, 1, 2])
+        assert (answer == long) is (limit == 44)
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
