@@ -1,20 +1,23 @@
-"""Bottleneck adapters: Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751) and Pfeiffer et al. 2021
-(https://arxiv.org/abs/2005.00247).
+"""Bottleneck adapters: Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751) and Pfeiffer et al.
+2021 (https://arxiv.org/abs/2005.00247).
 
-Each half of a BERT layer ends in `dense -> dropout -> add & norm`. With h = dropout(dense(.)), a = what came into
-the half (its residual), LN = the layer's own LayerNorm:
+Each half of a BERT layer ends in `dense -> dropout -> add & norm`. With h = dropout(dense(.)), a =
+what came into the half (its residual), LN = the layer's own LayerNorm:
 
     BERT       y = LN(h + a)
-    Houlsby    y = LN(h + Adapter(h) + a)                  after attention and after the FFN: two per layer
-    Pfeiffer   y = LN(h + Adapter(LN(h + a)) + a)          after the FFN only, the same LN used twice
+    Houlsby    y = LN(h + Adapter(h) + a)              after attention and FFN: two per layer
+    Pfeiffer   y = LN(h + Adapter(LN(h + a)) + a)      after the FFN only, the same LN twice
 
     Adapter(x) = W_up act(W_down x + b_down) + b_up        hidden -> bottleneck -> hidden
 
-"Houlsby" here is the authors' code (google-research/adapter-bert): tanh-GELU, weights from N(0, 1e-3) cut at two
-standard deviations, and every LayerNorm trains. "Pfeiffer" is adapter-hub's `seq_bn`: ReLU, N(0, 0.02), LayerNorms
-frozen. Both pass the skip connection around the adapter; it is the `h +` in the equations.
+"Houlsby" here is the authors' code (google-research/adapter-bert): tanh-GELU, weights from N(0,
+1e-3) cut at two standard deviations, and every LayerNorm trains. "Pfeiffer" is adapter-hub's
+`seq_bn`: ReLU, N(0, 0.02), LayerNorms frozen. Both pass the skip connection around the adapter; it
+is the `h +` in the equations.
 """
 from torch import nn
+
+from start import fail
 
 
 class Adapter(nn.Module):
@@ -32,17 +35,19 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x):
-        return self.up(self.activation(self.down(x)))  # (..., hidden) -> (..., bottleneck) -> (..., hidden)
+        # (..., hidden) -> (..., bottleneck) -> (..., hidden)
+        return self.up(self.activation(self.down(x)))
 
 
 class HoulsbyOutput(nn.Module):
-    """Takes the place of BertSelfOutput or BertOutput `output`; h (batch, tokens, in), a (batch, tokens, hidden)."""
+    """Takes the place of BertSelfOutput or BertOutput `output`; h (batch, tokens, in), a (batch,
+    tokens, hidden)."""
 
     def __init__(self, output, bottleneck):
         super().__init__()
         self.dense, self.dropout, self.LayerNorm = output.dense, output.dropout, output.LayerNorm
         self.adapter = Adapter(output.dense.out_features, bottleneck, nn.GELU(approximate="tanh"))
-        for linear in (self.adapter.down, self.adapter.up):  # a and b are absolute bounds, not multiples of std
+        for linear in (self.adapter.down, self.adapter.up):  # a, b: absolute, no multiples of std
             nn.init.trunc_normal_(linear.weight, std=1e-3, a=-2e-3, b=2e-3)
 
     def forward(self, h, a):
@@ -52,7 +57,8 @@ class HoulsbyOutput(nn.Module):
 
 
 class PfeifferOutput(nn.Module):
-    """Takes the place of BertOutput `output`; h (batch, tokens, intermediate), a (batch, tokens, hidden)."""
+    """Takes the place of BertOutput `output`; h (batch, tokens, intermediate), a (batch, tokens,
+    hidden)."""
 
     def __init__(self, output, bottleneck):
         super().__init__()
@@ -67,11 +73,23 @@ class PfeifferOutput(nn.Module):
         return self.LayerNorm(h + self.adapter(self.LayerNorm(h + a)) + a)
 
 
-def inject_adapters(model, placement, bottleneck):
-    """Put adapters of `bottleneck` units into every layer; placement: "houlsby" (two a layer) or "pfeiffer" (one)."""
+def width(model, s):
+    """Units of a bottleneck."""
+    units = s["bottleneck"] or model.config.hidden_size // s["reduction"]
+    if units < 1:
+        fail(f"--reduction {s['reduction']} leaves no unit of a hidden size of "
+             f"{model.config.hidden_size}")
+    return units
+
+
+def put_houlsby(model, s):
+    """Put two adapters into every layer."""
     for layer in model.bert.encoder.layer:
-        if placement == "houlsby":
-            layer.attention.output = HoulsbyOutput(layer.attention.output, bottleneck)
-            layer.output = HoulsbyOutput(layer.output, bottleneck)
-        else:
-            layer.output = PfeifferOutput(layer.output, bottleneck)
+        layer.attention.output = HoulsbyOutput(layer.attention.output, width(model, s))
+        layer.output = HoulsbyOutput(layer.output, width(model, s))
+
+
+def put_pfeiffer(model, s):
+    """Put one adapter into every layer."""
+    for layer in model.bert.encoder.layer:
+        layer.output = PfeifferOutput(layer.output, width(model, s))

@@ -5,6 +5,7 @@ qa.py is the same for questions and passages.
 import csv
 import re
 import unicodedata
+from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -14,14 +15,18 @@ from sklearn.model_selection import train_test_split
 from torch.nn.utils.rnn import pad_sequence
 
 from fetch import ratings_file
-from settings import RATED_TASKS, SPLIT_SEED, data_files, fail, warn, warn_unread
+from files import data_files, warn_unread
+from settings import RATED_TASKS, SPLIT_SEED
+from start import fail, warn
 
 NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is one
+WRITTEN_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"  # in any writing
 
 
 class Rows(NamedTuple):
     sentences: list  # of str
-    labels: list  # of int, positions in Task.label_names; of whatever the file said before make_task
+    # of int, positions in Task.label_names; of whatever the file said before make_task
+    labels: list
 
 
 class Task(NamedTuple):
@@ -36,16 +41,19 @@ class Task(NamedTuple):
 def carve(rows, n):
     """(rest, n rows), drawn with SPLIT_SEED and the same share of every label in both."""
     try:
-        rest_x, out_x, rest_y, out_y = train_test_split(rows.sentences, rows.labels, test_size=n,
-                                                        stratify=rows.labels, random_state=SPLIT_SEED)
+        rest_x, out_x, rest_y, out_y = train_test_split(
+            rows.sentences, rows.labels, test_size=n, stratify=rows.labels,
+            random_state=SPLIT_SEED)
     except ValueError as e:
-        fail(f"cannot split {len(rows.sentences)} training rows: {e}. Give validation and test files of your own.")
+        fail(f"cannot split {len(rows.sentences)} training rows: {e}. Give validation and test "
+             "files of your own.")
     return Rows(rest_x, rest_y), Rows(out_x, out_y)
 
 
 def make_task(train, validation=None, test=None):
-    """Fill in what is missing, aloud: labelled validation rows become the test rows where there are none, and slices
-    of train (1,000 rows, or a tenth of a small set) take the empty places. Labels become positions."""
+    """Fill in what is missing, aloud: labelled validation rows become the test rows where there are
+    none, and slices of train (1,000 rows, or a tenth of a small set) take the empty places. Labels
+    become positions."""
     names = sorted(set(train.labels), key=str)
     if all(re.fullmatch(NUMBER, str(name)) for name in names):
         names.sort(key=float)  # 10 comes after 9
@@ -54,12 +62,15 @@ def make_task(train, validation=None, test=None):
     for split, rows in ("validation", validation), ("test", test):
         if unknown := set(rows.labels if rows else ()) - set(names):
             fail(f"the {split} rows have the label {min(unknown)!r}, which no training row has")
-    train, validation, test = (rows and Rows(rows.sentences, [names.index(label) for label in rows.labels])
-                               for rows in (train, validation, test))
+    train, validation, test = (
+        rows and Rows(rows.sentences, [names.index(label) for label in rows.labels])
+        for rows in (train, validation, test))
+
     n, notes = min(1000, len(train.sentences) // 10), []
     if test is None and validation is not None:
         test, validation = validation, None
-        notes.append(f"no test rows: the {len(test.sentences):,} labelled validation rows are the test")
+        notes.append(f"no test rows: the {len(test.sentences):,} labelled validation rows are the "
+                     "test")
     if test is None:
         train, test = carve(train, n)
         notes.append(f"no test rows: {n:,} of train are the test (seed {SPLIT_SEED})")
@@ -71,16 +82,18 @@ def make_task(train, validation=None, test=None):
 
 
 def load_rated(name):
-    """Rated sentences, label 1 where the mean rating is above zero. Ratings within 0.5 of zero are neutral and dropped,
-    as SST-2 drops neutral sentences; so is the second of two equal sentences. Of `movies` 8,070 / 1,000 / 1,000 are
-    left, of `products` 2,383 / 297 / 297, of `tweets` 2,746 / 343 / 343, of `editorials` 2,345 / 293 / 293."""
+    """Rated sentences, label 1 where the mean rating is above zero. Ratings within 0.5 of zero are
+    neutral and dropped, as SST-2 drops neutral sentences; so is the second of two equal sentences.
+    Of `movies` 8,070 / 1,000 / 1,000 are left, of `products` 2,383 / 297 / 297, of `tweets` 2,746 /
+    343 / 343, of `editorials` 2,345 / 293 / 293."""
     ratings = {}
     for line in ratings_file(name).read_text(encoding="utf-8").splitlines():
         _, rating, sentence = line.split("\t")
         if abs(float(rating)) >= 0.5:
             ratings.setdefault(sentence.strip(), float(rating))
     n = min(1000, len(ratings) // 10)
-    train, test = carve(Rows(list(ratings), ["positive" if r > 0 else "negative" for r in ratings.values()]), n)
+    labels = ["positive" if r > 0 else "negative" for r in ratings.values()]
+    train, test = carve(Rows(list(ratings), labels), n)
     train, validation = carve(train, n)
     return make_task(train, validation, test)._replace(note=f"stratified with seed {SPLIT_SEED}")
 
@@ -91,47 +104,64 @@ def from_hub(name, config, revision, offline_task):
     try:
         return datasets.load_dataset(name, config, revision=revision)
     except Exception as e:  # no network shows as any of a dozen exception types
-        fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works offline: "
-             f"--task {offline_task}, or your own files with --data DIR")
+        fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works "
+             f"offline: --task {offline_task}, or your own files with --data DIR")
 
 
 def load_hub(task):
-    """sst2: GLUE hides its test labels, so its 872 labelled validation rows are the test and 1,000 rows of train
-    validate. ag_news: the 7,600 test rows are the test and 1,000 of the 120,000 training rows validate."""
+    """sst2: GLUE hides its test labels, so its 872 labelled validation rows are the test and 1,000
+    rows of train validate. ag_news: the 7,600 test rows are the test and 1,000 of the 120,000
+    training rows validate."""
     name, config, column = {"sst2": ("nyu-mll/glue", "sst2", "sentence"),
                             "ag_news": ("fancyzhx/ag_news", "default", "text")}[task]
     splits = from_hub(name, config, None, "movies")
-    rows = {split: Rows([text.strip() for text in part[column]], list(part["label"])) for split, part in splits.items()}
+    rows = {split: Rows([text.strip() for text in part[column]], list(part["label"]))
+            for split, part in splits.items()}
     labelled = {split: r for split, r in rows.items() if -1 not in r.labels}
     return make_task(**labelled)._replace(label_names=splits["train"].features["label"].names)
 
 
+def looks_quoted(text):
+    """Whether csv.writer, or a spreadsheet, may have put the quotes around and inside a text."""
+    inner = text[1:-1]
+    return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
+
+
 def read_file(path):
-    """Rows of a .tsv (GLUE layout: no quoting) or .csv file with a header that has `sentence` and `label`. Ends with the
-    line where a row does not fit the header; warns of quoted fields that go over several lines."""
-    rows, breaks, start = Rows([], []), [], 1  # breaks: of each such field, the lines where it opens and closes
+    """Rows of a .tsv (GLUE layout: no quoting) or .csv file with a header that has `sentence` and
+    `label`. Ends with the line where a row does not fit the header; warns of quoted fields that go
+    over several lines."""
+    # breaks: of each such field, the lines where it opens and closes; quoted: lines of a .tsv
+    rows, breaks, quoted, start = Rows([], []), [], [], 1
     csv.field_size_limit(2**31 - 1)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
+            tsv_style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            style = tsv_style if path.suffix == ".tsv" else {"strict": True}
             reader = csv.reader(file, **style)
             header = next(reader, [])
             for column in "sentence", "label":
                 if column not in header:
                     fail(f"{path} has no column {column!r}; its first line is {','.join(header)!r}")
             if twice := [name for name in header if name and header.count(name) > 1]:
-                fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} times")
-            at_sentence, at_label, start = header.index("sentence"), header.index("label"), reader.line_num + 1
+                fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} "
+                     "times")
+
+            at_sentence, at_label = header.index("sentence"), header.index("label")
+            start = reader.line_num + 1
             for fields in reader:
                 if fields and len(fields) != len(header):
                     lost = f"; no {header[len(fields)]}" if len(fields) < len(header) else ""
-                    fail(f"{path}, line {start}: fields found {len(fields)}, expected {len(header)}{lost}")
+                    fail(f"{path}, line {start}: fields found {len(fields)}, expected "
+                         f"{len(header)}{lost}")
                 if fields:  # a blank line has none
                     sentence, label = fields[at_sentence].strip(), fields[at_label].strip()
                     if not sentence or not label:
                         fail(f"{path}, line {start}: no {'label' if sentence else 'sentence'}")
                     rows.sentences.append(sentence)
                     rows.labels.append(label)
+                    if path.suffix == ".tsv" and (looks_quoted(sentence) or label[0] == '"'):
+                        quoted.append(start)
                 for field in fields:
                     n = len(re.findall("\r\n|\r|\n", field))
                     breaks += [(start, start + n)] if n else []
@@ -142,33 +172,44 @@ def read_file(path):
     except csv.Error as e:
         if "unexpected end" in str(e):
             fail(f"{path}, line {start}: a quote opens and never closes")
-        fail(f"{path}, line {reader.line_num}, in the row that starts at line {start}: text after a closing quote ({e})")
+        fail(f"{path}, line {reader.line_num}, in the row that starts at line {start}: text after "
+             f"a closing quote ({e})")
     except OSError as e:
         fail(f"cannot read {path}: {e}")
+
     if not rows.sentences:
         fail(f"{path} has no rows")
+    if quoted:
+        warn(f"{path}: {len(quoted):,} rows, line {quoted[0]} first, look quoted as in a .csv; a "
+             ".tsv has no quoting, so the quotes stay in the text")
     if breaks:
         opens, closes = max(breaks, key=lambda lines: lines[1] - lines[0])
-        which = "a quoted field" if len(breaks) == 1 else f"{len(breaks):,} quoted fields hold line breaks, the longest"
-        warn(f"{path}: {which} opens at line {opens} and closes at line {closes}; a stray quote swallows rows like that")
+        many = f"{len(breaks):,} quoted fields hold line breaks, the longest"
+        warn(f"{path}: {'a quoted field' if len(breaks) == 1 else many} opens at line {opens} and "
+             f"closes at line {closes}; a stray quote swallows rows like that")
     return rows
 
 
 def warn_labels(names):
     """Name what may not be meant as classes: ratings, and labels that differ in writing only."""
     if all(re.fullmatch(NUMBER, name) for name in names) and any(float(name) % 1 for name in names):
-        warn(f"{len(names)} labels are numbers with fractions ({names[0]} to {names[-1]}); each counts as a class")
+        warn(f"{len(names)} labels are numbers with fractions ({names[0]} to {names[-1]}); each "
+             "counts as a class")
     written = {}
     for name in names:
-        key = float(name) if re.fullmatch(NUMBER, name) else unicodedata.normalize("NFKC", name).casefold()
+        seen = "".join(c for c in unicodedata.normalize("NFKC", name)
+                       if unicodedata.category(c) != "Cf")  # U+200B is invisible
+        is_number = re.fullmatch(WRITTEN_NUMBER, seen)
+        key = Decimal(seen) if is_number else " ".join(seen.casefold().split())
         if (other := written.setdefault(key, name)) != name:
-            warn(f"the labels {other!r} and {name!r} ({ascii(other)} and {ascii(name)}) count as two classes")
+            warn(f"the labels {other!r} and {name!r} ({ascii(other)} and {ascii(name)}) count as "
+                 "two classes")
             break
 
 
 def load_folder(folder):
-    """The user's own train, validation and test files (settings.data_files), .tsv or .csv; only train must be there.
-    A label is the text in the file."""
+    """The user's own train, validation and test files (files.data_files), .tsv or .csv; only
+    train must be there. A label is the text in the file."""
     files, _ = data_files(folder)
     if "train" not in files:
         fail(f"{folder} has neither train.tsv nor train.csv, nor train.json with questions")
@@ -179,15 +220,16 @@ def load_folder(folder):
     return task
 
 
-def load_task(args):
-    """The Task that the flags name."""
-    if args.data:
-        return load_folder(args.data)
-    return load_rated(args.task) if args.task in RATED_TASKS else load_hub(args.task)
+def load_task(task, folder=None):
+    """The Task of that name, or of the user's own folder."""
+    if folder:
+        return load_folder(folder)
+    return load_rated(task) if task in RATED_TASKS else load_hub(task)
 
 
 class Encoded:
-    """The tokenised rows of one split, for train.py's loop. Its kinds, Sentences here and qa.Windows, have
+    """The tokenised rows of one split, for train.py's loop. Its kinds, Sentences here and
+    qa.Windows, have
 
     n          rows or questions in the split
     metric     the score that picks the best epoch
@@ -202,9 +244,10 @@ class Encoded:
     """
 
     def batches(self, batch_size, rng=None, by_length=True):
-        """Arrays of row numbers, each row in exactly one batch, rows of one length together: 0.5 % of the tokens
-        are padding instead of the 48 % of random batches (movies, batch 32). With `rng` (numpy Generator), for
-        training: only usable rows, those of equal length shuffled before batching, and the batches after it."""
+        """Arrays of row numbers, each row in exactly one batch, rows of one length together: 0.5 %
+        of the tokens are padding instead of the 48 % of random batches (movies, batch 32). With
+        `rng` (numpy Generator), for training: only usable rows, those of equal length shuffled
+        before batching, and the batches after it."""
         order = np.arange(len(self.ids)) if rng is None else rng.permutation(self.usable)
         if by_length:
             order = order[np.argsort(self.lengths[order], kind="stable")]
@@ -218,7 +261,6 @@ class Encoded:
         ids = pad_sequence([self.ids[i] for i in rows], batch_first=True, padding_value=self.pad_id)
         lengths = torch.from_numpy(self.lengths[rows])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
 
     def forward(self, model, inputs):
         return model(**inputs)
@@ -235,7 +277,8 @@ class Sentences(Encoded):
         self.n, self.usable, self.pad_id = len(ids), np.arange(len(ids)), tokenizer.pad_token_id
         full = [rows.sentences[i] for i in np.flatnonzero(self.lengths == s["max_length"])]
         cut = sum(len(i) > s["max_length"] for i in tokenizer(full)["input_ids"]) if full else 0
-        self.note = f"{cut:,} of {self.n:,} sentences are cut at {s['max_length']} tokens (--max-length)" if cut else ""
+        self.note = (f"{cut:,} of {self.n:,} sentences are cut at {s['max_length']} tokens "
+                     "(--max-length)") if cut else ""
 
     def collate(self, rows):
         """input_ids, attention_mask (batch, tokens) and labels (batch,)."""

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 train.py --method lora
 
-Each process holds the whole model and computes its share of every batch; the gradients are averaged over the processes
-before every step, so that all copies stay equal and take the steps that one process would take. Started without
-torchrun there is one process, and nothing here does anything. Several machines need an --output folder that they share.
+Each process holds the whole model and computes its share of every batch; the gradients are averaged
+over the processes before every step, so that all copies stay equal and take the steps that one
+process would take. Started without torchrun there is one process, and nothing here does anything.
+Several machines need an --output folder that they share.
 """
 import os
 import sys
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from settings import fail
+from start import fail
 
 RANK = int(os.environ.get("RANK", 0))  # number of this process among all, on all machines
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
@@ -21,7 +22,8 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # number of this process on i
 
 
 def join():
-    """Meet the other processes, over NCCL between GPUs and Gloo between CPUs; the torch.device of this one."""
+    """Meet the other processes, over NCCL between GPUs and Gloo between CPUs; the torch.device of
+    this one."""
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if LOCAL_RANK >= (n := torch.cuda.device_count()):
@@ -41,12 +43,14 @@ def wait():
 
 
 def parallel(model):
-    """The model to train with: its gradients are averaged over the processes at the end of every backward pass."""
+    """The model to train with: its gradients are averaged over the processes at the end of every
+    backward pass."""
     return DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
 
 
 def gather(value):
-    """[value of process 0, value of process 1, ...], in every process; any object that pickle takes."""
+    """[value of process 0, value of process 1, ...], in every process; any object that pickle
+    takes."""
     values = [value]
     if WORLD > 1:
         values = [None] * WORLD

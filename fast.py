@@ -1,8 +1,13 @@
-"""The same BERT, faster on a CPU: cheap dropout masks, and a last layer that computes only what is read.
+"""The same BERT, faster on a CPU: cheap dropout masks, and a last layer that computes only what is
+read.
 
-CUDA does not need this file. On 2 cores without bf16 arithmetic the masks make a training step of LoRA 1.33 times as
-fast and the short last layer 1.14 times, of full fine-tuning 1.16 and 1.12 times (`python bench.py --tricks`, README).
+CUDA does not need this file. On 2 cores without bf16 arithmetic the masks make a training step of
+LoRA 1.33 times as fast and the short last layer 1.14 times, of full fine-tuning 1.16 and 1.12 times
+(`python bench.py --tricks`, docs/speed.md).
 """
+import start  # noqa: F401 - transformers may import bitsandbytes
+
+# isort: split
 import functools
 
 import torch
@@ -11,18 +16,21 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from methods import replace_modules
+from lora import replace_modules
 
 
 def dropout_mask(x, p):
-    """A random tensor of x's shape and type: 0 with probability p, else 1 / (1 - p). Obeys torch.manual_seed.
+    """A random tensor of x's shape and type: 0 with probability p, else 1 / (1 - p). Obeys
+    torch.manual_seed.
 
-    torch draws a Bernoulli number per element from a serial generator. Here one 64-bit draw gives four elements their
-    16 random bits u in [0, 65536), and an element is kept if u >= round(65536 p), so that p = 0.1 becomes 0.10001.
+    torch draws a Bernoulli number per element from a serial generator. Here one 64-bit draw gives
+    four elements their 16 random bits u in [0, 65536), and an element is kept if u >= round(65536
+    p), so that p = 0.1 becomes 0.10001.
     """
     n = x.numel()
     bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n]
-    keep = bits.ge_(round(p * 65536) - 32768)  # int16 in place; through bool it would take three times as long
+    # int16 in place; through bool it would take three times as long
+    keep = bits.ge_(round(p * 65536) - 32768)
     return keep.view(x.shape).to(x.dtype).mul_(1 / (1 - p))
 
 
@@ -35,7 +43,8 @@ def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *
     """softmax(Q K^T / sqrt(d) + mask) V with our dropout; Q, K, V (batch, heads, tokens, d)."""
     scores = (query * scaling) @ key.transpose(2, 3)  # (batch, heads, tokens, tokens)
     if attention_mask is not None:
-        scores = scores + attention_mask.to(scores.dtype)  # the mask is fp32, and so would everything after it be
+        # the mask is fp32, and so would everything after it be
+        scores = scores + attention_mask.to(scores.dtype)
     weights = scores.softmax(-1)
     if dropout > 0:
         weights = weights * dropout_mask(weights, dropout)
@@ -49,17 +58,19 @@ AttentionMaskInterface.register("fast_cpu", eager_mask)
 def cls_forward(layer, hidden, attention_mask=None, *_, **__):
     """BertLayer.forward for a last layer of which only the first token, [CLS], is read afterwards.
 
-    All tokens are attended to, but query, attention output and FFN are those of [CLS] alone: (batch, tokens, hidden)
-    -> (batch, 1, hidden). Same logits and gradients, 10 of the layer's 12 hidden^2 products fewer for other tokens.
+    All tokens are attended to, but query, attention output and FFN are those of [CLS] alone:
+    (batch, tokens, hidden) -> (batch, 1, hidden). Same logits and gradients, 10 of the layer's 12
+    hidden^2 products fewer for other tokens.
     """
     attention_module, cls = layer.attention.self, hidden[:, :1]
 
-    def heads(x):
-        return x.unflatten(-1, (attention_module.num_attention_heads, -1)).transpose(1, 2)  # (batch, heads, tokens, d)
+    def heads(x):  # (batch, tokens, hidden) -> (batch, heads, tokens, d)
+        return x.unflatten(-1, (attention_module.num_attention_heads, -1)).transpose(1, 2)
 
+    query = heads(attention_module.query(cls))
+    key, value = heads(attention_module.key(hidden)), heads(attention_module.value(hidden))
     attend = ALL_ATTENTION_FUNCTIONS.get(attention_module.config._attn_implementation, attention)
-    context, _ = attend(attention_module, heads(attention_module.query(cls)), heads(attention_module.key(hidden)),
-                        heads(attention_module.value(hidden)),
+    context, _ = attend(attention_module, query, key, value,
                         None if attention_mask is None else attention_mask[:, :, :1],
                         scaling=attention_module.scaling,
                         dropout=attention_module.dropout.p if layer.training else 0.0)
@@ -68,9 +79,10 @@ def cls_forward(layer, hidden, attention_mask=None, *_, **__):
 
 
 def install(model, without=()):
-    """Make a BertForSequenceClassification or BertForQuestionAnswering fast in place. The weights and their names
-    stay as they are. without: names of settings.TRICKS to leave out."""
-    if "cls_only" not in without and model.bert.pooler is not None:  # question answering reads every token
+    """Make a BertForSequenceClassification or BertForQuestionAnswering fast in place. The weights
+    and their names stay as they are. without: names of settings.TRICKS to leave out."""
+    reads_all = model.bert.pooler is None  # question answering
+    if "cls_only" not in without and not reads_all:
         last = model.bert.encoder.layer[-1]
         last.forward = functools.partial(cls_forward, last)
     if "cheap_dropout" not in without:

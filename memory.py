@@ -1,30 +1,38 @@
-"""How much memory each method needs in training, from the model's configuration alone: nothing is allocated.
+"""How much memory each method needs in training, from the model's configuration alone: nothing is
+allocated.
 
     python memory.py --model bert-base-uncased --batch-size 32 --max-length 128
 
-    sum = weights + gradients + optimizer + kept for backward        in bytes; an MB is 1e6 and a GB 1e9 of them
+    sum = weights + gradients + optimizer + kept for backward
+          in bytes; an MB is 1e6 and a GB 1e9 of them
 
-weights    all parameters and buffers, trained and frozen; BERT's position and segment numbers are buffers (8 kB). For
-           4-bit weights, both levels of absmax and the tables of levels too (NF4StandIn)
+weights    all parameters and buffers, trained and frozen; BERT's position and segment numbers are
+           buffers (8 kB). For 4-bit weights, both levels of absmax and the tables of levels too
+           (NF4StandIn)
 gradients  fp32, of every trained number
-optimizer  AdamW's two moments, fp32, of every trained number; without its step counters, 4 bytes a tensor
-kept       what autograd saves in the forward pass for the backward pass, each storage once however many views it has.
-           The model's own parameters and buffers are left out, nothing else: token ids count, and so do the bf16 copies
-           that autocast makes of fp32 weights
+optimizer  AdamW's two moments, fp32, of every trained number; without its step counters, 4 bytes a
+           tensor
+kept       what autograd saves in the forward pass for the backward pass, each storage once however
+           many views it has. The model's own parameters and buffers are left out, nothing else:
+           token ids count, and so do the bf16 copies that autocast makes of fp32 weights
 
-Temporaries, the CUDA context and what an allocator wastes come on top. Gradients come while what was kept goes, so the
-true peak can also be lower. Every row has full length.
+Temporaries, the CUDA context and what an allocator wastes come on top. Gradients come while what
+was kept goes, so the true peak can also be lower. Every row has full length.
 
-Without CUDA this describes the CPU's modules (fast.py), which is what training uses there. On a GPU, fused attention
-keeps no (tokens, tokens) matrix and a dropout mask takes one byte an element, so that the batches are on the safe side;
-below some 50 tokens they need not be, since only the CPU shortens the last layer. With CUDA this describes Hugging
-Face's modules on CUDA, as train.py uses them. Neither has been measured on a GPU; where there is one, --measure does.
+Without CUDA this describes the CPU's modules (fast.py), which is what training uses there. On a
+GPU, fused attention keeps no (tokens, tokens) matrix and a dropout mask takes one byte an element,
+so that the batches are on the safe side; below some 50 tokens they need not be, since only the CPU
+shortens the last layer. With CUDA this describes Hugging Face's modules on CUDA, as train.py uses
+them. Neither has been measured on a GPU; where there is one, --measure does.
 """
 import json
 from pathlib import Path
 
-from settings import CASES, DEFAULT_MODEL, Parser, check_writable, fail, make_parser, number, settings_of, write_json
-from start import start
+from files import check_writable, write_json
+from methods import CASES
+from settings import DEFAULT_MODEL, Parser, case_label, make_parser, number, settings_of
+from start import command, fail, start
+from studies import PARTS, ledger_caption, markdown_table
 
 MODELS = {  # where they differ from BertConfig's defaults, which are bert-base-uncased
     DEFAULT_MODEL: {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
@@ -35,7 +43,8 @@ MODELS = {  # where they differ from BertConfig's defaults, which are bert-base-
 
 
 def fields_of(name):
-    """The fields of a BertConfig as a dict: of one of MODELS, of a config.json or of a folder that holds one."""
+    """The fields of a BertConfig as a dict: of one of MODELS, of a config.json or of a folder that
+    holds one."""
     if name in MODELS:
         return MODELS[name]
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
@@ -51,20 +60,28 @@ def fields_of(name):
 
 def parse_args(argv=None):
     start()
-    p = Parser(description="Predict how much memory each method needs in training.", allow_abbrev=False)
-    p.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=f"{', '.join(MODELS)}, or a BERT's "
-                   f"config.json or its folder; its weights are not read (default: {DEFAULT_MODEL})")
-    p.add_argument("--batch-size", type=number(int, 1, 10**6), default=32, metavar="N", help="rows (default: 32)")
+    p = Parser(description="Predict how much memory each method needs in training.",
+               allow_abbrev=False)
+    p.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME",
+                   help=f"{', '.join(MODELS)}, or a BERT's config.json or its folder; its weights "
+                        f"are not read (default: {DEFAULT_MODEL})")
+    p.add_argument("--batch-size", type=number(int, 1, 10**6), default=32, metavar="N",
+                   help="rows (default: 32)")
     p.add_argument("--max-length", type=number(int, 3, 10**6), default=128, metavar="N",
                    help="tokens of every row (default: 128)")
-    p.add_argument("--amp", choices=["bf16", "off"], default="bf16", help="mixed precision of the machine that will "
-                   "train, which need not be this one: hence no auto (default: bf16)")
-    p.add_argument("--gb", type=number(float, 0.001, 10**6), nargs="+", default=[4, 8, 12, 24], metavar="X",
-                   help="memory to find the largest batches for, in 1e9 bytes (default: 4 8 12 24)")
+    p.add_argument("--amp", choices=["bf16", "off"], default="bf16",
+                   help="mixed precision of the machine that will train, which need not be this "
+                        "one: hence no auto (default: bf16)")
+    p.add_argument("--gb", type=number(float, 0.001, 10**6), nargs="+", default=[4, 8, 12, 24],
+                   metavar="X", help="memory to find the largest batches for, in 1e9 bytes "
+                                     "(default: 4 8 12 24)")
     p.add_argument("--measure", action="store_true",
-                   help="also train every method for two steps here, from random weights, and count the same bytes")
+                   help="also train every method for two steps here, from random weights, and "
+                        "count the same bytes")
     p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
-                   help="where metrics/memory.json and figures/ledger.png go (default: beside this file)")
+                   help="where metrics/memory.json and figures/ledger.png go (default: beside this "
+                        "file)")
+
     args = p.parse_args(argv)
     args.fields = fields_of(args.model)
     longest = args.fields.get("max_position_embeddings", 512)
@@ -74,7 +91,8 @@ def parse_args(argv=None):
     return args
 
 
-ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports, so that a typo is answered at once
+# before the slow imports, so that a typo is answered at once
+ARGS = parse_args() if __name__ == "__main__" else None
 
 import gc
 import math
@@ -85,9 +103,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import BertConfig, BertForSequenceClassification
 
-import fast
-from methods import apply_method, replace_modules, trained_tensors
-from plots import PARTS, draw_ledger, ledger_caption, markdown_table
+from lora import replace_modules
+from model import build, trained_tensors
+from plots import draw_ledger
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -101,24 +119,29 @@ class KeepNothing(torch.autograd.Function):
 
 
 class NF4StandIn(nn.Module):
-    """quant.NF4Linear without numbers, because bitsandbytes' weights have to be allocated: the same stored bytes and
-    the same types. It keeps nothing for backward: bitsandbytes needs its 4-bit weight alone there, not x.
+    """quant.NF4Linear without numbers, because bitsandbytes' weights have to be allocated: the same
+    stored bytes and the same types. It keeps nothing for backward: bitsandbytes needs its 4-bit
+    weight alone there, not x.
 
     forward: x (..., in) -> (..., out) in compute_dtype.
     """
 
     def __init__(self, linear, compute_dtype):
         super().__init__()
-        self.in_features, self.out_features, self.compute_dtype = linear.in_features, linear.out_features, compute_dtype
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.compute_dtype = compute_dtype
         n = linear.weight.numel()
         blocks = math.ceil(n / 64)
-        # n / 2 + n / 64 + 4 n / (64 * 256) bytes, and 4 (16 + 256 + 1) a layer: see bitsandbytes.functional.QuantState
-        for name, size, dtype in (("packed", math.ceil(n / 2), torch.uint8), ("absmax", blocks, torch.uint8),
+        # n / 2 + n / 64 + 4 n / (64 * 256) bytes, and 4 (16 + 256 + 1) a layer: see
+        # bitsandbytes.functional.QuantState
+        for name, size, dtype in (("packed", math.ceil(n / 2), torch.uint8),
+                                  ("absmax", blocks, torch.uint8),
                                   ("nested_absmax", math.ceil(blocks / 256), torch.float32),
                                   ("code", 16, torch.float32), ("nested_code", 256, torch.float32),
                                   ("offset", 1, torch.float32)):
             self.register_buffer(name, torch.empty(size, dtype=dtype))
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(compute_dtype))
+        self.bias = (None if linear.bias is None
+                     else nn.Parameter(linear.bias.detach().to(compute_dtype)))
 
     def forward(self, x):
         return KeepNothing.apply(x.to(self.compute_dtype), self.out_features)
@@ -127,21 +150,22 @@ class NF4StandIn(nn.Module):
         return self.offset.new_empty(self.out_features, self.in_features)
 
 
-def build(config, flags, dtype, stand_in):
-    """The model of one method as train.py makes it, in training mode; stand_in: NF4StandIn for its 4-bit layers."""
+def stand_in_encoder(model, compute_dtype):
+    """quant.quantize_encoder without numbers."""
+    replace_modules(model.bert.encoder, nn.Linear, lambda linear: NF4StandIn(linear, compute_dtype))
+
+
+def make_model(config, flags, dtype, quantize=None):
+    """The model of one method as train.py makes it, in training mode; quantize: instead of
+    quant.quantize_encoder."""
     s = settings_of(make_parser().parse_args(flags.split()))
     model = BertForSequenceClassification(config)
-    if stand_in and s["method"] in ("qlora", "qdora"):
-        replace_modules(model.bert.encoder, nn.Linear, lambda linear: NF4StandIn(linear, dtype or torch.float32))
-        s["method"] = s["method"].removeprefix("q")
-    apply_method(model, s, dtype or torch.float32)
-    if DEVICE == "cpu":
-        fast.install(model)
-    return model.train()
+    return build(model, s, torch.device(DEVICE), dtype, quantize).train()
 
 
 def stored(model):
-    """{identity of a storage: its bytes} of all parameters and buffers, and of what goes with a 4-bit weight."""
+    """{identity of a storage: its bytes} of all parameters and buffers, and of what goes with a
+    4-bit weight."""
     tensors = [*model.parameters(), *model.buffers()]
     for q in [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]:
         tensors += [q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code]
@@ -149,13 +173,15 @@ def stored(model):
 
 
 def forward(model, batch_size, max_length, dtype, **inputs):
-    """(loss, bytes kept for backward) of one batch; inputs: what the model gets besides token ids and labels."""
+    """(loss, bytes kept for backward) of one batch; inputs: what the model gets besides token ids
+    and labels."""
     own, kept = stored(model), {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # alive until they are counted, so that no identity is used twice
+            # alive until they are counted, so that no identity is used twice
+            kept[storage._cdata] = storage
         return tensor.detach()  # a node that holds its own output would never be freed
 
     ids = torch.zeros(batch_size, max_length, dtype=torch.int64, device=DEVICE)
@@ -167,40 +193,53 @@ def forward(model, batch_size, max_length, dtype, **inputs):
 
 
 def predict(config, flags, batch_size, max_length, dtype, gb=()):
-    """{weights, gradients, optimizer, kept: bytes; fits: {GB: largest batch}} of one method, from fake tensors: those
-    have shape, type and device, but no memory. dtype: autocast's, or None; gb: memory sizes in 1e9 bytes."""
+    """{weights, gradients, optimizer, kept: bytes; fits: {GB: largest batch}} of one method, from
+    fake tensors: those have shape, type and device, but no memory. dtype: autocast's, or None; gb:
+    memory sizes in 1e9 bytes."""
     with torch.device("meta"):  # trunc_normal_ does not know fake tensors
-        model = build(config, flags, dtype, stand_in=True)
+        model = make_model(config, flags, dtype, stand_in_encoder)
+
     with FakeTensorMode(allow_non_fake_inputs=True):  # the meta tensors, until they are replaced
         model.to_empty(device=DEVICE)
         trained = sum(p.numel() for p in trained_tensors(model).values())
-        row = {"weights": sum(stored(model).values()), "gradients": 4 * trained, "optimizer": 8 * trained}
-        # Without an attention mask: Hugging Face drops one that is all ones, but cannot look into a fake one.
-        kept, kept_by_one_more = (forward(model, n, max_length, dtype)[1] for n in (batch_size, batch_size + 1))
-    # kept(n) = c + k n: k bytes a row, and c of bf16 copies. Exactly, so the largest n that fits needs no search.
+        row = {"weights": sum(stored(model).values()), "gradients": 4 * trained,
+               "optimizer": 8 * trained}
+        # Without an attention mask: Hugging Face drops one that is all ones, but cannot look into a
+        # fake one.
+        kept, kept_by_one_more = (forward(model, n, max_length, dtype)[1]
+                                  for n in (batch_size, batch_size + 1))
+
+    # kept(n) = c + k n: k bytes a row, and c of bf16 copies. Exactly, so the largest n that fits
+    # needs no search.
     k = kept_by_one_more - kept
     room = {f"{x:g}": x * 1e9 - sum(row.values()) for x in gb}
-    return {**row, "kept": kept, "fits": {x: max(0, batch_size + int((room[x] - kept) // k)) for x in room}}
+    fits = {x: max(0, batch_size + int((room[x] - kept) // k)) for x in room}
+    return {**row, "kept": kept, "fits": fits}
 
 
 def measure(config, flags, batch_size, max_length, dtype):
-    """The same bytes counted in real training steps on DEVICE, from random weights, and `peak`: what CUDA's allocator
-    had given out at most, None without CUDA."""
+    """The same bytes counted in real training steps on DEVICE, from random weights, and `peak`:
+    what CUDA's allocator had given out at most, None without CUDA."""
     from train import make_optimizer  # slow to import
     gc.collect()  # what the method before left in reference cycles would count in its peak
-    model = build(config, flags, dtype, stand_in=False).to(DEVICE)
+    model = make_model(config, flags, dtype)
     trained = list(trained_tensors(model).values())
     optimizer = make_optimizer(trained, 1e-5)
     mask = torch.ones(batch_size, max_length, dtype=torch.int64, device=DEVICE)
+
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):  # the first step makes the optimizer's moments, so that only the second has the usual peak
+    # the first step makes the optimizer's moments, so that only the second has the usual peak
+    for _ in range(2):
         optimizer.zero_grad()
         loss, kept = forward(model, batch_size, max_length, dtype, attention_mask=mask)
         loss.backward()
         optimizer.step()
-    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
-    return {"weights": sum(stored(model).values()), "gradients": sum(p.grad.nbytes for p in trained),
+
+    moments = [t for state in optimizer.state.values()
+               for name, t in state.items() if name != "step"]
+    return {"weights": sum(stored(model).values()),
+            "gradients": sum(p.grad.nbytes for p in trained),
             "optimizer": sum(t.nbytes for t in moments), "kept": kept,
             "peak": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None}
 
@@ -214,43 +253,53 @@ def markdown(ledger):
     header = ["method", *(f"{name} (MB)" for name in PARTS.values()), "sum (MB)",
               *(f"largest batch in {x} GB" for x in ledger["methods"]["full"]["fits"])]
     rows = [[row["label"], *(mb(row[c]) for c in PARTS), mb(sum(row[c] for c in PARTS)),
-             *(f"{n:,}" if n else "–" for n in row["fits"].values())] for row in ledger["methods"].values()]
+             *(f"{n:,}" if n else "–" for n in row["fits"].values())]
+            for row in ledger["methods"].values()]
     return markdown_table(header, rows) + (
-        f"\n{ledger_caption(ledger)}. A batch fits if this sum does; temporaries and the CUDA context come on top. – is "
-        "not even one row.\n")
+        f"\n{ledger_caption(ledger)}. A batch fits if this sum does; temporaries and the CUDA "
+        "context come on top. – is not even one row.\n")
+
+
+def print_measured(config, batch, predicted):
+    """Train every method for two steps, and print the bytes beside those that were predicted."""
+    header = ["predicted / measured", *(f"{name} (MB)" for name in PARTS.values()),
+              "peak GPU memory (MB)"]
+    rows = []
+    for name, case in CASES.items():
+        try:
+            measured = measure(config, case.flags, *batch)
+        except RuntimeError as e:  # there is a type of its own for a full GPU, not for a full CPU
+            if "memory" not in str(e):
+                raise
+            fail("there is not enough memory here for --measure; take a smaller --batch-size")
+        rows.append([predicted[name]["label"],
+                     *(f"{mb(predicted[name][part])} / {mb(measured[part])}" for part in PARTS),
+                     mb(measured["peak"]) if DEVICE == "cuda" else "–"])
+    print("\n" + markdown_table(header, rows), end="")
 
 
 def main(args):
     transformers.logging.set_verbosity_error()
     try:
-        config = BertConfig(**{**args.fields, "num_labels": 2, "problem_type": "single_label_classification"})
+        config = BertConfig(**{**args.fields, "num_labels": 2,
+                               "problem_type": "single_label_classification"})
         with torch.device("meta"):
-            build(config, CASES["full"][1], None, stand_in=True)
+            make_model(config, CASES["full"].flags, None)
     except Exception as e:  # whatever Hugging Face and PyTorch make of nonsense
         fail(f"--model {args.model}: no BERT can be made of this configuration "
              f"({type(e).__name__}: {' '.join(str(e).split())})")
+
     batch = args.batch_size, args.max_length, torch.bfloat16 if args.amp == "bf16" else None
-    methods = {name: {"label": label, **predict(config, flags, *batch, args.gb)}
-               for name, (label, flags) in CASES.items()}
-    ledger = {"model": args.model, "batch_size": args.batch_size, "max_length": args.max_length, "amp": args.amp,
-              "device": DEVICE, "methods": methods}
+    methods = {name: {"label": case_label(name), **predict(config, case.flags, *batch, args.gb)}
+               for name, case in CASES.items()}
+    ledger = {"command": command(), "model": args.model, "batch_size": args.batch_size,
+              "max_length": args.max_length, "amp": args.amp, "device": DEVICE, "methods": methods}
     path = args.output / "metrics" / "memory.json"
     write_json(path, ledger)
     draw_ledger(args.output)
     print(markdown(ledger) + f"\nwrote {path} and drew figures/ledger.png")
-    if not args.measure:
-        return
-    header, rows = ["predicted / measured", *(f"{name} (MB)" for name in PARTS.values()), "peak GPU memory (MB)"], []
-    for name, (label, flags) in CASES.items():
-        try:
-            measured = measure(config, flags, *batch)
-        except RuntimeError as e:  # PyTorch has a type of its own for a full GPU, but not for a full CPU
-            if "memory" not in str(e):
-                raise
-            fail("there is not enough memory here for --measure; take a smaller --batch-size")
-        rows.append([label, *(f"{mb(methods[name][part])} / {mb(measured[part])}" for part in PARTS),
-                     mb(measured["peak"]) if DEVICE == "cuda" else "–"])
-    print("\n" + markdown_table(header, rows), end="")
+    if args.measure:
+        print_measured(config, batch, methods)
 
 
 if __name__ == "__main__":

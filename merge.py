@@ -1,30 +1,38 @@
-"""Fold what LoRA or DoRA learned into BERT's own weights: a plain Hugging Face folder, which needs nothing from here.
+"""Fold what LoRA or DoRA learned into BERT's own weights: a plain Hugging Face folder, which needs
+nothing from here.
 
     python merge.py checkpoints/NAME.safetensors --to FOLDER
 
     LoRA    W = W0 + s B A                                lora.py, computed in fp32
     DoRA    W = m (W0 + s B A) / ||W0 + s B A||
 
-A 4-bit W0 is dequantised first, and W stays in float, because rounding it to 4 bits once more could undo what was learned.
---requantized JSON does that all the same, and scores the test rows.
+A 4-bit W0 is dequantised first, and W stays in float, because rounding it to 4 bits once more could
+undo what was learned. --requantized JSON does that all the same, and scores the test rows.
 """
 import argparse
 from pathlib import Path
-from types import SimpleNamespace
 
-from settings import Parser, check_writable, data_files, fail, fingerprint, write_json
-from start import start
+from files import check_writable, data_files, fingerprint, write_json
+from methods import is_4bit, is_qa, label_of, row_of
+from settings import Parser
+from start import command, fail, start
 
 
 def parse_args(argv=None):
     start()
-    p = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", nargs="+", type=Path, help="what train.py left in checkpoints/")
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--to", type=Path, metavar="FOLDER", help="export the merged model and its tokenizer")
-    what.add_argument("--requantized", type=Path, metavar="JSON", help="measure instead, for QLoRA and QDoRA")
-    p.add_argument("--model", metavar="FOLDER", help="where the base is, if it was a folder (default: as in training)")
-    p.add_argument("--data", type=Path, metavar="DIR", help="where the data are, if they were a folder (default: none)")
+    what.add_argument("--to", type=Path, metavar="FOLDER",
+                      help="export the merged model and its tokenizer")
+    what.add_argument("--requantized", type=Path, metavar="JSON",
+                      help="measure instead, for QLoRA and QDoRA")
+    p.add_argument("--model", metavar="FOLDER",
+                   help="where the base is, if it was a folder (default: as in training)")
+    p.add_argument("--data", type=Path, metavar="DIR",
+                   help="where the data are, if they were a folder (default: none)")
+
     args = p.parse_args(argv)
     if args.to and len(args.checkpoint) > 1:
         fail(f"--to takes one checkpoint, not {len(args.checkpoint)}")
@@ -34,9 +42,10 @@ def parse_args(argv=None):
     try:
         if path.is_dir() or args.to and args.to.exists():
             fail(f"{path} is there already; choose another {flag}")
-    except OSError as e:
-        fail(f"cannot write {path}: {e.strerror}")
-    check_writable(path.resolve().parent, flag)
+        folder = path.resolve().parent
+    except (OSError, RuntimeError) as e:  # RuntimeError: a symbolic link to itself
+        fail(f"cannot write {path}: {e}")
+    check_writable(folder, flag)
     return args
 
 
@@ -51,24 +60,33 @@ import data
 import qa
 from checkpoint import attach
 from lora import LoRALinear, frozen_weight, merge_lora
-from plots import markdown_table
+from model import autocast
 from predict import load_base
+from studies import markdown_table
 from train import evaluate
 
 
 def merge(model, s):
-    """Turn a model of the settings `s` (checkpoint.attach) into a plain BERT, in place. Twice is once."""
-    if s["method"] == "adapter":
-        fail("adapters cannot be merged: a nonlinear function stands between their two matrices, so that no weight of "
-             "BERT's own does the same. LoRA, DoRA, QLoRA and QDoRA can")
+    """Turn a model of the settings `s` (checkpoint.attach) into a plain BERT, in place. Twice is
+    once."""
+    if not row_of(s).merges:
+        fail(f"adapters cannot be merged ({label_of(s)}): a nonlinear function stands between "
+             "their two matrices, so that no weight of BERT's own does the same. LoRA, DoRA, QLoRA "
+             "and QDoRA can")
     merge_lora(model)
-    if s["method"] in ("qlora", "qdora"):
+    if is_4bit(s):
         from quant import dequantize_encoder
         dequantize_encoder(model)
+    # a wrapper that is left would be exported without a word
+    with torch.device("meta"):
+        plain = set(type(model)(model.config).state_dict())
+    if left := sorted(set(model.state_dict()) ^ plain):
+        fail(f"{label_of(s)} was not merged: {left[0]} is left")
 
 
 def export(path, folder, model_name=None):
-    """Write the merged model of a checkpoint as a Hugging Face folder, in fp32; whole or not at all."""
+    """Write the merged model of a checkpoint as a Hugging Face folder, in fp32; whole or not at
+    all."""
     tokenizer, base, base_hash = load_base(path, model_name)
     model, about = attach(base, base_hash, path)
     merge(model, about["settings"])
@@ -90,21 +108,25 @@ def load_test(s, tokenizer, folder):
         fail(f"it was trained on the folder {s['task']}; --data DIR says where that is")
     if folder and fingerprint(data_files(folder)[0].values()) != s["data_sha256"]:
         fail(f"{folder} is not what it was trained on, which is {s['task']}")
-    task = (qa if "stride" in s else data).load_task(SimpleNamespace(data=folder, task=s["task"]))
+    task = (qa if is_qa(s) else data).load_task(s["task"], folder)
     return task.encode(task.test, tokenizer, s)
 
 
 @torch.no_grad()
 def requantize(path, model_name, folder):
-    """What merging a 4-bit model does to its scores on the test rows: in float, and rounded to 4 bits again."""
+    """What merging a 4-bit model does to its scores on the test rows: in float, and rounded to 4
+    bits again."""
     from quant import quantize_encoder
     tokenizer, base, base_hash = load_base(path, model_name)
     model, about = attach(base, base_hash, path)
     s = about["settings"]
-    if s["method"] not in ("qlora", "qdora"):
-        fail(f"{path} is {s['method']}; only QLoRA and QDoRA have 4-bit weights that could be requantised")
+    if not is_4bit(s):
+        fail(f"{path} is {s['method']}; only QLoRA and QDoRA have 4-bit weights that could be "
+             "requantised")
+
     split = load_test(s, tokenizer, folder)
-    device, amp = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+    device = torch.device("cpu")
+    amp = autocast(device, None)
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     before = {name: frozen_weight(m.base).float() for name, m in wrapped.items()}
     own, pairs = evaluate(model, split, device, amp)
@@ -123,7 +145,8 @@ def requantize(path, model_name, folder):
 
     def norm(a, b):
         return float(torch.stack([(a[name] - b[name]).norm() for name in a]).norm())
-    # Frobenius norms over all query and value weights: of the update W - W0, and of the error of rounding W
+    # Frobenius norms over all query and value weights: of the update W - W0, and of the error of
+    # rounding W
     return result | {"update_norm": norm(merged, before), "rounding_norm": norm(rounded, merged)}
 
 
@@ -131,9 +154,10 @@ def markdown(results):
     """The table of --requantized."""
     metric = "f1" if "f1" in results[0]["unmerged"] else "f1_macro"
     digits = 2 if metric == "f1" else 4
-    header = ["", "seed", "4-bit W0, update beside it", "merged, in float", "predictions changed", "merged, in 4 bits",
-              "predictions changed", "rounding error / update"]
-    rows = [[r["settings"]["method"], str(r["settings"]["seed"]), f"{r['unmerged'][metric]:.{digits}f}",
+    header = ["", "seed", "4-bit W0, update beside it", "merged, in float", "predictions changed",
+              "merged, in 4 bits", "predictions changed", "rounding error / update"]
+    rows = [[r["settings"]["method"], str(r["settings"]["seed"]),
+             f"{r['unmerged'][metric]:.{digits}f}",
              f"{r['merged'][metric]:.{digits}f}", str(r["merged"]["changed_predictions"]),
              f"{r['requantized'][metric]:.{digits}f}", str(r["requantized"]["changed_predictions"]),
              f"{r['rounding_norm'] / r['update_norm']:.2f}"] for r in results]
@@ -145,7 +169,8 @@ def main(args):
         export(args.checkpoint[0], args.to, args.model)
         print(f"wrote {args.to}")
     else:
-        results = [requantize(path, args.model, args.data) for path in args.checkpoint]
+        results = [{"command": command()} | requantize(path, args.model, args.data)
+                   for path in args.checkpoint]
         write_json(args.requantized, results)
         print(markdown(results) + f"\nwrote {args.requantized}")
 

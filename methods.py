@@ -1,94 +1,130 @@
-"""The methods side by side: what is put into BERT, what trains, what is saved.
+"""The methods side by side, as the one table that everything else reads. It imports nothing slow.
 
-| method         | put into BERT                          | trains, and is saved            | equation    |
-|----------------|----------------------------------------|---------------------------------|-------------|
-| full           | nothing                                | everything                      |             |
-| lora           | A, B beside query and value            | A, B, head                      | lora.py     |
-| qlora          | NF4 encoder weights, then as lora      | A, B, head                      | quant.py    |
-| dora           | A, B, m beside query and value         | A, B, m, head                   | lora.py     |
-| qdora          | NF4 encoder weights, then as dora      | A, B, m, head                   | both        |
-| adapter        |                                        |                                 |             |
-|   houlsby      | two bottlenecks a layer                | bottlenecks, LayerNorms, head   | adapters.py |
-|   pfeiffer     | one bottleneck a layer                 | bottlenecks, head               | adapters.py |
+| row      | put into BERT                         | trains, and is saved           | equation    |
+|----------|---------------------------------------|--------------------------------|-------------|
+| full     | nothing                               | everything                     |             |
+| lora     | A, B beside query and value           | A, B, head                     | lora.py     |
+| qlora    | NF4 encoder weights, then as lora     | A, B, head                     | quant.py    |
+| dora     | A, B, m beside query and value        | A, B, m, head                  | lora.py     |
+| qdora    | NF4 encoder weights, then as dora     | A, B, m, head                  | both        |
+| houlsby  | two bottlenecks a layer               | bottlenecks, LayerNorms, head  | adapters.py |
+| pfeiffer | one bottleneck a layer                | bottlenecks, head              | adapters.py |
 
-The head is the same nn.Linear in all of them: on BERT's pooled [CLS] for sentences, on every token for questions (start
-and end). The pooler is part of BERT: only `full` trains it, and question answering has none.
+The head is the same nn.Linear in all of them: on BERT's pooled [CLS] for sentences, on every token
+for questions (start and end). The pooler is part of BERT: only `full` trains it, and question
+answering has none.
+
+To add a method: a row here, a case that bench.py and memory.py measure, and one file with the
+function that `put` names.
 """
-from torch import nn
+from typing import NamedTuple
 
-from adapters import inject_adapters
-from lora import DoRALinear, LoRALinear, inject_lora
-from settings import fail
 
-# A parameter trains if its name contains one of these. Everything else is frozen.
-HEAD = ("classifier.", "qa_outputs.")
-TRAINS = {
-    "full": ("",),
-    "lora": ("lora_", *HEAD),
-    "qlora": ("lora_", *HEAD),
-    "dora": ("lora_", "magnitude", *HEAD),
-    "qdora": ("lora_", "magnitude", *HEAD),
-    "houlsby": (".adapter.", ".LayerNorm.", *HEAD),
-    "pfeiffer": (".adapter.", *HEAD),
+class Rates(NamedTuple):
+    """Default learning rates. The first is the best of the grid 5e-5, 2e-4, 5e-4, 1e-3, 2e-3 by
+    validation macro-F1 on `movies` (docs/measuring.md; DoRA was not searched and takes LoRA's), the
+    second is usual for bert-base, the third was best in the study on Portuguese SQuAD."""
+    rated: float  # the default model on RATED_TASKS (settings.py)
+    sentences: float  # other sentences, other models
+    questions: float
+
+
+class Method(NamedTuple):
+    label: str  # in tables and figures; {r} is the rank, {size} the width of an adapter
+    flags: tuple  # the settings of its own; those of other methods are None
+    put: str | None  # "file.function" that changes BERT: function(model, settings)
+    adds: tuple  # parts of the names of the parameters that it adds: all of them train
+    trains: tuple  # parts of the names of BERT's own parameters that train
+    is_4bit: bool  # whether the encoder's weights are NF4
+    merges: bool  # whether what it adds can be folded into BERT's own weights
+    rates: Rates
+
+
+ALL, NEW = Rates(2e-4, 2e-5, 4.25e-5), Rates(1e-3, 1e-4, 2e-4)
+LORA, ADAPTER = ("r", "alpha", "dropout"), ("placement", "bottleneck", "reduction")
+AB, ABM = ("lora_",), ("lora_", "magnitude")
+
+METHODS = {
+    "full": Method("full fine-tuning", (), None, (), ("",), False, True, ALL),
+    "lora": Method("LoRA r={r}", LORA, "lora.put_lora", AB, (), False, True, NEW),
+    "qlora": Method("QLoRA r={r}", LORA, "lora.put_lora", AB, (), True, True, NEW),
+    "dora": Method("DoRA r={r}", LORA, "lora.put_dora", ABM, (), False, True, NEW),
+    "qdora": Method("QDoRA r={r}", LORA, "lora.put_dora", ABM, (), True, True, NEW),
+    "houlsby": Method("adapter Houlsby {size}", ADAPTER, "adapters.put_houlsby", (".adapter.",),
+                      (".LayerNorm.",), False, False, NEW),
+    "pfeiffer": Method("adapter Pfeiffer {size}", ADAPTER, "adapters.put_pfeiffer", (".adapter.",),
+                       (), False, False, NEW),
 }
+HEAD = ("classifier.", "qa_outputs.")  # how the names of its parameters start; it trains always
+
+# On the command line the two adapters are one method with a placement.
+PLACEMENTS = [name for name, row in METHODS.items() if "placement" in row.flags]
+CHOICES = [name for name in METHODS if name not in PLACEMENTS] + ["adapter"]
 
 
-def replace_modules(root, kind, make):
-    """Put make(module) in the place of every module in `root` that is exactly of the class `kind`."""
-    for module in list(root.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is kind:
-                setattr(module, name, make(child))
+class Case(NamedTuple):
+    flags: str  # of train.py
+    color: str  # Okabe and Ito's colour-blind safe palette; colour and marker are its own
+    marker: str  # in every figure
 
 
-def apply_method(model, s, compute_dtype):
-    """Turn a fresh BertForSequenceClassification or BertForQuestionAnswering into the method of the settings `s`.
-
-    compute_dtype: the type in which frozen weights are multiplied, autocast's or fp32. Draws from torch's global
-    generator only after the head was made, so all methods start from the same head.
-    """
-    if s["method"] in ("qlora", "qdora"):
-        from quant import quantize_encoder  # bitsandbytes is slow to import and needed here only
-        quantize_encoder(model, compute_dtype)
-    elif s["method"] != "full" and "half_weights" not in s.get("without", ()):
-        # Autocast rounds a frozen weight to this type in every step, to the same bits: so once is enough. DoRA's norms
-        # are then those of the rounded weight, which is the one that it multiplies by.
-        for module in model.bert.encoder.modules():
-            if isinstance(module, nn.Linear):
-                module.to(compute_dtype)
-    if s["method"] in ("lora", "qlora"):
-        inject_lora(model, LoRALinear, s["r"], s["alpha"], s["dropout"])
-    if s["method"] in ("dora", "qdora"):
-        inject_lora(model, DoRALinear, s["r"], s["alpha"], s["dropout"])
-    if s["method"] == "adapter":
-        bottleneck = s["bottleneck"] or model.config.hidden_size // s["reduction"]
-        if bottleneck < 1:
-            fail(f"--reduction {s['reduction']} leaves no unit of a hidden size of {model.config.hidden_size}")
-        inject_adapters(model, s["placement"], bottleneck)
-    parts = TRAINS[s["placement"] or s["method"]]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in parts))
-    model.train(model.training)  # new modules start in training mode; the model may be in evaluation mode
+# The methods as they are measured: bench.py and memory.py take all, run_all.sh takes STUDY.
+CASES = {
+    "full": Case("--method full", "#000000", "o"),
+    "lora_r8": Case("--method lora --r 8", "#56B4E9", "s"),
+    "lora_r16": Case("--method lora --r 16", "#0072B2", "D"),
+    "qlora": Case("--method qlora --r 16", "#E69F00", "^"),
+    "dora": Case("--method dora --r 16", "#CC79A7", "P"),
+    "qdora": Case("--method qdora --r 16", "#D55E00", "X"),
+    "adapter": Case("--method adapter", "#009E73", "v"),
+    "pfeiffer": Case("--method adapter --placement pfeiffer", "#999999", "<"),
+}
+STUDY = ("full", "lora_r8", "lora_r16", "qlora", "adapter")
 
 
-def trained_tensors(model):
-    """{name: parameter} of everything that trains: what the optimizer gets, what is saved, what is counted."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def row_of(s):
+    """The row of METHODS that the settings `s` of a run name."""
+    return METHODS[s["placement"] or s["method"]]
 
 
-def count_params(model):
-    """Numbers of parameters: the trainable ones by kind, and `total_params` with the frozen ones.
+def label_of(s):
+    """What tables and figures call the method of the settings `s`."""
+    return row_of(s).label.format(r=s["r"], size=s["bottleneck"] or f"h/{s['reduction']}")
 
-    4-bit weights are stored two to a byte, but counted as the weights they stand for.
-    """
-    def numel(p):
-        return p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()
 
-    kinds = {"method": 0, "layer_norm": 0, "head": 0, "base": 0}
-    for name, p in trained_tensors(model).items():
-        kind = ("head" if name.startswith(HEAD) else "layer_norm" if ".LayerNorm." in name
-                else "method" if any(part in name for part in ("lora_", "magnitude", ".adapter.")) else "base")
-        kinds[kind] += p.numel()
-    trainable, total = sum(kinds.values()), sum(numel(p) for p in model.parameters())
-    return {"trainable_params": trainable, "trainable_by_kind": kinds, "total_params": total,
-            "trainable_pct": 100 * trainable / total}
+def is_4bit(s):
+    return row_of(s).is_4bit
+
+
+def is_qa(s):
+    """Whether the settings are of question answering, which alone has windows and so a stride."""
+    return "stride" in s
+
+
+def trains(row, name):
+    """Whether a parameter of this name trains, and is saved, with the method of `row`."""
+    return any(part in name for part in (*row.adds, *row.trains)) or name.startswith(HEAD)
+
+
+def kind_of(name):
+    """The kind of a trained parameter: method, layer_norm, head, base. Each has exactly one."""
+    if name.startswith(HEAD):
+        return "head"
+    if any(part in name for row in METHODS.values() for part in row.adds):
+        return "method"
+    return "layer_norm" if ".LayerNorm." in name else "base"
+
+
+def check_table():
+    """A row that nothing measures, or a case without its row, is an error when this is imported."""
+    measured = set()
+    for case in CASES.values():
+        flags = case.flags.split()
+        flags = dict(zip(flags[::2], flags[1::2]))
+        name = flags["--method"]
+        measured.add(flags.get("--placement", "houlsby") if name == "adapter" else name)
+    assert measured == set(METHODS), measured ^ set(METHODS)
+    assert {len({case[i] for case in CASES.values()}) for i in range(3)} == {len(CASES)}
+
+
+check_table()

@@ -1,63 +1,46 @@
-"""Figures and tables from comparison.json, grid.json, memory.json and multitask.json in metrics/, nothing else.
+"""Figures and tables from comparison.json, grid.json, memory.json and multitask.json in metrics/,
+nothing else.
 
-    python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/ (default: beside this file)
+    python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/
+                                  (default: beside this file)
 """
-import json
 import sys
 import textwrap
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from grid import METHODS, RUNS, best_of, rows_of, statistics_of
-from settings import fail, short
+from files import read_json
+from methods import CASES, label_of
+from settings import short
+from start import fail, start
+from studies import (
+    GRID_METHODS,
+    PARTS,
+    bytes_of,
+    caption,
+    entry_label,
+    grid_markdown,
+    ledger_caption,
+    markdown,
+    memory_key,
+    multitask_caption,
+    multitask_markdown,
+    rows_of,
+    study,
+    study_of,
+    table,
+)
 
-# Okabe and Ito's colour-blind safe palette; colour and marker belong to a method in every figure.
-STYLE = {
-    "full_ft": ("full fine-tuning", "#000000", "o"),
-    "lora_r8": ("LoRA r=8", "#56B4E9", "s"),
-    "lora_r16": ("LoRA r=16", "#0072B2", "D"),
-    "qlora": ("QLoRA r=16", "#E69F00", "^"),
-    "adapter": ("adapter", "#009E73", "v"),
-    "dora": ("DoRA r=16", "#CC79A7", "P"),
-    "qdora": ("QDoRA r=16", "#D55E00", "X"),
-}
-STYLE |= {"full": STYLE["full_ft"], "lora": STYLE["lora_r16"]}  # their names in the grid
-plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-                     "axes.spines.right": False, "axes.axisbelow": True, "figure.constrained_layout.use": True})
-
-
-def label(name, entry):
-    s = entry["runs"][0]["settings"]
-    size = f" {s['placement'].capitalize()} {s['bottleneck'] or 'h/%d' % s['reduction']}" if name == "adapter" else ""
-    return STYLE[name][0] + size
-
-
-def study(runs):
-    """One line that says what was compared on what, from a list of runs."""
-    run = runs[0]
-    s, rows, what = run["settings"], run["rows"], "questions" if "stride" in run["settings"] else "sentences"
-    task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
-    devices = " and ".join(sorted({r["environment"]["device"] for r in runs}))
-    seeds = sorted({r["settings"]["seed"] for r in runs})
-    seeds = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} (n = {len(seeds)})"
-    return (f"{s['model']} on {task} ({rows['train']:,} training, {rows['test']:,} test {what}), "
-            f"{seeds}, {devices}, amp {run['environment']['amp']}")
-
-
-def study_of(entries):
-    return study([run for entry in entries.values() for run in entry["runs"]])
-
-
-def caption(entries):
-    n = entries["full_ft"]["n"]
-    spread, drawn = ("seeds, for the time over all epochs", "seeds and test sentences") if n > 1 else \
-        ("epochs", "test sentences")
-    return (f"{study_of(entries)}; ± is the standard deviation over the {spread}; [ ] is a 95 % interval, by a paired "
-            f"bootstrap over {drawn}")
+# What a method is called in a study's JSON, for its colour and marker
+STYLE = CASES | {"full_ft": CASES["full"], "lora": CASES["lora_r16"]}
+plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
+                     "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.axisbelow": True, "figure.constrained_layout.use": True})
 
 
 def name_rows(ax, names):
@@ -74,31 +57,38 @@ def save(fig, path):
 
 
 def curves(entries, path):
+    keys = "train_loss", "validation_loss", "validation_f1_macro"
+    titles = "training loss (nats)", "validation loss (nats)", "validation macro-F1"
     fig, axes = plt.subplots(1, 3, figsize=(12, 4))
-    for ax, key, title in zip(axes, ("train_loss", "validation_loss", "validation_f1_macro"),
-                              ("training loss (nats)", "validation loss (nats)", "validation macro-F1")):
+    for ax, key, title in zip(axes, keys, titles):
         for name, entry in entries.items():
             _, color, marker = STYLE[name]
-            values = np.array([[h[key] for h in run["history"]] for run in entry["runs"]])  # (seeds, epochs)
+            # (seeds, epochs)
+            values = np.array([[h[key] for h in run["history"]] for run in entry["runs"]])
             epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
-            ax.plot(epochs, mean, color=color, marker=marker, label=label(name, entry))
-            ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
+            ax.plot(epochs, mean, color=color, marker=marker, label=entry_label(entry))
+            ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12,
+                            linewidth=0)
         ax.set(title=title, xlabel="epoch", xticks=epochs)
+
     axes[0].legend(fontsize=9)
-    band = "; mean over the seeds, band from the lowest to the highest" if entries["full_ft"]["n"] > 1 else ""
+    band = ("; mean over the seeds, band from the lowest to the highest"
+            if entries["full_ft"]["n"] > 1 else "")
     fig.suptitle(study_of(entries) + band, fontsize=9)
     save(fig, path)
 
 
 def bars(entries, values, errors, digits, xlabel, path):
-    """One horizontal bar a method: values and errors (None: no error bar) in the unit that xlabel names."""
+    """One horizontal bar a method: values and errors (None: no error bar) in the unit that xlabel
+    names."""
     fig, ax = plt.subplots(figsize=(8, 3.2))
     names, errors = list(entries), [error or 0 for error in errors]
-    ax.barh(range(len(names)), values, xerr=errors if any(errors) else None, color=[STYLE[n][1] for n in names],
-            ecolor="#888888", capsize=4, height=0.65)
+    ax.barh(range(len(names)), values, xerr=errors if any(errors) else None,
+            color=[STYLE[n].color for n in names], ecolor="#888888", capsize=4, height=0.65)
     for y, (value, error) in enumerate(zip(values, errors)):
-        ax.annotate(f"{value:.{digits}f}", (value + error, y), xytext=(6, 0), textcoords="offset points", va="center")
-    name_rows(ax, [label(n, entries[n]) for n in names])
+        ax.annotate(f"{value:.{digits}f}", (value + error, y), xytext=(6, 0),
+                    textcoords="offset points", va="center")
+    name_rows(ax, [entry_label(entries[n]) for n in names])
     ax.margins(x=0.12)
     ax.set_xlabel(xlabel)
     fig.suptitle(study_of(entries), fontsize=8)
@@ -106,11 +96,13 @@ def bars(entries, values, errors, digits, xlabel, path):
 
 
 def loss_against_full(entries, path):
-    """Macro-F1 minus that of full fine-tuning: the mean, its 95 % interval, and every seed's own difference."""
+    """Macro-F1 minus that of full fine-tuning: the mean, its 95 % interval, and every seed's own
+    difference."""
     fig, ax = plt.subplots(figsize=(8, 3))
     names = [name for name in entries if name != "full_ft"]
     full = [run["f1_macro"] for run in entries["full_ft"]["runs"]]
-    ax.axvline(0, color=STYLE["full_ft"][1], linewidth=1)
+
+    ax.axvline(0, color=STYLE["full_ft"].color, linewidth=1)
     for y, name in enumerate(names):
         _, color, marker = STYLE[name]
         vs = entries[name]["vs_full"]
@@ -118,55 +110,12 @@ def loss_against_full(entries, path):
         ax.plot(vs["points"], y, marker, color=color, markersize=9)
         for run, baseline in zip(entries[name]["runs"], full):
             ax.plot(100 * (run["f1_macro"] - baseline), y + 0.25, "|", color=color, markersize=8)
-    name_rows(ax, [label(name, entries[name]) for name in names])
+
+    name_rows(ax, [entry_label(entries[name]) for name in names])
     ax.margins(y=0.15)
     ax.set_xlabel("test macro-F1 against full fine-tuning (points), 95 % interval; |: one seed")
     fig.suptitle(study_of(entries), fontsize=8)
     save(fig, path)
-
-
-def memory_key(entries):
-    """The GPU's peak where there was a GPU, else that of the whole process."""
-    on_gpu = all(entry["peak_vram_gb"] is not None for entry in entries.values())
-    return ("peak_vram_gb", "peak GPU memory (GB)") if on_gpu else ("peak_rss_gb", "peak resident memory (GB)")
-
-
-def plus_minus(entry, key, digits):
-    std = entry[f"{key}_std"]
-    return f"{entry[key]:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
-
-
-def points(vs):
-    return "" if vs is None else f"{vs['points']:+.1f} [{vs['low']:+.1f}, {vs['high']:+.1f}]"
-
-
-def table(entries):
-    """(header, rows) of the summary, as strings."""
-    key, what = memory_key(entries)
-    header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", " n ", "test\nmacro-F1",
-              "vs full (points)", "accuracy", "best\nepochs", "s per epoch", what.replace("memory", "\nmemory"),
-              "trained\nfile (MB)"]
-    rows = []
-    for name, entry in entries.items():
-        kinds = entry["trainable_by_kind"]
-        parts = "/".join(f" {kinds[kind]:,} " for kind in ("method", "layer_norm", "head")).strip()
-        rows.append([label(name, entry), short(entry["runs"][0]["settings"]["lr"]), f"{entry['trainable_params']:,}",
-                     parts if name != "full_ft" else "everything", f"{entry['trainable_pct']:.2f}", f"{entry['n']}",
-                     plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]), plus_minus(entry, "accuracy", 4),
-                     ", ".join(map(str, entry["best_epoch"])), plus_minus(entry, "epoch_time_s", 1),
-                     plus_minus(entry, key, 2),
-                     "–" if entry["checkpoint_mb"] is None else f"{entry['checkpoint_mb']:.2f}"])
-    return header, rows
-
-
-def markdown_table(header, rows):
-    header = [" ".join(cell.split()) for cell in header]
-    lines = [" | ".join(cells) for cells in [header, ["---"] + ["---:"] * (len(header) - 1), *rows]]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def markdown(entries):
-    return markdown_table(*table(entries)) + f"\n{caption(entries)}.\n"
 
 
 def summary(entries, path):
@@ -177,63 +126,51 @@ def summary(entries, path):
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(10)
     drawn.auto_set_column_width(range(len(header)))
+
     for (row, column), cell in drawn.get_celld().items():
         cell.set_linewidth(0.4)
         cell.set_height(0.22 if row == 0 else 0.13)
         if row == 0:
             cell.set_text_props(weight="bold")
         elif column == 0:
-            cell.set_text_props(color=STYLE[list(entries)[row - 1]][1], weight="bold")
+            cell.set_text_props(color=STYLE[list(entries)[row - 1]].color, weight="bold")
     ax.set_title(textwrap.fill(caption(entries), 150), fontsize=11)
     save(fig, path)
 
 
 def draw(output):
-    """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the table."""
+    """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the
+    table."""
     figures = output / "figures"
-    entries = json.loads((output / "metrics" / "comparison.json").read_text())
+    entries = read_json(output / "metrics" / "comparison.json")
     if any("checkpoint_mb" not in entry for entry in entries.values()):
-        fail(f"{output / 'metrics' / 'comparison.json'} is of an earlier version; bash run_all.sh makes it anew")
+        fail(f"{output / 'metrics' / 'comparison.json'} is of an earlier version; bash run_all.sh "
+             "makes it anew")
+
     curves(entries, figures / "curves.png")
     loss_against_full(entries, figures / "loss_against_full.png")
-    for key, xlabel, digits, file in ((*memory_key(entries), 2, "memory.png"),
-                                      ("epoch_time_s", "training time per epoch (s)", 1, "epoch_time.png")):
+    for key, xlabel, digits, file in (
+            (*memory_key(entries), 2, "memory.png"),
+            ("epoch_time_s", "training time per epoch (s)", 1, "epoch_time.png")):
         means, stds = zip(*((entry[key], entry[f"{key}_std"]) for entry in entries.values()))
-        spread = "" if not any(stds) else ", ± standard deviation over the " + ("epochs" if "time" in key else "seeds")
+        over = "epochs" if "time" in key else "seeds"
+        spread = f", ± standard deviation over the {over}" if any(stds) else ""
         bars(entries, means, stds, digits, xlabel + spread, figures / file)
+
     summary(entries, figures / "summary.png")
     text = markdown(entries)
     (figures / "summary.md").write_text(text, encoding="utf-8")
     print(text + f"figures are in {figures}")
 
 
-def grid_markdown(runs):
-    """Four tables of the question-answering grid: all runs, their statistics, the best of each method, the top five."""
-    rows = rows_of(runs)
-    header = ["run", "F1 (%)", "exact match (%)", "training (min)", "best epoch", "trainable"]
-    cells = [[row["run"], f"{row['f1']:.2f}", f"{row['exact_match']:.2f}", f"{row['minutes']:.2f}",
-              f"{row['best_epoch']} of {row['epochs']}", f"{row['trainable_params']:,}"] for row in rows]
-    by_run = {line[0]: line for line in cells}
-    spread = [[line["method"], str(line["n"])] + [
-        f"{line[f'{key}_mean']:.2f} ± " + ("–" if line[f"{key}_std"] is None else f"{line[f'{key}_std']:.2f}") +
-        f" ({line[f'{key}_min']:.2f} to {line[f'{key}_max']:.2f})" for key in ("f1", "exact_match", "minutes")]
-        for line in statistics_of(rows)]
-    missing = [name for name in RUNS if name not in runs]
-    return (f"All {len(runs)} runs by F1: {study(list(runs.values()))}.\n\n" + markdown_table(header, cells)
-            + (f"\nMissing: {', '.join(missing)}.\n" if missing else "")
-            + "\nBy method, mean ± standard deviation (min to max) over the n configurations, not over seeds:\n\n"
-            + markdown_table(["method", "n", "F1 (%)", "exact match (%)", "training (min)"], spread)
-            + "\nBest configuration of each method:\n\n"
-            + markdown_table(header, [by_run[row["run"]] for row in best_of(rows)])
-            + "\nTop five:\n\n" + markdown_table(header, cells[:5]))
-
-
 def grid_bars(runs, path):
     rows = rows_of(runs)
     fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
-    ax.barh(range(len(rows)), [row["f1"] for row in rows], color=[STYLE[row["method"]][1] for row in rows], height=0.7)
+    ax.barh(range(len(rows)), [row["f1"] for row in rows],
+            color=[STYLE[row["method"]].color for row in rows], height=0.7)
     for y, row in enumerate(rows):
-        ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0), textcoords="offset points", va="center")
+        ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0),
+                    textcoords="offset points", va="center")
     name_rows(ax, [row["run"] for row in rows])
     ax.margins(x=0.08, y=0.02)
     ax.set_xlabel("test F1 (%)")
@@ -242,30 +179,34 @@ def grid_bars(runs, path):
 
 
 def grid_boxes(runs, path):
-    """F1 and exact match by method: a box from quartile to quartile, its median, and every run as a marker."""
+    """F1 and exact match by method: a box from quartile to quartile, its median, and every run as a
+    marker."""
     rows = rows_of(runs)
-    methods = [m for m in METHODS if any(row["method"] == m for row in rows)]
+    methods = [m for m in GRID_METHODS if any(row["method"] == m for row in rows)]
     fig, axes = plt.subplots(1, 2, figsize=(10, 4))
     for ax, key, title in zip(axes, ("f1", "exact_match"), ("test F1 (%)", "test exact match (%)")):
         values = [[row[key] for row in rows if row["method"] == m] for m in methods]
         ax.boxplot(values, widths=0.6, showfliers=False, medianprops={"color": "#555555"})
         for x, (method, own) in enumerate(zip(methods, values), 1):
-            ax.plot([x] * len(own), own, STYLE[method][2], color=STYLE[method][1], alpha=0.8)
+            ax.plot([x] * len(own), own, STYLE[method].marker, color=STYLE[method].color, alpha=0.8)
         ax.set_xticks(range(1, len(methods) + 1), methods)
         ax.set(title=title)
-    fig.suptitle(study(list(runs.values())) + "\none marker a run (epochs and learning rates differ)", fontsize=9)
+    fig.suptitle(study(list(runs.values()))
+                 + "\none marker a run (epochs and learning rates differ)", fontsize=9)
     save(fig, path)
 
 
 def grid_time(runs, path):
     rows = rows_of(runs)
     fig, ax = plt.subplots(figsize=(8, 4.5))
-    for method in METHODS:
+    for method in GRID_METHODS:
         for lr in sorted({row["lr"] for row in rows}):
             own = [row for row in rows if row["method"] == method and row["lr"] == lr]
-            name, color, marker = STYLE[method]
-            ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker, color=color, markersize=8,
-                    fillstyle="full" if lr > 1e-4 else "none", label=f"{name}, {short(lr)}" if own else None)
+            _, color, marker = STYLE[method]
+            name = own and label_of(runs[own[0]["run"]]["settings"])
+            ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker,
+                    color=color, markersize=8, fillstyle="full" if lr > 1e-4 else "none",
+                    label=f"{name}, {short(lr)}" if own else None)
     ax.set(xlabel="training time (min, evaluation excluded)", ylabel="test F1 (%)", xlim=(0, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
     fig.suptitle(study(list(runs.values())), fontsize=9)
@@ -273,9 +214,10 @@ def grid_time(runs, path):
 
 
 def draw_grid(output):
-    """Draw everything that output/metrics/grid.json holds into output/figures/, and print the tables."""
+    """Draw everything that output/metrics/grid.json holds into output/figures/, and print the
+    tables."""
     figures = output / "figures"
-    runs = json.loads((output / "metrics" / "grid.json").read_text())
+    runs = read_json(output / "metrics" / "grid.json")
     grid_bars(runs, figures / "grid_f1.png")
     grid_boxes(runs, figures / "grid_boxes.png")
     grid_time(runs, figures / "grid_time.png")
@@ -284,29 +226,25 @@ def draw_grid(output):
     print(text + f"\nfigures are in {figures}")
 
 
-# The parts of a ledger (memory.py) and Tol's muted colours for them, which no method has.
-PARTS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer", "kept": "kept for backward"}
+# Tol's muted colours for the parts of a ledger, which no method has
 PART_COLORS = dict(zip(PARTS, ("#332288", "#88CCEE", "#44AA99", "#DDCC77")))
-
-
-def ledger_caption(ledger):
-    modules = "the CPU's modules (fast.py)" if ledger["device"] == "cpu" else "Hugging Face's modules on CUDA"
-    return (f"Predicted for {ledger['model']}, batches of {ledger['batch_size']} rows of {ledger['max_length']} tokens, "
-            f"amp {ledger['amp']}, {modules}")
 
 
 def draw_ledger(output):
     """Draw the stacked bars of output/metrics/memory.json into output/figures/."""
-    ledger = json.loads((output / "metrics" / "memory.json").read_text())
+    ledger = read_json(output / "metrics" / "memory.json")
     rows = ledger["methods"].values()
     fig, ax = plt.subplots(figsize=(9, 4))
     left = np.zeros(len(rows))
+
     for part, name in PARTS.items():
         gb = np.array([row[part] for row in rows]) / 1e9
         ax.barh(range(len(rows)), gb, left=left, color=PART_COLORS[part], label=name, height=0.65)
         left += gb
     for y, total in enumerate(left):
-        ax.annotate(f"{total:.2f}", (total, y), xytext=(6, 0), textcoords="offset points", va="center")
+        ax.annotate(f"{total:.2f}", (total, y), xytext=(6, 0), textcoords="offset points",
+                    va="center")
+
     name_rows(ax, [row["label"] for row in rows])
     ax.margins(x=0.08)
     ax.set_xlabel("memory in training (GB)")
@@ -315,62 +253,24 @@ def draw_ledger(output):
     save(fig, output / "figures" / "ledger.png")
 
 
-def bytes_of(study, name, n, own):
-    """What n tasks take, computed: the base once, unless every task has its own. own: "trained_bytes" or "file_bytes"."""
-    return n * study["methods"][name][own] + (0 if name == "full" else study["base_bytes"])
-
-
-def multitask_caption(study):
-    where = study["environment"]
-    return f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}"
-
-
-def multitask_markdown(study):
-    """Two tables: scores alone and together, and what n tasks take."""
-    def f1(values):
-        return " / ".join(f"{value:.4f}" for value in values)
-
-    others = [name for name in study["methods"] if name != "full"]
-    header = ["task", "test sentences", "full fine-tuning"]
-    for name in others:
-        header += [f"{study['methods'][name]['label']}: alone / together", "vs full (points)"]
-    rows = [[task, f"{row['test_rows']:,}", f1([row["full"]["f1_macro"]])]
-            + [cell for name in others
-               for cell in (f1([row[name]["f1_macro"], *row[name]["together"][-1:]]), points(row[name]["vs_full"]))]
-            for task, row in study["tasks"].items()]
-    counts = [n for n, _ in study["methods"][others[0]]["memory"]]
-    cost = []
-    for name, method in study["methods"].items():
-        measured = dict(method["memory"])
-        held = [f"{(measured.get(n) or bytes_of(study, name, n, 'trained_bytes')) / 1e6:,.0f}" + ("" if n in measured else "*")
-                for n in (1, 4, 10, counts[-1])]
-        cost.append([method["label"], f"{method['file_bytes'] / 1e6:.2f}", f"{1000 * method['switch_ms']:.0f}",
-                     f"{method['load_ms']:.1f}", *held,
-                     f"{bytes_of(study, name, counts[-1], 'file_bytes') / 1e6:,.0f}"])
-    header_cost = ["", "file of one task (MB)", "switch in memory (µs)", "switch from the file (ms)",
-                   *(f"{n} task{'s' if n > 1 else ''} in memory (MB)" for n in (1, 4, 10, counts[-1])),
-                   f"{counts[-1]} tasks on disk (MB)"]
-    caption = (f"{multitask_caption(study)}; [ ] is a 95 % interval, by a paired bootstrap over test sentences. Memory is "
-               "measured in a fresh process, beyond Python and its libraries; for LoRA and adapter with the base and its "
-               "tokenizer" +
-               ("; * computed." if any("*" in cell for row in cost for cell in row) else "."))
-    return markdown_table(header, rows) + "\n" + markdown_table(header_cost, cost) + f"\n{caption}\n"
-
-
 def draw_multitask(output):
     """Draw output/metrics/multitask.json into output/figures/, and print its tables."""
-    study = json.loads((output / "metrics" / "multitask.json").read_text())
+    study = read_json(output / "metrics" / "multitask.json")
     fig, (scores, memory, disk) = plt.subplots(1, 3, figsize=(13, 4.2))
     names, tasks = list(study["methods"]), list(study["tasks"])
+
     for i, name in enumerate(names):
         method, (_, color, marker) = study["methods"][name], STYLE[name]
         f1 = [study["tasks"][task][name]["f1_macro"] for task in tasks]
-        scores.plot(np.arange(len(tasks)) + 0.18 * (i - 1), f1, marker, color=color, markersize=8, label=method["label"])
+        scores.plot(np.arange(len(tasks)) + 0.18 * (i - 1), f1, marker, color=color, markersize=8,
+                    label=method["label"])
         counts, measured = np.array(method["memory"]).T
         every = np.arange(1, 51)
-        memory.plot(every, bytes_of(study, name, every, "trained_bytes") / 1e9, "--", color=color, linewidth=1)
+        memory.plot(every, bytes_of(study, name, every, "trained_bytes") / 1e9, "--", color=color,
+                    linewidth=1)
         memory.plot(counts, measured / 1e9, marker, color=color, label=method["label"])
         disk.plot(every, bytes_of(study, name, every, "file_bytes") / 1e9, "--", color=color)
+
     scores.set(title="test macro-F1", xticks=range(len(tasks)), xticklabels=tasks)
     scores.margins(x=0.1)
     scores.legend(fontsize=9, loc="upper left")
@@ -379,8 +279,9 @@ def draw_multitask(output):
     for ax in memory, disk:
         ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
         ax.minorticks_off()
-    fig.suptitle(f"{multitask_caption(study)}; markers: measured, dashed: computed from the sizes of the tensors and "
-                 "files", fontsize=9)
+    fig.suptitle(f"{multitask_caption(study)}; markers: measured, dashed: computed from the sizes "
+                 "of the tensors and files", fontsize=9)
+
     figures = output / "figures"
     save(fig, figures / "multitask.png")
     text = multitask_markdown(study)
@@ -392,34 +293,44 @@ FROZEN = "#DDDDDD"
 
 
 def draw_layers(path):
-    """Draw where the methods sit: grey boxes are frozen, coloured ones train. Boxes are (name, x, y, text, colour)."""
-    lora_color, adapter_color = STYLE["lora_r8"][1], STYLE["adapter"][1]
+    """Draw where the methods sit: grey boxes are frozen, coloured ones train. Boxes are (name, x,
+    y, text, colour)."""
+    lora_color, adapter_color = STYLE["lora_r8"].color, STYLE["adapter"].color
     low_rank = [("x", 0, 2, "x", "white"), ("A", 2.6, 1, "A\n(r, in)", lora_color),
                 ("B", 4, 1, "s B\n(out, r)", lora_color), ("+", 5, 2, "+", "white")]
+
     pictures = [
         ("LoRA: query and value\nh = W0 x + b + s B A dropout(x)",
-         [*low_rank, ("W0", 2, 3, "W0 x + b", FROZEN), ("drop", 1.2, 1, "dropout", "white"), ("h", 6, 2, "h", "white")],
-         [("x", "W0"), ("x", "drop"), ("drop", "A"), ("A", "B"), ("W0", "+"), ("B", "+"), ("+", "h")]),
+         [*low_rank, ("W0", 2, 3, "W0 x + b", FROZEN), ("drop", 1.2, 1, "dropout", "white"),
+          ("h", 6, 2, "h", "white")],
+         [("x", "W0"), ("x", "drop"), ("drop", "A"), ("A", "B"), ("W0", "+"), ("B", "+"),
+          ("+", "h")]),
         ("DoRA, without dropout: query and value\nh = m (W0 + s B A) x / ||W0 + s B A|| + b",
-         [*low_rank, ("W0", 2, 3, "W0 x", FROZEN), ("m", 6.1, 2, "m / ||.||", STYLE["dora"][1]),
+         [*low_rank, ("W0", 2, 3, "W0 x", FROZEN), ("m", 6.1, 2, "m / ||.||", STYLE["dora"].color),
           ("b", 7.3, 2, "+ b", FROZEN), ("h", 8.1, 2, "h", "white")],
-         [("x", "W0"), ("x", "A"), ("A", "B"), ("W0", "+"), ("B", "+"), ("+", "m"), ("m", "b"), ("b", "h")]),
-        ("Houlsby adapter: after attention and FFN\ny = LN(h + Adapter(h) + a),  h = dropout(dense(.))",
-         [("h", 0, 2, "h", "white"), ("down", 1.3, 1, "W_down\n+ b_down", adapter_color), ("gelu", 2.8, 1, "GELU", "white"),
-          ("up", 4.1, 1, "W_up\n+ b_up", adapter_color), ("a", 4.1, 3, "a: what came in", "white"), ("+", 5.1, 2, "+", "white"),
+         [("x", "W0"), ("x", "A"), ("A", "B"), ("W0", "+"), ("B", "+"), ("+", "m"), ("m", "b"),
+          ("b", "h")]),
+        ("Houlsby adapter: after attention and FFN\n"
+         "y = LN(h + Adapter(h) + a),  h = dropout(dense(.))",
+         [("h", 0, 2, "h", "white"), ("down", 1.3, 1, "W_down\n+ b_down", adapter_color),
+          ("gelu", 2.8, 1, "GELU", "white"), ("up", 4.1, 1, "W_up\n+ b_up", adapter_color),
+          ("a", 4.1, 3, "a: what came in", "white"), ("+", 5.1, 2, "+", "white"),
           ("LN", 6, 2, "LN", adapter_color), ("y", 6.9, 2, "y", "white")],
-         [("h", "+"), ("h", "down"), ("down", "gelu"), ("gelu", "up"), ("up", "+"), ("a", "+"), ("+", "LN"), ("LN", "y")]),
+         [("h", "+"), ("h", "down"), ("down", "gelu"), ("gelu", "up"), ("up", "+"), ("a", "+"),
+          ("+", "LN"), ("LN", "y")]),
     ]
+
     fig, axes = plt.subplots(1, 3, figsize=(14, 3))
     for ax, (title, boxes, arrows) in zip(axes, pictures):
         drawn = {name: ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=3,
-                               bbox={"boxstyle": "round,pad=0.35", "facecolor": color, "edgecolor": "#555555"})
+                               bbox={"boxstyle": "round,pad=0.35", "facecolor": color,
+                                     "edgecolor": "#555555"})
                  for name, x, y, text, color in boxes}
         at = {name: (x, y) for name, x, y, *_ in boxes}
-        for start, end in arrows:
-            ax.annotate("", at[end], at[start], arrowprops={
-                "arrowstyle": "->", "color": "#555555", "patchA": drawn[start].get_bbox_patch(),
-                "patchB": drawn[end].get_bbox_patch()})
+        for tail, head in arrows:
+            ax.annotate("", at[head], at[tail], arrowprops={
+                "arrowstyle": "->", "color": "#555555", "patchA": drawn[tail].get_bbox_patch(),
+                "patchB": drawn[head].get_bbox_patch()})
         ax.set(title=title, xlim=(-0.5, 8.5), ylim=(0.3, 3.6))
         ax.title.set_fontsize(10)
         ax.axis("off")
@@ -427,13 +338,14 @@ def draw_layers(path):
 
 
 if __name__ == "__main__":
+    start()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     drawings = {"comparison.json": draw, "grid.json": draw_grid, "memory.json": draw_ledger,
                 "multitask.json": draw_multitask}
     found = [drawing for name, drawing in drawings.items() if (folder / "metrics" / name).exists()]
     if not found:
-        fail(f"{folder / 'metrics'} holds none of {', '.join(drawings)}; run_all.sh, run_grid.sh, memory.py and "
-             "multitask.py make them")
+        fail(f"{folder / 'metrics'} holds none of {', '.join(drawings)}; run_all.sh, run_grid.sh, "
+             "memory.py and multitask.py make them")
     for drawing in found:
         drawing(folder)
     draw_layers(folder / "figures" / "layers.png")

@@ -1,15 +1,19 @@
 """Ask the trained methods: all those of a comparison on one shared base, side by side.
 
-    python predict.py                                 five ambiguous sentences, by every method of run_all.sh
+    python predict.py                                 five ambiguous sentences, by every method of
+                                                      run_all.sh
     python predict.py "your sentence" "another"       your own; or one a line on stdin
-    python predict.py --question "Who?" --context "A passage."       the best run of every method of run_grid.sh
+    python predict.py --question "Who?" --context "A passage."
+                                                      the best run of every method of run_grid.sh
 """
 import argparse
 import sys
 from pathlib import Path
 
-from settings import Parser, checkpoint_path, fail, read_json, result_path
-from start import start
+from files import read_json
+from methods import is_qa as asks_questions
+from settings import Parser, checkpoint_path, result_path
+from start import fail, start
 
 SENTENCES = ["It is hard to dislike.",
              "You will laugh, though perhaps not where the director hoped.",
@@ -20,18 +24,26 @@ SENTENCES = ["It is hard to dislike.",
 
 def parse_args(argv=None):
     start()
-    p = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("sentences", nargs="*", metavar="SENTENCE", help="what to classify (default: stdin, if there is any, "
-                   "else five sentences)")
-    p.add_argument("--question", metavar="TEXT", help="a question to answer from --context (default: none)")
-    p.add_argument("--context", metavar="TEXT", help="the passage that holds the answer (default: none)")
+    p = Parser(description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("sentences", nargs="*", metavar="SENTENCE",
+                   help="what to classify (default: stdin, if there is any, else five sentences)")
+    p.add_argument("--question", metavar="TEXT",
+                   help="a question to answer from --context (default: none)")
+    p.add_argument("--context", metavar="TEXT",
+                   help="the passage that holds the answer (default: none)")
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--method", metavar="NAME", help="only this one, as the table names it (default: all)")
-    which.add_argument("--checkpoint", type=Path, action="append", metavar="FILE", help="this instead, any that train.py "
-                       "left in checkpoints/; give it several times to compare (default: those of the comparison)")
-    p.add_argument("--model", metavar="FOLDER", help="where the base is, if it was a folder (default: as in training)")
-    p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR", help="train.py's --output, with "
-                   "metrics/ and checkpoints/ (default: beside this file)")
+    which.add_argument("--method", metavar="NAME",
+                       help="only this one, as the table names it (default: all)")
+    which.add_argument("--checkpoint", type=Path, action="append", metavar="FILE",
+                       help="this instead, any that train.py left in checkpoints/; give it several "
+                            "times to compare (default: those of the comparison)")
+    p.add_argument("--model", metavar="FOLDER",
+                   help="where the base is, if it was a folder (default: as in training)")
+    p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
+                   help="train.py's --output, with metrics/ and checkpoints/ (default: beside this "
+                        "file)")
+
     args = p.parse_args(argv)
     if (args.question is None) != (args.context is None):
         fail("--question and --context go together")
@@ -40,6 +52,7 @@ def parse_args(argv=None):
     for name, text in [("--question", args.question), ("--context", args.context)]:
         if text is not None and not text.strip():
             fail(f"{name} is empty")
+
     try:
         if args.question is None and not args.sentences and sys.stdin and not sys.stdin.isatty():
             args.sentences = [line.strip() for line in sys.stdin if line.strip()]
@@ -63,9 +76,9 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import attach, check_tokenizer, hash_base, read_about
-from grid import best_of, rows_of
-from qa import Question, Windows
 from model import load_pretrained
+from qa import Question, Windows
+from studies import best_of, rows_of
 
 
 class Method(NamedTuple):
@@ -77,21 +90,24 @@ class Method(NamedTuple):
 
 
 def find(output, is_qa=False, only=None):
-    """{name: checkpoint} of what run_all.sh, or for questions run_grid.sh, left: every method's run, of several seeds
-    the first, or the best of every method by test F1."""
+    """{name: checkpoint} of what run_all.sh, or for questions run_grid.sh, left: every method's
+    run, of several seeds the first, or the best of every method by test F1."""
     script, file = ("run_grid.sh", "grid.json") if is_qa else ("run_all.sh", "comparison.json")
     path = output / "metrics" / file
     if not path.exists():
         fail(f"{path} is not there; bash {script} makes it (and --output says where)")
     results = read_json(path)
+
     try:
         if is_qa:
-            runs = {row["method"]: results[row["run"]]["settings"] for row in best_of(rows_of(results))}
+            runs = {row["method"]: results[row["run"]]["settings"]
+                    for row in best_of(rows_of(results))}
         else:
             runs = {name: entry["runs"][0]["settings"] for name, entry in results.items()}
         files = {name: checkpoint_path(output, s) for name, s in runs.items()}
     except (KeyError, TypeError, AttributeError):
         files = {}
+
     if not files:
         fail(f"{path} is damaged or of an earlier version; bash {script} makes it anew")
     if only is not None and only not in files:
@@ -100,17 +116,20 @@ def find(output, is_qa=False, only=None):
     for name, file in files.items():
         if not file.exists():
             result = result_path(output, runs[name])
-            fail(f"{file}, the checkpoint of {name}, is not there; " + (f"delete {result}, and " if result.exists() else "")
-                 + f"bash {script} with the flags of {path} trains it")
+            delete = f"delete {result}, and " if result.exists() else ""
+            fail(f"{file}, the checkpoint of {name}, is not there; {delete}bash {script} with the "
+                 f"flags of {path} trains it")
     return files
 
 
 def load_base(path, model_name=None):
-    """(tokenizer, base, its hash) for the checkpoint `path`; model_name: instead of the one it was trained on."""
+    """(tokenizer, base, its hash) for the checkpoint `path`; model_name: instead of the one it was
+    trained on."""
     about = read_about(path)
     s = about["settings"]
     if s["model_sha256"] and not model_name:
-        fail(f"{path} was trained on a model in the folder {s['model']}; --model FOLDER says where that is")
+        fail(f"{path} was trained on a model in the folder {s['model']}; --model FOLDER says where "
+             "that is")
     tokenizer, base = load_pretrained(model_name or s["model"], about["label_names"])
     check_tokenizer(path, about, tokenizer)
     return tokenizer, base.eval(), hash_base(base)
@@ -130,8 +149,9 @@ def load_methods(files, model_name=None):
 @torch.no_grad()
 def classify(method, tokenizer, sentence):
     """(label, its probability) of one sentence, in fp32."""
-    ids = tokenizer(sentence, truncation=True, max_length=method.about["settings"]["max_length"], return_tensors="pt")["input_ids"]
-    probabilities = method.model(input_ids=ids).logits[0].softmax(-1)  # (labels)
+    max_length = method.about["settings"]["max_length"]
+    tokens = tokenizer(sentence, truncation=True, max_length=max_length, return_tensors="pt")
+    probabilities = method.model(input_ids=tokens["input_ids"]).logits[0].softmax(-1)  # (labels)
     best = int(probabilities.argmax())
     return method.about["label_names"][best], float(probabilities[best])
 
@@ -139,10 +159,12 @@ def classify(method, tokenizer, sentence):
 @torch.no_grad()
 def answer(method, tokenizer, question, context):
     """The best span of the passage, as text."""
-    windows = Windows([Question(context, question, [""], None, None)], tokenizer, method.about["settings"])
+    asked = Question(context, question, [""], None, None)
+    windows = Windows([asked], tokenizer, method.about["settings"])
     predictions = {}
     for rows in windows.batches(32):
-        predictions.update(zip(rows.tolist(), windows.predict(windows.forward(method.model, windows.collate(rows)), rows)))
+        out = windows.forward(method.model, windows.collate(rows))
+        predictions.update(zip(rows.tolist(), windows.predict(out, rows)))
     return windows.pairs([predictions[row] for row in range(len(windows.ids))])[0][1]
 
 
@@ -160,14 +182,17 @@ def print_table(rows):
     """Rows of strings, the first left-aligned, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        cells = [row[0].ljust(widths[0]),
+                 *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         print("  ".join(cells).rstrip())
 
 
 def compare_sentences(methods, tokenizer, sentences):
-    """Print the table: sentences down, methods across. A * marks the label that most of the others do not give."""
+    """Print the table: sentences down, methods across. A * marks the label that most of the others
+    do not give."""
     for method in methods:
         classify(method, tokenizer, sentences[0])  # to warm up
+
     rows, times = [["", *(method.name for method in methods)]], [[] for _ in methods]
     for sentence in sentences:
         asked = [milliseconds(lambda: classify(method, tokenizer, sentence)) for method in methods]
@@ -177,8 +202,10 @@ def compare_sentences(methods, tokenizer, sentences):
         short = sentence if len(sentence) <= 60 else sentence[:59] + "…"
         rows.append([short, *(f"{'' if label == usual else '* '}{label} {probability:.2f}"
                               for (label, probability), _ in asked)])
+
     rows.append(["ms per sentence", *(f"{statistics.median(own):.1f}" for own in times)])
-    rows.append(["ms to switch to it, from its file", *(f"{method.switch_ms:.0f}" for method in methods)])
+    rows.append(["ms to switch to it, from its file",
+                 *(f"{method.switch_ms:.0f}" for method in methods)])
     rows.append(["its file (MB)", *(f"{method.megabytes:.2f}" for method in methods)])
     print_table(rows)
     if any("* " in cell for row in rows for cell in row[1:]):
@@ -189,7 +216,8 @@ def compare_answers(methods, tokenizer, question, context):
     rows = [["", "answer", "ms", "ms to switch to it, from its file", "its file (MB)"]]
     for method in methods:
         text, ms = milliseconds(lambda: answer(method, tokenizer, question, context))
-        rows.append([method.name, text, f"{ms:.1f}", f"{method.switch_ms:.0f}", f"{method.megabytes:.2f}"])
+        rows.append([method.name, text, f"{ms:.1f}", f"{method.switch_ms:.0f}",
+                     f"{method.megabytes:.2f}"])
     print_table(rows)
 
 
@@ -197,14 +225,17 @@ def main(args):
     is_qa = args.question is not None
     if args.checkpoint:
         stems = {path.stem for path in args.checkpoint}
-        files = {path.stem if len(stems) == len(args.checkpoint) else str(path): path for path in args.checkpoint}
+        files = {path.stem if len(stems) == len(args.checkpoint) else str(path): path
+                 for path in args.checkpoint}
     else:
         files = find(args.output, is_qa, args.method)
+
     tokenizer, methods = load_methods(files, args.model)
     for method in methods:
-        if is_qa is ("stride" not in method.about["settings"]):
-            fail(f"{method.name} was trained on " + ("sentences; leave --question out" if is_qa else
-                                                     "questions; it needs --question and --context"))
+        if is_qa is not asks_questions(method.about["settings"]):
+            fail(f"{method.name} was trained on "
+                 + ("sentences; leave --question out" if is_qa else
+                    "questions; it needs --question and --context"))
     if is_qa:
         compare_answers(methods, tokenizer, args.question.strip(), args.context)
     else:

@@ -1,7 +1,9 @@
-"""Extractive question answering: SQuAD-style data, windows over long passages, the best span, F1 and exact match.
+"""Extractive question answering: SQuAD-style data, windows over long passages, the best span, F1
+and exact match.
 
-The task is that of SQuAD v1.1 (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250), the model BERT's (Devlin et
-al. 2019, section 4.2): the answer is the span i..j of the passage with the largest start_i + end_j.
+The task is that of SQuAD v1.1 (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250), the model
+BERT's (Devlin et al. 2019, section 4.2): the answer is the span i..j of the passage with the
+largest start_i + end_j.
 """
 import json
 import re
@@ -11,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from data import Encoded, Task, from_hub
-from settings import SPLIT_SEED, data_files, fail, warn_unread
+from files import data_files, warn_unread
+from settings import SPLIT_SEED
+from start import fail
 from synthetic import make_questions
 
 MAX_QUESTION = 64  # tokens of a question that are read, as in BERT's own SQuAD code
@@ -25,16 +28,19 @@ class Question(NamedTuple):
     context: str
     question: str
     answers: list  # of str: any of them is right
-    start: int | None  # where the first answer that is aligned stands in the context, in characters; None: none is
+    # where the first answer that is aligned stands in the context, in characters; None: none is
+    start: int | None
     end: int | None  # one past its last character
 
 
 def make_question(q):
-    """The Question of a dict as the hub has it: id, context, question, answers {text: [], answer_start: []}."""
+    """The Question of a dict as the hub has it: id, context, question, answers {text: [],
+    answer_start: []}."""
     if not q["question"].strip():
         fail(f"question {q['id']!r} is empty")
     if not q["answers"]["text"]:
-        fail(f"question {q['id']!r} has no answer; SQuAD 2.0's unanswerable questions are not supported")
+        fail(f"question {q['id']!r} has no answer; SQuAD 2.0's unanswerable questions are not "
+             "supported")
     question = Question(q["context"], q["question"].strip(), q["answers"]["text"], None, None)
     for text, start in zip(q["answers"]["text"], q["answers"]["answer_start"]):
         if text.strip() and start >= 0 and q["context"][start:start + len(text)] == text:
@@ -49,9 +55,11 @@ def read_squad(path):
         if not isinstance(owner, dict) or key not in owner:
             fail(f"{path} is not SQuAD-shaped: no key {key!r} in {where}")
         if not isinstance(owner[key], kind) or isinstance(owner[key], bool):
-            fail(f"{path} is not SQuAD-shaped: {key!r} in {where} is {str(owner[key])[:40]!r}, not a {kind.__name__}")
+            fail(f"{path} is not SQuAD-shaped: {key!r} in {where} is {str(owner[key])[:40]!r}, not "
+                 f"a {kind.__name__}")
         if kind is str and re.search("[\ud800-\udfff]", owner[key]):
-            fail(f"{path}: {key!r} in {where} holds half of a surrogate pair, which is no character")
+            fail(f"{path}: {key!r} in {where} holds half of a surrogate pair, which is no "
+                 "character")
         return owner[key]
 
     try:
@@ -60,6 +68,7 @@ def read_squad(path):
         fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
     except (OSError, ValueError, RecursionError) as e:
         fail(f"cannot read {path}: {e}")
+
     questions = []
     for i, article in enumerate(get(root, "data", list, "the whole")):
         for j, paragraph in enumerate(get(article, "paragraphs", list, f"data[{i}]")):
@@ -67,19 +76,20 @@ def read_squad(path):
             context = get(paragraph, "context", str, where)
             for k, qa in enumerate(get(paragraph, "qas", list, where)):
                 here = f"{where}.qas[{k}]"
-                answers = [(get(a, "text", str, f"{here}.answers"), get(a, "answer_start", int, f"{here}.answers"))
+                answers = [(get(a, "text", str, f"{here}.answers"),
+                            get(a, "answer_start", int, f"{here}.answers"))
                            for a in get(qa, "answers", list, here)]
+                columns = dict(zip(("text", "answer_start"), map(list, zip(*answers))))
                 questions.append({"id": str(qa.get("id", here)), "context": context,
                                   "question": get(qa, "question", str, here),
-                                  "answers": dict(zip(("text", "answer_start"), map(list, zip(*answers)))) or
-                                  {"text": [], "answer_start": []}})
+                                  "answers": columns or {"text": [], "answer_start": []}})
     if not questions:
         fail(f"{path} has no questions")
     return questions
 
 
 def load_folder(folder):
-    """{split: questions as dicts} of the user's own .json files (settings.data_files)."""
+    """{split: questions as dicts} of the user's own .json files (files.data_files)."""
     files, _ = data_files(folder)
     if "train" not in files:
         fail(f"{folder} has no train.json")
@@ -88,10 +98,11 @@ def load_folder(folder):
 
 
 def load_hub(task):
-    """{split: questions as dicts} of SQuAD v1.1 or of a machine translation of it into Portuguese, train and
-    validation. Empty questions and those without an answer are left out, and counted."""
+    """{split: questions as dicts} of SQuAD v1.1 or of a machine translation of it into Portuguese,
+    train and validation. Empty questions and those without an answer are left out, and counted."""
+    # the parquet files of squad_pt, since its script no longer runs
     name, revision = {"squad": ("rajpurkar/squad", None),
-                      "squad_pt": ("nunorc/squad_v1_pt", "refs/convert/parquet")}[task]  # its script no longer runs
+                      "squad_pt": ("nunorc/squad_v1_pt", "refs/convert/parquet")}[task]
     splits = from_hub(name, None, revision, "synthetic")
     questions = {split: list(splits[split]) for split in ("train", "validation")}
     whole = {split: [q for q in part if q["question"].strip() and q["answers"]["text"]]
@@ -102,62 +113,76 @@ def load_hub(task):
 
 
 def carve(questions):
-    """(rest, slice) of questions, drawn with SPLIT_SEED by whole passages: about a tenth, 1,000 at most."""
+    """(rest, slice) of questions, drawn with SPLIT_SEED by whole passages: about a tenth, 1,000 at
+    most."""
     size = min(1000, len(questions) // 10)
     passages = sorted({q.context for q in questions})
     np.random.default_rng(SPLIT_SEED).shuffle(passages)
     chosen, n = set(), 0
     by_passage = Counter(q.context for q in questions)
+
     for passage in passages:
         if n >= size:
             break
         chosen.add(passage)
         n += by_passage[passage]
-    rest, out = ([q for q in questions if (q.context in chosen) is is_out] for is_out in (False, True))
+    rest, out = ([q for q in questions if (q.context in chosen) is is_out]
+                 for is_out in (False, True))
     if not rest or not out:
-        fail(f"cannot split {len(questions)} questions on {len(passages)} passages; give validation and test files")
+        fail(f"cannot split {len(questions)} questions on {len(passages)} passages; give "
+             "validation and test files")
     return rest, out
 
 
-def load_task(args):
-    """The question-answering Task that the flags name. What is missing is filled in as for sentences (data.make_task).
+def load_raw(task, folder):
+    """{split: questions as dicts} of a task or of the user's own folder."""
+    if folder:
+        return load_folder(folder)
+    if task == "synthetic":
+        return {split: make_questions(split) for split in ("train", "validation", "test")}
+    return load_hub(task)
 
-    Answers that do not stand where the data says (answer_start) cannot be trained on: those questions are left out of
-    train and validation, counted and said. In test they stay, because scoring compares texts.
+
+def load_task(task, folder=None):
+    """The question-answering Task of that name, or of the user's own folder. What is missing is
+    filled in as for sentences (data.make_task).
+
+    Answers that do not stand where the data says (answer_start) cannot be trained on: those
+    questions are left out of train and validation, counted and said. In test they stay, because
+    scoring compares texts.
     """
-    if args.data:
-        raw = load_folder(args.data)
-    elif args.task == "synthetic":
-        raw = {split: make_questions(split) for split in ("train", "validation", "test")}
-    else:
-        raw = load_hub(args.task)
+    raw = load_raw(task, folder)
     splits = {split: [make_question(q) for q in questions] for split, questions in raw.items()}
     notes, n_misaligned = [], 0
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
         notes.append("no test file: the validation questions are the test")
+
     for split in {"train", "validation"} & splits.keys():
         aligned = [q for q in splits[split] if q.start is not None]
         n_misaligned += len(splits[split]) - len(aligned)
         if not aligned:
-            fail(f"no answer of the {len(splits[split])} {split} questions stands at its answer_start in its context")
+            fail(f"no answer of the {len(splits[split])} {split} questions stands at its "
+                 "answer_start in its context")
         splits[split] = aligned
     for split in "test", "validation":
         if split not in splits:
             splits["train"], splits[split] = carve(splits["train"])
-            notes.append(f"{len(splits[split]):,} questions of train, on passages of their own, are the {split} (seed "
-                         f"{SPLIT_SEED})")
-    if args.task == "synthetic" and not args.data:
+            notes.append(f"{len(splits[split]):,} questions of train, on passages of their own, "
+                         f"are the {split} (seed {SPLIT_SEED})")
+
+    if task == "synthetic" and not folder:
         notes.append(f"SYNTHETIC passages and questions, seed {SPLIT_SEED}")
     if n_misaligned:
-        notes.append(f"{n_misaligned:,} questions left out of train and validation, their answers do not stand at "
-                     "answer_start")
+        notes.append(f"{n_misaligned:,} questions left out of train and validation, their answers "
+                     "do not stand at answer_start")
     note = "; ".join(notes) or "splits as given"
     return Task(None, splits["train"], splits["validation"], splits["test"], note, Windows)
 
 
 def normalize(text):
-    """Lower case, without punctuation, English articles and extra white space: the official SQuAD v1.1 script's."""
+    """Lower case, without punctuation, English articles and extra white space: the official SQuAD
+    v1.1 script's."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -167,26 +192,20 @@ def exact_match(answer, reference):
 
 
 def f1(answer, reference):
-    """Harmonic mean of precision and recall over the words that answer and reference share, in [0, 1]."""
+    """Harmonic mean of precision and recall over the words that answer and reference share, in [0,
+    1]."""
     a, b = normalize(answer).split(), normalize(reference).split()
     shared = sum((Counter(a) & Counter(b)).values())
     return 2 * shared / (len(a) + len(b)) if shared else 0.0
 
 
-class SpanHead(nn.Linear):
-    """The head of question answering, (batch, tokens, hidden) -> (batch, tokens, 2), in fp32 whatever autocast says:
-    with bf16's 8 bits many spans would have the same score."""
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
-
-
 def reach(context, spans):
-    """Where a token that ends at a character reaches to, (characters + 1,): over what the normaliser dropped behind it.
-    Combining marks, control and format characters belong to no token, but to the word before them.
+    """Where a token that ends at a character reaches to, (characters + 1,): over what the
+    normaliser dropped behind it. Combining marks, control and format characters belong to no token,
+    but to the word before them.
 
-    spans: (tokens, 2), first and one past the last character of every token of the context, in any order.
+    spans: (tokens, 2), first and one past the last character of every token of the context, in any
+    order.
     """
     covered = np.zeros(len(context) + 1, int)
     np.add.at(covered, spans[:, 0], 1)
@@ -199,71 +218,93 @@ def reach(context, spans):
 
 
 class Windows(Encoded):
-    """The questions of one split as windows: [CLS] question [SEP] a piece of the passage [SEP], at most max_length
-    tokens. Neighbouring windows of a long passage share `stride` tokens. A window that does not hold the whole answer
-    has [CLS] for its start and end ("null window"); if no window holds it, none is used for training."""
+    """The questions of one split as windows: [CLS] question [SEP] a piece of the passage [SEP], at
+    most max_length tokens. Neighbouring windows of a long passage share `stride` tokens. A window
+    that does not hold the whole answer has [CLS] for its start and end ("null window"); if no
+    window holds it, none is used for training."""
     metric = "f1"
 
     def __init__(self, questions, tokenizer, s):
         self.questions, self.n, self.pad_id = questions, len(questions), tokenizer.pad_token_id
         texts = [q.question for q in questions]
-        short = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        short = tokenizer(texts, add_special_tokens=False,
+                          return_offsets_mapping=True)["offset_mapping"]
         texts = [text[:o[:MAX_QUESTION][-1][1]] if o else text for text, o in zip(texts, short)]
-        out = tokenizer(texts, [q.context for q in questions], truncation="only_second", max_length=s["max_length"],
-                        stride=s["stride"], return_overflowing_tokens=True, return_offsets_mapping=True)
+        out = tokenizer(texts, [q.context for q in questions], truncation="only_second",
+                        max_length=s["max_length"], stride=s["stride"],
+                        return_overflowing_tokens=True, return_offsets_mapping=True)
+
         self.ids = [torch.tensor(ids) for ids in out["input_ids"]]
         self.lengths = np.array([len(ids) for ids in self.ids])
         self.question = out["overflow_to_sample_mapping"]  # of every window
         # of every window: first and one past the last token of the passage
-        self.passage = [(parts.index(1), len(parts) - parts[::-1].index(1)) if 1 in parts else (len(parts), len(parts))
+        self.passage = [(parts.index(1), len(parts) - parts[::-1].index(1)) if 1 in parts
+                        else (len(parts), len(parts))
                         for parts in map(out.sequence_ids, range(len(self.ids)))]
         # of every window: first and one past the last character of each token, (tokens, 2)
         self.offsets = [np.array(offsets, np.int32) for offsets in out["offset_mapping"]]
         self.has_types = "token_type_ids" in tokenizer.model_input_names
-        self.max_answer = s.get("max_answer_length", 30)  # tokens; checkpoints of earlier versions do not say
+        # tokens; checkpoints of earlier versions do not say
+        self.max_answer = s.get("max_answer_length", 30)
+
         self.find_answers()
-        held = {self.question[window] for window in range(len(self.ids)) if self.spans[window].any()}
-        self.usable = np.array([window for window, question in enumerate(self.question) if question in held])
+        held = {self.question[window] for window in range(len(self.ids))
+                if self.spans[window].any()}
+        self.usable = np.array([window for window, question in enumerate(self.question)
+                                if question in held])
         self.note = self.count_long(tokenizer)
 
     def find_answers(self):
-        """Set `spans`, (windows, 2): first and last token of the answer, (0, 0) in a window that does not hold all of it.
-        And let the tokens of the passages reach over what belongs to no token."""
+        """Set `spans`, (windows, 2): first and last token of the answer, (0, 0) in a window that
+        does not hold all of it. And let the tokens of the passages reach over what belongs to no
+        token."""
         self.spans, windows = torch.zeros(len(self.ids), 2, dtype=torch.int64), {}
         for window, question in enumerate(self.question):
             windows.setdefault(question, []).append(window)
+
         for question, own in windows.items():
-            q, pieces = self.questions[question], [self.offsets[w][slice(*self.passage[w])] for w in own]
+            q = self.questions[question]
+            pieces = [self.offsets[w][slice(*self.passage[w])] for w in own]
             if q.start is not None:
-                # the tokens of each piece that share a character with the answer, and from where to where they go
-                shared = [np.flatnonzero((piece[:, 0] < q.end) & (piece[:, 1] > q.start)) for piece in pieces]
-                edges = [(piece[at[0], 0], piece[at[-1], 1]) if len(at) else None for piece, at in zip(pieces, shared)]
+                # the tokens of each piece that share a character with the answer, and from where to
+                # where they go
+                shared = [np.flatnonzero((piece[:, 0] < q.end) & (piece[:, 1] > q.start))
+                          for piece in pieces]
+                edges = [(piece[at[0], 0], piece[at[-1], 1]) if len(at) else None
+                         for piece, at in zip(pieces, shared)]
                 starts, ends = zip(*filter(None, edges)) if any(edges) else ((), ())
                 for window, at, edge in zip(own, shared, edges):
                     if edge and edge == (min(starts), max(ends)):
                         self.spans[window] = self.passage[window][0] + torch.from_numpy(at[[0, -1]])
+
             ends = reach(q.context, np.concatenate(pieces))
             for piece in pieces:
                 piece[:, 1] = ends[piece[:, 1]]
 
     def count_long(self, tokenizer):
-        """How many questions have no answer that could be predicted, as a sentence; "" if there are none."""
+        """How many questions have no answer that could be predicted, as a sentence; "" if there are
+        none."""
         texts = [text for q in self.questions for text in q.answers]
-        lengths = iter([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+        ids_of_texts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        lengths = iter([len(ids) for ids in ids_of_texts])
         n = sum(min(next(lengths) for _ in q.answers) > self.max_answer for q in self.questions)
-        return (f"{n:,} of {self.n:,} questions have only answers of more than {self.max_answer} tokens, which are never "
-                "predicted whole (--max-answer-length)") if n else ""
+        return (f"{n:,} of {self.n:,} questions have only answers of more than {self.max_answer} "
+                "tokens, which are never predicted whole (--max-answer-length)") if n else ""
 
     def collate(self, rows):
-        """input_ids, attention_mask, token_type_ids (1: passage), (batch, tokens); start_, end_positions (batch,)."""
+        """input_ids, attention_mask, token_type_ids (1: passage), (batch, tokens); start_,
+        end_positions (batch,)."""
         ids, mask = self.pad(rows)
         first = torch.tensor([self.passage[i][0] for i in rows])
         starts, ends = self.spans[rows].unbind(1)
-        types = {"token_type_ids": (torch.arange(ids.shape[1]) >= first[:, None]).long() * mask} if self.has_types else {}
-        return {"input_ids": ids, "attention_mask": mask, **types, "start_positions": starts, "end_positions": ends}
+        in_passage = (torch.arange(ids.shape[1]) >= first[:, None]).long() * mask
+        types = {"token_type_ids": in_passage} if self.has_types else {}
+        return {"input_ids": ids, "attention_mask": mask, **types,
+                "start_positions": starts, "end_positions": ends}
 
     def forward(self, model, inputs):
-        """The model's output for what collate() gave, with `loss`, the mean over the rows; padding scores -inf."""
+        """The model's output for what collate() gave, with `loss`, the mean over the rows; padding
+        scores -inf."""
         inputs = dict(inputs)
         starts, ends = inputs.pop("start_positions"), inputs.pop("end_positions")
         out, padding = model(**inputs), inputs["attention_mask"] == 0
@@ -271,18 +312,23 @@ class Windows(Encoded):
         out.start_logits = out.start_logits.masked_fill(padding, -torch.inf)  # (batch, tokens)
         out.end_logits = out.end_logits.masked_fill(padding, -torch.inf)
         # loss = (CE(start) + CE(end)) / 2
-        out.loss = (F.cross_entropy(out.start_logits, starts) + F.cross_entropy(out.end_logits, ends)) / 2
+        out.loss = (F.cross_entropy(out.start_logits, starts)
+                    + F.cross_entropy(out.end_logits, ends)) / 2
         return out
 
     def predict(self, out, rows):
-        """[(score, answer)] of the best valid span of each window: inside the passage, 1 to max_answer tokens."""
+        """[(score, answer)] of the best valid span of each window: inside the passage, 1 to
+        max_answer tokens."""
         start, end = out.start_logits, out.end_logits  # (batch, tokens)
         tokens = start.shape[1]
         position = torch.arange(tokens, device=start.device)
-        first, last = torch.tensor([self.passage[i] for i in rows], device=start.device)[:, :, None].unbind(1)
+        passages = torch.tensor([self.passage[i] for i in rows], device=start.device)
+        first, last = passages[:, :, None].unbind(1)
         start = start.masked_fill((position < first) | (position >= last), -torch.inf)
-        valid = torch.ones(tokens, tokens, dtype=torch.bool, device=start.device).triu().tril(self.max_answer - 1)
+        valid = torch.ones(tokens, tokens, dtype=torch.bool, device=start.device)
+        valid = valid.triu().tril(self.max_answer - 1)
         valid = valid & (position < last)[:, None, :]  # (batch, start, end)
+
         # score(i, j) = start_i + end_j
         scores = (start[:, :, None] + end[:, None, :]).masked_fill(~valid, -torch.inf)
         best, where = scores.flatten(1).max(1)
@@ -294,7 +340,8 @@ class Windows(Encoded):
         return answers
 
     def pairs(self, predictions):
-        """[(references, answer)], one a question, from one (score, answer) a window: the best window answers."""
+        """[(references, answer)], one a question, from one (score, answer) a window: the best
+        window answers."""
         best = {}
         for question, prediction in zip(self.question, predictions):
             best[question] = max(best.get(question, prediction), prediction)
@@ -302,6 +349,9 @@ class Windows(Encoded):
 
     def score(self, pairs):
         """{f1, exact_match} in percent; the reference that fits best counts."""
-        return {name: 100 * float(np.mean([max(measure(answer, reference) for reference in references)
-                                           for references, answer in pairs]))
-                for name, measure in (("f1", f1), ("exact_match", exact_match))}
+        scores = {}
+        for name, measure in (("f1", f1), ("exact_match", exact_match)):
+            best = [max(measure(answer, reference) for reference in references)
+                    for references, answer in pairs]
+            scores[name] = 100 * float(np.mean(best))
+        return scores

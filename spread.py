@@ -1,4 +1,5 @@
-"""How far to trust a number: mean and standard deviation over seeds, a paired bootstrap over seeds and sentences."""
+"""How far to trust a number: mean and standard deviation over seeds, a paired bootstrap over seeds
+and sentences."""
 import statistics
 
 import numpy as np
@@ -15,29 +16,35 @@ def mean_std(values):
 def f1_parts(labels, predictions):
     """Per sentence what the F1 of each class adds up: (hits, sizes), (classes, sentences) each.
 
-    labels, predictions: (sentences,) int arrays. F1 of a class = 2 hits / sizes, summed over the sentences.
+    labels, predictions: (sentences,) int arrays. F1 of a class = 2 hits / sizes, summed over the
+    sentences.
     """
     classes = np.arange(max(labels.max(), predictions.max()) + 1)[:, None]
     is_label, is_prediction = labels == classes, predictions == classes  # (classes, sentences)
-    return (is_label & is_prediction).astype(np.float64), is_label.astype(np.float64) + is_prediction
+    hits = (is_label & is_prediction).astype(np.float64)
+    return hits, is_label.astype(np.float64) + is_prediction
 
 
 def macro_f1(labels, predictions, weights):
-    """Macro-F1 in [0, 1] of every resample: weights (replicates, sentences), how often it drew each sentence."""
-    hits, sizes = (weights @ part.T for part in f1_parts(labels, predictions))  # (replicates, classes)
+    """Macro-F1 in [0, 1] of every resample: weights (replicates, sentences), how often it drew each
+    sentence."""
+    # (replicates, classes)
+    hits, sizes = (weights @ part.T for part in f1_parts(labels, predictions))
     # F1 = 2 TP / (2 TP + FP + FN), mean over the classes that occur
     with np.errstate(invalid="ignore"):
         return np.nanmean(2 * hits / sizes, axis=1)  # (replicates,)
 
 
 def paired_bootstrap(labels, method, baseline, replicates=REPLICATES, seed=0):
-    """Macro-F1 of `method` minus that of `baseline`, in points, over the same test sentences and the same seeds.
+    """Macro-F1 of `method` minus that of `baseline`, in points, over the same test sentences and
+    the same seeds.
 
-    labels: (sentences,), method, baseline: (seeds, sentences), ints. Returns {points, low, high}: the difference of the
-    means over the seeds, and the 2.5 and 97.5 % percentiles over replicates that draw both seeds and sentences with
-    replacement, the same ones for both methods (Efron & Tibshirani 1993, chapter 13). With a single seed the interval
-    is over sentences only; with few seeds it is too narrow, since n resampled seeds vary (n - 1) / n times as much as
-    new ones would.
+    labels: (sentences,), method, baseline: (seeds, sentences), ints. Returns {points, low, high}:
+    the difference of the means over the seeds, and the 2.5 and 97.5 % percentiles over replicates
+    that draw both seeds and sentences with replacement, the same ones for both methods (Efron &
+    Tibshirani 1993, chapter 13). With a single seed the interval is over sentences only; with few
+    seeds it is too narrow, since n resampled seeds vary (n - 1) / n times as much as new ones
+    would.
     """
     labels, method, baseline = (np.asarray(x) for x in (labels, method, baseline))
     n_seeds, n = method.shape
@@ -50,8 +57,10 @@ def paired_bootstrap(labels, method, baseline, replicates=REPLICATES, seed=0):
     drawn = []
     for start in range(0, replicates, CHUNK):
         size = min(CHUNK, replicates - start)
-        sentences = rng.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)  # (size, sentences)
+        # (size, sentences)
+        sentences = rng.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)
         seeds = rng.integers(n_seeds, size=(size, n_seeds))
         drawn.append(np.take_along_axis(differences(sentences), seeds, axis=1).mean(1))
     low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
-    return {"points": float(differences(np.ones((1, n))).mean()), "low": float(low), "high": float(high)}
+    return {"points": float(differences(np.ones((1, n))).mean()), "low": float(low),
+            "high": float(high)}

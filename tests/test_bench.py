@@ -1,4 +1,5 @@
-"""bench.py end to end on a tiny model, its arithmetic on made-up times, and the flags that it refuses."""
+"""bench.py end to end on a tiny model, its arithmetic on made-up times, and the flags that
+it refuses."""
 import json
 import sys
 
@@ -8,28 +9,36 @@ from conftest import ROOT, one_line_error, run, save_small_bert
 
 import bench
 import data
-from settings import CASES, TRICKS
+from methods import CASES
+from settings import TRICKS
 
 
 def test_ratios_are_of_medians_and_their_range_of_rounds():
-    assert bench.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 4.5]) == (3.0, 2.0, 3.0)  # medians 6 and 2; rounds 2, 3, 2
+    # medians 6 and 2; rounds 2, 3, 2
+    assert bench.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 4.5]) == (3.0, 2.0, 3.0)
     assert bench.show((3.0, 2.0, 3.004)) == "3.00 (2.00 to 3.00)" and bench.show(None) == ""
 
 
 def test_tables_of_made_up_times():
     def case(label, *ms):
-        return {"label": label, "step_ms": ms[1], "step_ms_rounds": ms, "sentences_per_s": 32_000 / ms[1],
+        return {"label": label, "step_ms": ms[1], "step_ms_rounds": ms,
+                "sentences_per_s": 32_000 / ms[1],
                 "matmul_share": 0.5, "vs_full": (2.0, 1.5, 2.5), "vs_peer": None}
 
-    lines = bench.markdown({"matmul_gflops": 1234.5, "caption": "here.", "cases": {"x": case("X", 10, 16, 20)}}).splitlines()
-    assert "1,234 GFLOP/s" in lines[0] and lines[2] == "| X | 16 | 2000 | 50 | 2.00 (1.50 to 2.50) |  |" and lines[-1] == "here."
+    lines = bench.markdown({"matmul_gflops": 1234.5, "caption": "here.",
+                            "cases": {"x": case("X", 10, 16, 20)}}).splitlines()
+    assert ("1,234 GFLOP/s" in lines[0]
+            and lines[2] == "| X | 16 | 2000 | 50 | 2.00 (1.50 to 2.50) |  |"
+            and lines[-1] == "here.")
     cases = {name: case(label, 10, 10, 10) for name, (label, _) in bench.trick_cases().items()}
     environment = {"amp": "off", "device": "CPU, 2 threads"}
     cases["full none"] = case("", 40, 40, 40)
-    cases["full only cls_only"], cases["full without cls_only"] = case("", 20, 20, 20), case("", 15, 15, 15)
+    cases["full only cls_only"], cases["full without cls_only"] = (case("", 20, 20, 20),
+                                                                   case("", 15, 15, 15))
     table = bench.tricks_markdown({"caption": "here.", "cases": cases, "environment": environment})
     row, = (line for line in table.splitlines() if line.startswith("| `cls_only`"))
-    assert row.endswith("| 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) |")
+    assert row.endswith(
+        "| 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 2.00 (2.00 to 2.00) | 1.50 (1.50 to 1.50) |")
     assert all(f"`{trick}`" in table for trick in TRICKS)
     half, = (line for line in table.splitlines() if line.startswith("| `half_weights`"))
     assert half.count("no effect here") == 4
@@ -45,7 +54,8 @@ def test_trick_cases_leave_out_what_they_say():
 @pytest.mark.parametrize("by_length", [True, False])
 def test_sampled_batches_are_as_long_as_the_epoch_s(by_length):
     split = data.Encoded()
-    split.lengths = 3 + np.random.default_rng(0).geometric(0.05, size=8000).clip(max=125)  # few are long, as in life
+    # few are long, as in life
+    split.lengths = 3 + np.random.default_rng(0).geometric(0.05, size=8000).clip(max=125)
     split.ids, split.usable = [None] * 8000, np.arange(8000)
 
     def tokens(batches):  # per row, padding included
@@ -53,31 +63,36 @@ def test_sampled_batches_are_as_long_as_the_epoch_s(by_length):
 
     sampled = bench.sample(split, 32, by_length, seed=0)
     assert len(sampled) == bench.STEPS and {len(b) for b in sampled} == {32}
-    assert tokens(sampled) == pytest.approx(tokens(split.batches(32, np.random.default_rng(1), by_length)), rel=0.03)
+    assert tokens(sampled) == pytest.approx(
+        tokens(split.batches(32, np.random.default_rng(1), by_length)), rel=0.03)
 
 
 def test_bench_measures_every_method(data_dir, tmp_path):
     model = save_small_bert(tmp_path / "model")
-    done = run(sys.executable, ROOT / "bench.py", "--model", model, "--data", data_dir, "--batch-size", 16,
-               "--output", tmp_path)
+    done = run(sys.executable, ROOT / "bench.py", "--model", model, "--data", data_dir,
+               "--batch-size", 16, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "metrics" / "bench.json").read_text())
     cases = result["cases"]
-    assert {*CASES, "full peer", "plain", "unmerged", "merged"} <= cases.keys() and bench.markdown(result) in done.stdout
+    assert ({*CASES, "full peer", "plain", "unmerged", "merged"} <= cases.keys()
+            and bench.markdown(result) in done.stdout)
     for case in cases.values():
         assert len(case["step_ms_rounds"]) == bench.ROUNDS and case["sentences_per_s"] > 0
 
     def flops(name):  # a step's, up to a factor that all cases share
         return cases[name]["matmul_share"] * cases[name]["step_ms"]
 
-    assert flops("qlora") == pytest.approx(flops("lora_r16"), rel=0.05)  # 4-bit products are counted, too
-    assert flops("lora_r8") < flops("lora_r16") < flops("dora") and flops("lora_r8") < 0.9 * flops("full")
+    # 4-bit products are counted, too
+    assert flops("qlora") == pytest.approx(flops("lora_r16"), rel=0.05)
+    assert (flops("lora_r8") < flops("lora_r16") < flops("dora")
+            and flops("lora_r8") < 0.9 * flops("full"))
     assert flops("full") < flops("full peer")  # padding, and the last layer for all tokens
     assert cases["full"]["vs_full"][0] == 1 and cases["full"]["vs_peer"][0] > 0
 
 
-@pytest.mark.parametrize("flags, words", [(["--method", "full"], ["--method"]), (["--without", "cls_only"], ["--without"]),
-                                          (["--lr", "1e-3"], ["--lr"]), (["--output", ROOT / "bench.py"], ["--output"]),
-                                          (["--task", "synthetic"], ["sentence"]), (["--epochs", 0], ["--epochs"])])
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "full"], ["--method"]), (["--without", "cls_only"], ["--without"]),
+    (["--lr", "1e-3"], ["--lr"]), (["--output", ROOT / "bench.py"], ["--output"]),
+    (["--task", "synthetic"], ["sentence"]), (["--epochs", 0], ["--epochs"])])
 def test_bad_flags(flags, words):
     one_line_error(run(sys.executable, ROOT / "bench.py", *flags), *words)

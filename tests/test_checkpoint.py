@@ -1,20 +1,27 @@
-"""What is saved comes back to the bit, onto a fresh base and beside other methods; what does not fit changes nothing."""
+"""What is saved comes back to the bit, onto a fresh base and beside other methods; what does not
+fit changes nothing."""
 import json
 
 import pytest
 import torch
 from conftest import METHODS, default_tokenizer, logits, randomize, settings, tiny_bert
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertForQuestionAnswering, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 import checkpoint
 from fetch import model_folder
-from methods import apply_method, trained_tensors
+from model import apply_method, trained_tensors
 
 LABELS = ["no", "perhaps", "yes"]
 
 
-def trained(method, path, dtype=torch.float32, labels=LABELS, head_class=BertForSequenceClassification):
+def trained(method, path, dtype=torch.float32, labels=LABELS,
+            head_class=BertForSequenceClassification):
     """(model with random trained tensors, its description), saved at `path`."""
     s = settings(*METHODS[method])
     model = tiny_bert(head_class=head_class)
@@ -28,7 +35,8 @@ def fresh(head_seed=11, head_class=BertForSequenceClassification):
     """The same base with another head."""
     model = tiny_bert(head_class=head_class)
     torch.manual_seed(head_seed)
-    for p in (model.classifier if head_class is BertForSequenceClassification else model.qa_outputs).parameters():
+    for p in (model.classifier if head_class is BertForSequenceClassification
+              else model.qa_outputs).parameters():
         p.data.normal_()
     return model
 
@@ -46,8 +54,10 @@ def test_a_fresh_base_gives_the_same_bits(method, dtype, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_questions_too(method, tmp_path):
-    model, about = trained(method, tmp_path / "x.safetensors", labels=None, head_class=BertForQuestionAnswering)
-    attached, _ = checkpoint.attach(fresh(head_class=BertForQuestionAnswering), about["base"], tmp_path / "x.safetensors")
+    model, about = trained(method, tmp_path / "x.safetensors", labels=None,
+                           head_class=BertForQuestionAnswering)
+    attached, _ = checkpoint.attach(fresh(head_class=BertForQuestionAnswering), about["base"],
+                                    tmp_path / "x.safetensors")
     assert torch.equal(logits(attached), logits(model))
 
 
@@ -74,17 +84,20 @@ def test_all_methods_share_one_base_and_leave_it_as_it_was(order, dtype, tmp_pat
     for method, model in models.items():
         own = trained_tensors(model)
         assert not any(p.data_ptr() in bases for p in own.values())
-        frozen = [p for name, p in model.named_parameters() if name not in own and not hasattr(p, "quant_state")]
+        frozen = [p for name, p in model.named_parameters()
+                  if name not in own and not hasattr(p, "quant_state")]
         if method not in ("qlora", "qdora"):  # those also have biases in their own type
             assert all(p.data_ptr() in bases for p in frozen) and bool(frozen) is (method != "full")
 
 
 def test_a_task_with_another_number_of_labels(tmp_path):
     model, about = trained("lora", tmp_path / "x", labels=LABELS)
-    base = BertForSequenceClassification(tiny_bert().config.__class__(**tiny_bert().config.to_dict() | {"num_labels": 5}))
+    base = BertForSequenceClassification(
+        tiny_bert().config.__class__(**tiny_bert().config.to_dict() | {"num_labels": 5}))
     base.bert = tiny_bert().bert
     attached, _ = checkpoint.attach(base.eval(), about["base"], tmp_path / "x")
-    assert torch.equal(logits(attached), logits(model)) and attached.config.id2label == dict(enumerate(LABELS))
+    assert (torch.equal(logits(attached), logits(model))
+            and attached.config.id2label == dict(enumerate(LABELS)))
     assert base.config.num_labels == 5 and base.classifier.out_features == 5
 
 
@@ -92,28 +105,35 @@ def changed(path, **metadata):
     """The file again with other tensors (a function of them) or metadata."""
     change = metadata.pop("tensors", lambda tensors: tensors)
     about = checkpoint.read_about(path) | metadata
-    save_file(change(checkpoint.read_tensors(path)), path, {key: json.dumps(value) for key, value in about.items()})
+    save_file(change(checkpoint.read_tensors(path)), path,
+              {key: json.dumps(value) for key, value in about.items()})
 
 
 NAME = "bert.encoder.layer.0.attention.self.query.lora_A"
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda path: changed(path, tensors=lambda t: {k: v for k, v in t.items() if k != NAME}), f"lacks 1 .* {NAME}"),
-    (lambda path: changed(path, tensors=lambda t: t | {"bert.pooler.dense.bias": torch.ones(64)}), "has 1 .*pooler"),
-    (lambda path: changed(path, tensors=lambda t: t | {NAME: torch.ones(5, 64)}), rf"{NAME}.*\(5, 64\), not .*\(4, 64\)"),
-    (lambda path: changed(path, tensors=lambda t: t | {NAME: t[NAME].half()}), f"{NAME} is torch.float16"),
+    (lambda path: changed(path, tensors=lambda t: {k: v for k, v in t.items() if k != NAME}),
+     f"lacks 1 .* {NAME}"),
+    (lambda path: changed(path, tensors=lambda t: t | {"bert.pooler.dense.bias": torch.ones(64)}),
+     "has 1 .*pooler"),
+    (lambda path: changed(path, tensors=lambda t: t | {NAME: torch.ones(5, 64)}),
+     rf"{NAME}.*\(5, 64\), not .*\(4, 64\)"),
+    (lambda path: changed(path, tensors=lambda t: t | {NAME: t[NAME].half()}),
+     f"{NAME} is torch.float16"),
     (lambda path: changed(path, settings=None), "does not say"),
     (lambda path: changed(path, settings={"method": "lora"}), "does not say"),
     (lambda path: changed(path, base="0" * 16), "another base model"),
     (lambda path: changed(path, label_names=["bad", "good", "meh"]), "another task.*'meh'.*'yes'"),
     (lambda path: changed(path, settings=settings(*METHODS["dora"])), "has method dora, not lora"),
-    (lambda path: changed(path, settings=settings("--method", "lora", "--r", 4)), "has alpha 32.0, not 12.0"),
+    (lambda path: changed(path, settings=settings("--method", "lora", "--r", 4)),
+     "has alpha 32.0, not 12.0"),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot read"),
     (lambda path: path.write_bytes(b""), "cannot read"),
     (lambda path: path.write_text("not a checkpoint"), "cannot read"),
     (lambda path: save_file(load_file(path), path), "does not say what it was trained on"),
-    (lambda path: save_file(load_file(path), path, {"format": "pt", "settings": "{"}), "does not say"),
+    (lambda path: save_file(load_file(path), path, {"format": "pt", "settings": "{"}),
+     "does not say"),
     (lambda path: path.unlink(), "cannot read"),
 ])
 def test_what_does_not_fit_is_one_line_and_nothing_is_loaded(damage, words, tmp_path):
@@ -131,8 +151,8 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_loaded(damage, words, tmp_
 
 
 def test_another_tokenizer_with_the_same_weights_is_refused(tmp_path):
-    """The same words would be other tokens. How the files are written makes no difference, and an earlier version's file,
-    which does not say, is taken."""
+    """The same words would be other tokens. How the files are written makes no difference, and an
+    earlier version's file, which does not say, is taken."""
     _, about = trained("lora", tmp_path / "x.safetensors")
     found = checkpoint.read_about(tmp_path / "x.safetensors")
     rewritten = tmp_path / "rewritten"

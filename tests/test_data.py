@@ -11,7 +11,8 @@ import data
 def folder(path, **files):
     path.mkdir(exist_ok=True)
     for name, text in files.items():
-        (path / name.replace("__", ".").replace("_", ".")).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (path / name.replace("__", ".").replace("_", ".")).write_bytes(
+            text if isinstance(text, bytes) else text.encode())
     return path
 
 
@@ -33,12 +34,15 @@ def test_movies_splits_are_fixed_stratified_and_disjoint():
     again = data.load_rated("movies")
     assert again.test == task.test and again.train == task.train
     lookup = dict(zip(task.train.sentences, task.train.labels))  # ratings 2.27 and -0.6 in the file
-    lookup |= dict(zip(task.validation.sentences + task.test.sentences, task.validation.labels + task.test.labels))
+    lookup |= dict(zip(task.validation.sentences + task.test.sentences,
+                       task.validation.labels + task.test.labels))
     assert lookup["Effective but too tepid biopic"] == 0
-    assert [y for s, y in lookup.items() if s.startswith("The Rock is destined to be the 21st Century's")] == [1]
+    assert [y for s, y in lookup.items()
+            if s.startswith("The Rock is destined to be the 21st Century's")] == [1]
 
 
-@pytest.mark.parametrize("name, sizes, positive", [("products", [2383, 297, 297], 0.586), ("tweets", [2746, 343, 343], 0.683),
+@pytest.mark.parametrize("name, sizes, positive", [("products", [2383, 297, 297], 0.586),
+                                                   ("tweets", [2746, 343, 343], 0.683),
                                                    ("editorials", [2345, 293, 293], 0.401)])
 def test_the_other_rated_sentences(name, sizes, positive):
     task = data.load_rated(name)
@@ -47,22 +51,27 @@ def test_the_other_rated_sentences(name, sizes, positive):
 
 
 def test_all_three_files_are_taken_as_given(tmp_path):
-    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN, validation_tsv=tsv(("v", "no")), test_tsv=tsv(("t", "yes"))))
+    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN, validation_tsv=tsv(("v", "no")),
+                                   test_tsv=tsv(("t", "yes"))))
     assert task.label_names == ["no", "yes"] and len(task.train.labels) == 60
     assert task.validation == (["v"], [0]) and task.test == (["t"], [1])
 
 
 def test_without_test_the_labelled_dev_rows_are_the_test_and_train_gives_the_validation(tmp_path):
-    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN, dev_tsv=tsv(("a", "no"), ("b", "yes"))))
-    assert task.test.sentences == ["a", "b"] and len(task.validation.labels) == 6 and len(task.train.labels) == 54
+    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN,
+                                   dev_tsv=tsv(("a", "no"), ("b", "yes"))))
+    assert (task.test.sentences == ["a", "b"] and len(task.validation.labels) == 6
+            and len(task.train.labels) == 54)
     assert not set(task.validation.sentences) & set(task.train.sentences)
-    assert "2 labelled validation rows are the test" in task.note and "6 of train validate" in task.note
+    assert ("2 labelled validation rows are the test" in task.note
+            and "6 of train validate" in task.note)
 
 
 def test_train_alone_is_split_three_ways(tmp_path):
     task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN))
     assert [len(rows.labels) for rows in task[1:4]] == [48, 6, 6]
-    assert sorted(s for rows in task[1:4] for s in rows.sentences) == sorted(f"sentence {i}" for i in range(60))
+    assert sorted(s for rows in task[1:4] for s in rows.sentences) == sorted(
+        f"sentence {i}" for i in range(60))
     assert sum(task.test.labels) == sum(task.validation.labels) == 3
 
 
@@ -70,7 +79,8 @@ def test_integer_labels_sort_as_numbers_and_csv_quotes_are_read(tmp_path):
     rows = "label,sentence\n" + "".join(f'{i % 3 + 8},"film ""{i}"", good"\n' for i in range(60))
     task = data.load_folder(folder(tmp_path / "d", train_csv=rows))
     assert task.label_names == ["8", "9", "10"]
-    assert 'film "0", good' in task.train.sentences + task.validation.sentences + task.test.sentences
+    assert ('film "0", good' in task.train.sentences + task.validation.sentences
+            + task.test.sentences)
 
 
 BAD = {
@@ -78,28 +88,41 @@ BAD = {
     "empty": (dict(train_tsv=""), ["train.tsv"]),
     "no rows": (dict(train_tsv=tsv()), ["train.tsv has no rows"]),
     "unseen label": (dict(train_tsv=TRAIN, test_tsv=tsv(("t", "maybe"))), ["test", "'maybe'"]),
-    "broken utf-8": (dict(train_tsv=TRAIN.encode() + b"caf\xe9\tno\n"), ["train.tsv is not UTF-8", "0xe9"]),
+    "broken utf-8": (dict(train_tsv=TRAIN.encode() + b"caf\xe9\tno\n"),
+                     ["train.tsv is not UTF-8", "0xe9"]),
     "short row": (dict(train_tsv=TRAIN + "no tab here\n"), ["train.tsv, line 62", "no label"]),
     "one label": (dict(train_tsv=tsv(*[("a", 1)] * 60)), ["only one label"]),
     "too few": (dict(train_tsv=tsv(("a", 0), ("b", 1))), ["cannot split 2 training rows"]),
     "no train": (dict(dev_tsv=TRAIN), ["neither train.tsv nor train.csv"]),
-    "two of one": (dict(train_tsv=TRAIN, dev_tsv=TRAIN, validation_csv=TRAIN), ["both validation.csv and dev.tsv"]),
+    "two of one": (dict(train_tsv=TRAIN, dev_tsv=TRAIN, validation_csv=TRAIN),
+                   ["both validation.csv and dev.tsv"]),
 }
 
 
 GOOD_CSV = "sentence,label\n" + "".join(f"film {i},{['no', 'yes'][i % 2]}\n" for i in range(60))
 BAD |= {
-    "commas without quotes": (dict(train_csv=GOOD_CSV + "good, really good,yes\n"), ["train.csv, line 62", "found 3, expected 2"]),
-    "a tab too many": (dict(train_tsv=TRAIN + "good\t\tyes\n"), ["train.tsv, line 62", "found 3, expected 2"]),
-    "a field too few": (dict(train_csv="id," + GOOD_CSV.replace("\nfilm", "\n1,film") + "2,yes\n"), ["train.csv, line 62", "found 2, expected 3"]),
-    "a column twice": (dict(train_csv="sentence,label,label\n" + "good,yes,a\n" * 60), ["train.csv, line 1", "'label'", "2 times"]),
-    "another column twice": (dict(train_csv="id,id,sentence,label\n" + "1,1,good,yes\n" * 60), ["train.csv, line 1", "'id'"]),
-    "a quote that never closes": (dict(train_csv=GOOD_CSV + '"good,yes\n' + GOOD_CSV), ["train.csv, line 62", "never closes"]),
-    "text after a quote": (dict(train_csv=GOOD_CSV + '"good" film,yes\n'), ["train.csv, line 62", "after a closing quote"]),
-    "line numbers after line breaks": (dict(train_csv=GOOD_CSV + '"a\nb\r\nc",yes\ngood\n'), ["train.csv, line 65", "found 1, expected 2"]),
-    "sentences and questions": (dict(train_tsv=TRAIN, train_json="{}"), ["train.tsv", "train.json", "one of the two"]),
-    "sentences and questions of two splits": (dict(train_tsv=TRAIN, dev_json="{}"), ["train.tsv", "dev.json"]),
-    "two validation files": (dict(train_tsv=TRAIN, val_tsv=TRAIN, eval_csv=TRAIN), ["both val.tsv and eval.csv"]),
+    "commas without quotes": (dict(train_csv=GOOD_CSV + "good, really good,yes\n"),
+                              ["train.csv, line 62", "found 3, expected 2"]),
+    "a tab too many": (dict(train_tsv=TRAIN + "good\t\tyes\n"),
+                       ["train.tsv, line 62", "found 3, expected 2"]),
+    "a field too few": (dict(train_csv="id," + GOOD_CSV.replace("\nfilm", "\n1,film") + "2,yes\n"),
+                        ["train.csv, line 62", "found 2, expected 3"]),
+    "a column twice": (dict(train_csv="sentence,label,label\n" + "good,yes,a\n" * 60),
+                       ["train.csv, line 1", "'label'", "2 times"]),
+    "another column twice": (dict(train_csv="id,id,sentence,label\n" + "1,1,good,yes\n" * 60),
+                             ["train.csv, line 1", "'id'"]),
+    "a quote that never closes": (dict(train_csv=GOOD_CSV + '"good,yes\n' + GOOD_CSV),
+                                  ["train.csv, line 62", "never closes"]),
+    "text after a quote": (dict(train_csv=GOOD_CSV + '"good" film,yes\n'),
+                           ["train.csv, line 62", "after a closing quote"]),
+    "line numbers after line breaks": (dict(train_csv=GOOD_CSV + '"a\nb\r\nc",yes\ngood\n'),
+                                       ["train.csv, line 65", "found 1, expected 2"]),
+    "sentences and questions": (dict(train_tsv=TRAIN, train_json="{}"),
+                                ["train.tsv", "train.json", "one of the two"]),
+    "sentences and questions of two splits": (dict(train_tsv=TRAIN, dev_json="{}"),
+                                              ["train.tsv", "dev.json"]),
+    "two validation files": (dict(train_tsv=TRAIN, val_tsv=TRAIN, eval_csv=TRAIN),
+                             ["both val.tsv and eval.csv"]),
 }
 
 
@@ -117,7 +140,8 @@ def warned(tmp_path, capsys):
     """A function that loads a folder of these files: (the Task, what was said on stderr)."""
     def load(**files):
         shutil.rmtree(tmp_path / "d", ignore_errors=True)
-        return data.load_folder(folder(tmp_path / "d", **files)), capsys.readouterr().err.splitlines()
+        return (data.load_folder(folder(tmp_path / "d", **files)),
+                capsys.readouterr().err.splitlines())
     return load
 
 
@@ -135,7 +159,8 @@ def test_a_quote_over_many_lines_is_named(warned):
     lines[20], lines[40] = '"' + lines[20], lines[40].replace(",", '",')  # 21 rows become one
     task, (line,) = warned(train_csv="\n".join(lines + ['"two\nlines",no']) + "\n")
     assert len(texts(task)) == 60 - 20 + 1 and "two\nlines" in texts(task)
-    assert line.startswith("warning: ") and "2 quoted fields" in line and "line 21 and closes at line 41" in line
+    assert (line.startswith("warning: ") and "2 quoted fields" in line
+            and "line 21 and closes at line 41" in line)
 
 
 def test_a_long_field_is_read_whole(warned):
@@ -149,27 +174,42 @@ def test_a_long_field_is_read_whole(warned):
     ([str(i) for i in range(11)], [str(i) for i in range(11)], []),
     (["10", "9", "x"], ["10", "9", "x"], []),
     (["0.0", "1.0"], ["0.0", "1.0"], []),
-    (["9.5", "10.0", "-1.0"], ["-1.0", "9.5", "10.0"], ["3 labels are numbers with fractions", "-1.0 to 10.0"]),
-    (["caf\u00e9", "cafe\u0301", "tea"], ["cafe\u0301", "caf\u00e9", "tea"], ["'caf\u00e9'", "'cafe\u0301'", "two classes"]),
+    (["9.5", "10.0", "-1.0"], ["-1.0", "9.5", "10.0"],
+     ["3 labels are numbers with fractions", "-1.0 to 10.0"]),
+    (["caf\u00e9", "cafe\u0301", "tea"], ["cafe\u0301", "caf\u00e9", "tea"],
+     ["'caf\u00e9'", "'cafe\u0301'", "two classes"]),
+    (["1", "+1.0", "2"], ["+1.0", "1", "2"], ["'+1.0' and '1'"]),
+    (["good", "good\u200b", "bad"], ["bad", "good", "good\u200b"], ["good\\u200b", "two classes"]),
     (["Yes", "yes", "no"], ["Yes", "no", "yes"], ["'Yes' and 'yes'"]),
 ])
 def test_labels_are_the_text_of_the_file(labels, names, words, warned):
-    task, said = warned(train_tsv=tsv(*[(f"film {i}", labels[i % len(labels)]) for i in range(120)]))
+    task, said = warned(train_tsv=tsv(*[(f"film {i}", labels[i % len(labels)])
+                                        for i in range(120)]))
     assert task.label_names == names
-    lookup = {sentence: task.label_names[label] for rows in task[1:4] for sentence, label in zip(*rows)}
+    lookup = {sentence: task.label_names[label]
+              for rows in task[1:4] for sentence, label in zip(*rows)}
     assert all(lookup[f"film {i}"] == labels[i % len(labels)] for i in range(120))
     assert len(said) == bool(words) and all(word in said[0] for word in words), said
 
 
+def test_quotes_that_a_tsv_does_not_know_are_named(warned):
+    rows = TRAIN + '"a ""good"" film"\tyes\n' + '"good" is good\tyes\n'
+    task, (line,) = warned(train_tsv=rows)
+    assert '"a ""good"" film"' in texts(task) and "1 rows, line 62 first" in line
+
+
 @pytest.mark.parametrize("name", ["validation", "val", "valid", "dev", "eval"])
 def test_names_of_the_validation_file(name, warned):
-    task, said = warned(**{"train_tsv": TRAIN, f"{name}_tsv": tsv(("v", "no"), ("w", "yes")), "test_csv": "label,sentence\nyes,t\n"})
+    task, said = warned(**{"train_tsv": TRAIN, f"{name}_tsv": tsv(("v", "no"), ("w", "yes")),
+                           "test_csv": "label,sentence\nyes,t\n"})
     assert task.validation.sentences == ["v", "w"] and task.test.sentences == ["t"] and said == []
 
 
 def test_tables_that_are_not_read_are_named(warned):
-    _, (line,) = warned(train_tsv=TRAIN, train2_tsv=TRAIN, test_jsonl="{}", Dev_TSV=TRAIN, test_txt="x", notes_txt="x")
-    assert all(name in line for name in ("train2.tsv", "test.jsonl", "Dev.TSV", "test.txt")) and "notes" not in line
+    _, (line,) = warned(train_tsv=TRAIN, train2_tsv=TRAIN, test_jsonl="{}", Dev_TSV=TRAIN,
+                        test_txt="x", notes_txt="x", dev_csv_gz="x")
+    unread = "train2.tsv", "test.jsonl", "Dev.TSV", "test.txt", "dev.csv.gz"
+    assert all(name in line for name in unread) and "notes" not in line
     assert line.endswith("read are train.tsv")
 
 
@@ -192,7 +232,8 @@ class Characters:
 def encoded():
     rng = np.random.default_rng(0)
     sentences = ["x" * n for n in rng.integers(1, 40, size=333)]
-    return data.Sentences(data.Rows(sentences, [len(s) % 2 for s in sentences]), Characters(), {"max_length": 30})
+    return data.Sentences(data.Rows(sentences, [len(s) % 2 for s in sentences]), Characters(),
+                          {"max_length": 30})
 
 
 def test_batches_cover_every_row_once_with_little_padding(encoded):
@@ -218,8 +259,10 @@ def test_order_comes_from_the_seed_and_changes_with_the_epoch(encoded):
 
 def test_how_many_sentences_are_cut_is_said(encoded):
     n = 333 - sum(len(row) < 30 for row in encoded.ids)
-    exactly = sum(len(s) == 30 for s in ("x" * k for k in np.random.default_rng(0).integers(1, 40, size=333)))
-    assert encoded.note == f"{n - exactly} of 333 sentences are cut at 30 tokens (--max-length)" and exactly > 0
+    exactly = sum(len(s) == 30
+                  for s in ("x" * k for k in np.random.default_rng(0).integers(1, 40, size=333)))
+    assert (encoded.note == f"{n - exactly} of 333 sentences are cut at 30 tokens (--max-length)"
+            and exactly > 0)
     assert not data.Sentences(data.Rows(["x"], [0]), Characters(), {"max_length": 30}).note
 
 
@@ -228,35 +271,43 @@ def test_collate_pads_masks_and_cuts(encoded):
     x = encoded.collate(np.array([long, short]))
     n = encoded.lengths[short]
     assert encoded.lengths[long] == 30 and x["input_ids"].shape == (2, 30)
-    assert x["attention_mask"][0].all() and x["attention_mask"][1].tolist() == [1] * n + [0] * (30 - n)
+    assert (x["attention_mask"][0].all()
+            and x["attention_mask"][1].tolist() == [1] * n + [0] * (30 - n))
     assert x["input_ids"][1, n:].sum() == 0 and x["labels"].tolist() == [0, n % 2]
 
 
 def test_hub_tasks_take_the_labelled_rows(monkeypatch):
-    """The hub's own layout, without the hub: SST-2's test labels are hidden (-1), AG News has no validation."""
+    """The hub's own layout, without the hub: SST-2's test labels are hidden (-1), AG News has no
+    validation."""
     import datasets
 
     def fake(name, config, revision=None):
         names, column, hidden = {"nyu-mll/glue": (["negative", "positive"], "sentence", [-1] * 9),
-                                 "fancyzhx/ag_news": (["World", "Sports", "Business", "Sci/Tech"], "text", None)}[name]
-        features = datasets.Features({column: datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+                                 "fancyzhx/ag_news": (["World", "Sports", "Business", "Sci/Tech"],
+                                                      "text", None)}[name]
+        features = datasets.Features({column: datasets.Value("string"),
+                                      "label": datasets.ClassLabel(names=names)})
         labels = {"train": [i % len(names) for i in range(400)], "test": hidden or [3, 1]}
         labels |= {"validation": [1, 0]} if hidden else {}
         return datasets.DatasetDict({split: datasets.Dataset.from_dict(
-            {column: [f"{split} {i} " for i in range(len(y))], "label": y}, features=features) for split, y in labels.items()})
+            {column: [f"{split} {i} " for i in range(len(y))], "label": y}, features=features)
+                                     for split, y in labels.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     sst2, ag_news = data.load_hub("sst2"), data.load_hub("ag_news")
-    assert sst2.test == (["validation 0", "validation 1"], [1, 0]) and sst2.label_names == ["negative", "positive"]
+    assert (sst2.test == (["validation 0", "validation 1"], [1, 0])
+            and sst2.label_names == ["negative", "positive"])
     assert ag_news.test == (["test 0", "test 1"], [3, 1]) and ag_news.label_names[3] == "Sci/Tech"
     for task in sst2, ag_news:
-        assert len(task.validation.labels) == 40 and len(task.train.labels) == 360 and "40 of train validate" in task.note
+        assert (len(task.validation.labels) == 40 and len(task.train.labels) == 360
+                and "40 of train validate" in task.note)
 
 
 def test_tuned_learning_rates_are_for_the_default_study_only(tmp_path):
     d = folder(tmp_path / "d", train_tsv=TRAIN)
     full_size = [["--task", "sst2"], ["--data", d], ["--model", "bert-base-uncased"]]
-    for method, tuned, usual in ("full", 2e-4, 2e-5), ("lora", 1e-3, 1e-4), ("qlora", 1e-3, 1e-4), ("adapter", 1e-3, 1e-4):
+    for method, tuned, usual in (("full", 2e-4, 2e-5), ("lora", 1e-3, 1e-4), ("qlora", 1e-3, 1e-4),
+                                 ("adapter", 1e-3, 1e-4)):
         assert settings("--method", method)["lr"] == tuned
         assert [settings("--method", method, *flags)["lr"] for flags in full_size] == [usual] * 3
         assert settings("--method", method, "--lr", "3e-3")["lr"] == 3e-3

@@ -1,11 +1,12 @@
-"""The fast dropout is dropout: right rate, right scale, independent, seeded; the fast attention is attention."""
+"""The fast dropout is dropout: right rate, right scale, independent, seeded; the fast attention is
+attention."""
 import pytest
 import torch
 from conftest import METHODS, build, randomize, settings, tiny_bert, tiny_inputs
 from torch import nn
 
 import fast
-from methods import apply_method, trained_tensors
+from model import apply_method, trained_tensors
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -19,7 +20,8 @@ def test_mask_has_the_rate_and_scale_of_dropout(p, dtype):
     n, dropped = mask.numel(), (mask == 0).float().mean().item()
     assert abs(dropped - p) < 5 * (p * (1 - p) / n) ** 0.5  # five standard errors
     flat = (mask.flatten() == 0).float()
-    for lag in 1, 2, 3, 4:  # four elements share one random number: they must not know of each other
+    # four elements share one random number: they must not know of each other
+    for lag in 1, 2, 3, 4:
         both = (flat[lag:] * flat[:-lag]).mean().item()
         assert abs(both - p * p) < 5 * (p * p * (1 - p * p) / n) ** 0.5
 
@@ -35,7 +37,8 @@ def test_mask_obeys_the_seed():
 
 @pytest.fixture(params=METHODS)
 def pair(request):
-    """(the method on Hugging Face's own modules, the same model made fast), every trained tensor moved from its start."""
+    """(the method on Hugging Face's own modules, the same model made fast), every trained tensor
+    moved from its start."""
     plain, quick = (randomize(build(request.param)) for _ in range(2))
     fast.install(quick)
     return plain, quick
@@ -81,7 +84,8 @@ def test_frozen_weights_in_16_bits_are_what_autocast_computes_with(method):
         torch.manual_seed(3)
         apply_method(model, settings(*METHODS[method], *without), torch.bfloat16)
     assert {p.dtype for p in half.bert.encoder.parameters()} == {torch.float32, torch.bfloat16}
-    assert {p.dtype for p in single.parameters()} == {p.dtype for p in trained_tensors(half).values()} == {torch.float32}
+    assert ({p.dtype for p in single.parameters()}
+            == {p.dtype for p in trained_tensors(half).values()} == {torch.float32})
     out = []
     for model in half, single:
         randomize(model)

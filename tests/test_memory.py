@@ -1,4 +1,5 @@
-"""The predicted bytes against closed forms, against what real training steps keep, and against bitsandbytes."""
+"""The predicted bytes against closed forms, against what real training steps keep, and against
+bitsandbytes."""
 import json
 import math
 import sys
@@ -12,13 +13,15 @@ from transformers import BertConfig
 
 import memory
 from fetch import DOWNLOADS
+from methods import CASES
 from plots import PARTS
 from quant import to_nf4
-from settings import CASES, DEFAULT_MODEL
+from settings import DEFAULT_MODEL, case_label
 
-BERT_BASE, BUFFERS = 109_483_778, 8 * (512 + 512)  # numbers that train, two labels; position and segment numbers, int64
-SMALL = {"model_type": "bert", "vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "intermediate_size": 128}
+# numbers that train, two labels; position and segment numbers, int64
+BERT_BASE, BUFFERS = 109_483_778, 8 * (512 + 512)
+SMALL = {"model_type": "bert", "vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "intermediate_size": 128}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,7 @@ def on_the_cpu(monkeypatch):
 
 
 def flags(method):
-    return CASES[method][1]
+    return CASES[method].flags
 
 
 def config(name):
@@ -49,7 +52,8 @@ def test_prediction_equals_real_training_steps(method, dtype):
 @pytest.mark.parametrize("method", ["lora_r8", "qdora"])
 def test_prediction_equals_real_training_steps_of_the_default_model(method):
     measured = memory.measure(config(DEFAULT_MODEL), flags(method), 2, 16, None)
-    assert bytes_of(memory.predict(config(DEFAULT_MODEL), flags(method), 2, 16, None)) == bytes_of(measured)
+    assert (bytes_of(memory.predict(config(DEFAULT_MODEL), flags(method), 2, 16, None))
+            == bytes_of(measured))
 
 
 def test_closed_forms():
@@ -61,16 +65,19 @@ def test_closed_forms():
     assert sum(three("lora_r8")) == 4 * (BERT_BASE + 294_912) + 12 * 296_450
     assert three("adapter") == (4 * (BERT_BASE + 2_379_264), 4 * 2_419_202, 8 * 2_419_202)
     # a layer of bert-base has four matrices of 768^2 and two of 768 * 3072
-    saved = 12 * sum(count * (4 * n - nf4_bytes(n)) for n, count in ((768 * 768, 4), (768 * 3072, 2)))
+    saved = 12 * sum(count * (4 * n - nf4_bytes(n))
+                     for n, count in ((768 * 768, 4), (768 * 3072, 2)))
     assert three("qlora")[0] == 4 * (BERT_BASE + 589_824) - saved
 
 
 def nf4_bytes(n):
-    """Half a byte for one of n weights, a byte for 64, 4 for 64 * 256; and tables of 16 and 256 levels, and a mean."""
+    """Half a byte for one of n weights, a byte for 64, 4 for 64 * 256; and tables of 16 and 256
+    levels, and a mean."""
     return math.ceil(n / 2) + math.ceil(n / 64) + 4 * math.ceil(n / 64 / 256) + 4 * (16 + 256 + 1)
 
 
-@pytest.mark.parametrize("shape", [(384, 1536), (128, 128), (100, 77), (5, 3)])  # in all, 64 * 256 goes into the first
+# in all, 64 * 256 goes into the first
+@pytest.mark.parametrize("shape", [(384, 1536), (128, 128), (100, 77), (5, 3)])
 def test_stand_in_stores_what_bitsandbytes_stores(shape):
     linear = nn.Linear(*shape)
     real, stand_in = to_nf4(linear, torch.bfloat16), memory.NF4StandIn(linear, torch.bfloat16)
@@ -78,19 +85,22 @@ def test_stand_in_stores_what_bitsandbytes_stores(shape):
     tensors = [t for t in state.as_dict().values() if isinstance(t, torch.Tensor)]
     counted = sum(t.untyped_storage().nbytes() for t in [real.weight.data, *tensors, state.offset])
     assert sum(b.nbytes for b in stand_in.buffers()) == counted == nf4_bytes(linear.weight.numel())
-    assert sum(memory.stored(stand_in).values()) == sum(memory.stored(real).values()) == counted + 2 * shape[1]
+    assert (sum(memory.stored(stand_in).values()) == sum(memory.stored(real).values())
+            == counted + 2 * shape[1])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("plain, nf4", [("lora_r16", "qlora"), ("dora", "qdora")])
 def test_4_bits_make_weights_smaller_and_nothing_else(plain, nf4, dtype):
-    plain, nf4 = (bytes_of(memory.predict(BertConfig(**SMALL), flags(m), 3, 24, dtype)) for m in (plain, nf4))
+    plain, nf4 = (bytes_of(memory.predict(BertConfig(**SMALL), flags(m), 3, 24, dtype))
+                  for m in (plain, nf4))
     assert nf4["weights"] < plain["weights"]
     assert {**nf4, "weights": 0} == {**plain, "weights": 0}
 
 
 class Toy(nn.Module):
-    """Keeps x (2 * 3 numbers) for the gradient of w, and y for those of exp, sin and w; w itself is its own."""
+    """Keeps x (2 * 3 numbers) for the gradient of w, and y for those of exp, sin and w; w
+    itself is its own."""
 
     def __init__(self):
         super().__init__()
@@ -110,18 +120,23 @@ def test_every_storage_counts_once_and_the_models_own_never():
 
 
 def test_a_padded_row_costs_nothing():
-    """The mask is fp32; added to bf16 scores, it would make them and what follows twice as large."""
-    model, mask = memory.build(BertConfig(**SMALL), flags("full"), torch.bfloat16, stand_in=False), torch.ones(3, 24).long()
+    """The mask is fp32; added to bf16 scores, it would make them and what follows twice as
+    large."""
+    model, mask = (memory.make_model(BertConfig(**SMALL), flags("full"), torch.bfloat16),
+                   torch.ones(3, 24).long())
     mask[0, 20:] = 0
-    kept = [memory.forward(model, 3, 24, torch.bfloat16, **inputs)[1] for inputs in ({}, {"attention_mask": mask})]
+    kept = [memory.forward(model, 3, 24, torch.bfloat16, **inputs)[1]
+            for inputs in ({}, {"attention_mask": mask})]
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("method, dtype", [("full", None), ("full", torch.bfloat16), ("qlora", torch.bfloat16),
-                                           ("dora", torch.bfloat16), ("pfeiffer", torch.bfloat16)])
+@pytest.mark.parametrize("method, dtype",
+                         [("full", None), ("full", torch.bfloat16), ("qlora", torch.bfloat16),
+                          ("dora", torch.bfloat16), ("pfeiffer", torch.bfloat16)])
 def test_largest_batch_fits_and_one_more_does_not(method, dtype):
     def total(n):
-        return sum(bytes_of(memory.predict(BertConfig(**SMALL), flags(method), n, 24, dtype)).values())
+        return sum(bytes_of(
+            memory.predict(BertConfig(**SMALL), flags(method), n, 24, dtype)).values())
 
     fits = memory.predict(BertConfig(**SMALL), flags(method), 5, 24, dtype, [0.0001, 0.03])["fits"]
     assert list(fits) == ["0.0001", "0.03"] and fits["0.0001"] == 0 and fits["0.03"] > 100
@@ -134,7 +149,8 @@ def test_nothing_is_allocated():
               "from transformers import BertConfig\n"
               "memory.DEVICE = 'cpu'\n"
               "for name in memory.DEFAULT_MODEL, 'bert-large-uncased':\n"
-              "    row = memory.predict(BertConfig(**memory.MODELS[name]), '--method full', 32, 128, None)\n"
+              "    row = memory.predict(BertConfig(**memory.MODELS[name]), "
+              "'--method full', 32, 128, None)\n"
               "    print(row['weights'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     done = run(sys.executable, "-c", script, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -148,7 +164,8 @@ def test_default_model_is_the_one_that_is_fetched():
     if not path.exists():
         pytest.skip("the default model is not downloaded")
     fetched, built_in = BertConfig(**json.loads(path.read_text())), config(DEFAULT_MODEL)
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                "intermediate_size",
                 "hidden_act", "max_position_embeddings", "type_vocab_size", "hidden_dropout_prob",
                 "attention_probs_dropout_prob"):
         assert getattr(built_in, key) == getattr(fetched, key), key
@@ -159,9 +176,10 @@ def cli(*flags):
 
 
 def test_command_line(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "num_labels": 5, "problem_type": "regression"}))
-    done = cli("--model", tmp_path, "--batch-size", 3, "--max-length", 24, "--amp", "off", "--gb", 0.001, 0.5,
-               "--measure", "--output", tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({**SMALL, "num_labels": 5, "problem_type": "regression"}))
+    done = cli("--model", tmp_path, "--batch-size", 3, "--max-length", 24, "--amp", "off",
+               "--gb", 0.001, 0.5, "--measure", "--output", tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     ledger = json.loads((tmp_path / "metrics" / "memory.json").read_text())
     assert memory.markdown(ledger) in done.stdout
@@ -171,17 +189,21 @@ def test_command_line(tmp_path):
     if ledger["device"] == "cpu":
         for name in "full", "qdora":
             predicted = memory.predict(BertConfig(**SMALL), flags(name), 3, 24, None, [0.001, 0.5])
-            assert ledger["methods"][name] == {"label": CASES[name][0], **predicted}
+            assert ledger["methods"][name] == {"label": case_label(name), **predicted}
         assert (tmp_path / "figures" / "ledger.png").stat().st_size > 10_000
-        rows = [line.split(" | ")[1:5] for line in done.stdout.split("measured")[1].splitlines()[2:]]
-        assert len(rows) == 8 and all(len(set(cell.split(" / "))) == 1 for row in rows for cell in row)
+        rows = [line.split(" | ")[1:5]
+                for line in done.stdout.split("measured")[1].splitlines()[2:]]
+        assert (len(rows) == len(CASES)
+                and all(len(set(cell.split(" / "))) == 1 for row in rows for cell in row))
 
 
 def test_table_shows_the_ledger():
     row = {"weights": 1_234_560_000, "gradients": 340_000, "optimizer": 680_000, "kept": 50_000_000,
            "fits": {"4": 0, "8": 1234}}
-    lines = memory.markdown({"model": "some-bert", "batch_size": 7, "max_length": 99, "amp": "bf16", "device": "cpu",
-                             "methods": {"full": {"label": "full fine-tuning", **row}, "qlora": {"label": "QLoRA", **row}}}).splitlines()
+    lines = memory.markdown({"model": "some-bert", "batch_size": 7, "max_length": 99, "amp": "bf16",
+                             "device": "cpu",
+                             "methods": {"full": {"label": "full fine-tuning", **row},
+                                         "qlora": {"label": "QLoRA", **row}}}).splitlines()
     assert lines[2] == "| full fine-tuning | 1,234.6 | 0.3 | 0.7 | 50.0 | 1,285.6 | – | 1,234 |"
     assert lines[0].endswith("| largest batch in 4 GB | largest batch in 8 GB |")
     assert lines[3].startswith("| QLoRA | ")
@@ -211,8 +233,10 @@ def test_bad_input_is_one_line_at_once(flags, words, tmp_path):
 
 
 @pytest.mark.parametrize("field, words", [
-    ({"hidden_size": 65}, "multiple"), ({"hidden_size": "wide"}, "hidden_size"), ({"num_hidden_layers": 0}, "layer"),
-    ({"hidden_act": "nosuch"}, "nosuch"), ({"max_position_embeddings": "512"}, "max_position_embeddings")])
+    ({"hidden_size": 65}, "multiple"), ({"hidden_size": "wide"}, "hidden_size"),
+    ({"num_hidden_layers": 0}, "layer"),
+    ({"hidden_act": "nosuch"}, "nosuch"),
+    ({"max_position_embeddings": "512"}, "max_position_embeddings")])
 def test_impossible_configuration_is_one_line(field, words, tmp_path):
     path = tmp_path / "my_layers.json"
     path.write_text(json.dumps({**SMALL, **field}))

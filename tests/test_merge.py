@@ -1,10 +1,22 @@
-"""A merged model answers as the unmerged one, and is a plain Hugging Face folder that needs nothing from here."""
+"""A merged model answers as the unmerged one, and is a plain Hugging Face folder that needs nothing
+from here."""
 import json
 import sys
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, build, elsewhere, logits, one_line_exit, randomize, run, save_small_bert, settings
+from conftest import (
+    METHODS,
+    ROOT,
+    build,
+    elsewhere,
+    logits,
+    one_line_exit,
+    randomize,
+    run,
+    save_small_bert,
+    settings,
+)
 from torch import nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
@@ -20,11 +32,14 @@ def test_merged_equals_unmerged_and_twice_is_once(method, head_class):
     model = randomize(build(method, head_class))
     plain, names = logits(build("full", head_class)), set(build("full", head_class).state_dict())
     before = logits(model)
-    assert (before - plain).abs().max() > 0.1  # it learned something, or the equality would say nothing
+    # it learned something, or the equality would say nothing
+    assert (before - plain).abs().max() > 0.1
     merge.merge(model, settings(*METHODS[method]))
     assert (logits(model) - before).abs().max() < 1e-5
-    assert set(model.state_dict()) == names and all(p.dtype is torch.float32 for p in model.parameters())
-    assert {type(m) for m in model.bert.encoder.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert (set(model.state_dict()) == names
+            and all(p.dtype is torch.float32 for p in model.parameters()))
+    assert ({type(m) for m in model.bert.encoder.modules() if isinstance(m, nn.Linear)}
+            == {nn.Linear})
     once = {name: p.clone() for name, p in model.state_dict().items()}
     merge.merge(model, settings(*METHODS[method]))
     assert all(torch.equal(p, once[name]) for name, p in model.state_dict().items())
@@ -43,7 +58,8 @@ def test_adapters_cannot_be_merged_and_stay_as_they_are(method):
 def checkpoints(study):
     """{name: checkpoint} of a small study."""
     comparison = json.loads((study[0] / "metrics" / "comparison.json").read_text())
-    return {name: checkpoint_path(study[0], entry["runs"][0]["settings"]) for name, entry in comparison.items()}
+    return {name: checkpoint_path(study[0], entry["runs"][0]["settings"])
+            for name, entry in comparison.items()}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +70,8 @@ def small_bert(tmp_path_factory):
 @pytest.mark.parametrize("name", ["full_ft", "lora_r8", "qlora"])
 def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, tmp_path):
     merge.main(merge.parse_args([str(checkpoints[name]), "--to", str(tmp_path / "out")]))
-    found, labels = elsewhere("AutoModelForSequenceClassification", [SENTENCES], tmp_path / "out", tmp_path)
+    found, labels = elsewhere("AutoModelForSequenceClassification", [SENTENCES], tmp_path / "out",
+                              tmp_path)
     tokenizer, base, base_hash = merge.load_base(checkpoints[name])
     model, _ = merge.attach(base, base_hash, checkpoints[name])
     with torch.no_grad():
@@ -68,7 +85,8 @@ PIPELINE = """
 import json, sys
 from transformers import pipeline
 ask = pipeline("text-classification", sys.argv[1])
-print(json.dumps([ask("good " * 600, truncation=True)[0], ask.tokenizer.model_max_length, ask.model.config.to_dict()]))
+print(json.dumps([ask("good " * 600, truncation=True)[0], ask.tokenizer.model_max_length, \
+ask.model.config.to_dict()]))
 """
 
 
@@ -95,7 +113,8 @@ def test_a_failed_export_leaves_nothing(checkpoints, tmp_path, monkeypatch):
 
 def test_requantizing_is_measured(checkpoints, tmp_path, study):
     path = tmp_path / "requantized.json"
-    done = run(sys.executable, ROOT / "merge.py", checkpoints["qlora"], "--requantized", path, "--data", study[1][1])
+    done = run(sys.executable, ROOT / "merge.py", checkpoints["qlora"], "--requantized", path,
+               "--data", study[1][1])
     assert done.returncode == 0 and not done.stderr, done.stderr
     row, = json.loads(path.read_text())
     assert row["test_rows"] == 20 and row["merged"]["changed_predictions"] == 0
@@ -121,6 +140,7 @@ def test_requantizing_is_measured(checkpoints, tmp_path, study):
 ])
 def test_what_merge_refuses(flags, words, checkpoints, tmp_path, small_bert):
     (tmp_path / "mine").write_text("mine")
-    flags = [checkpoints.get(flag, str(flag).format(tmp=tmp_path, small=small_bert)) for flag in flags]
+    flags = [checkpoints.get(flag, str(flag).format(tmp=tmp_path, small=small_bert))
+             for flag in flags]
     one_line_exit(lambda: merge.main(merge.parse_args([str(flag) for flag in flags])), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

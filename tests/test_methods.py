@@ -1,4 +1,5 @@
-"""What each method puts in, what trains, what stays frozen, and that the wiring is that of the papers."""
+"""What each method puts in, what trains, what stays frozen, and that the wiring is that of
+the papers."""
 import copy
 import re
 
@@ -12,13 +13,14 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 import fast
 from adapters import Adapter
 from lora import DoRALinear, LoRALinear, frozen_weight, merge_lora
-from methods import apply_method, count_params, trained_tensors
+from model import apply_method, count_params, trained_tensors
 from quant import to_nf4
 from train import make_optimizer
 
-# --- exact counts, on the real bert-base configuration -------------------------------------------------------------
+# --- exact counts, on the real bert-base configuration --------------------------------------------
 
-BERT_BASE = {  # flags: (method, LayerNorm, head, base); 109,483,778 is BertForSequenceClassification's own count
+# flags: (method, LayerNorm, head, base); 109,483,778 is BertForSequenceClassification's own count
+BERT_BASE = {
     ("--method", "full"): (0, 38_400, 1_538, 109_483_778 - 38_400 - 1_538),
     ("--method", "lora", "--r", 8): (294_912, 0, 1_538, 0),
     ("--method", "lora", "--r", 16): (589_824, 0, 1_538, 0),
@@ -36,17 +38,20 @@ def test_counts_on_bert_base(flags):
         model = BertForSequenceClassification(BertConfig())
         apply_method(model, settings(*flags), torch.float32)
     counts = count_params(model)
-    assert tuple(counts["trainable_by_kind"][k] for k in ("method", "layer_norm", "head", "base")) == BERT_BASE[flags]
+    assert tuple(counts["trainable_by_kind"][k]
+                 for k in ("method", "layer_norm", "head", "base")) == BERT_BASE[flags]
     assert counts["trainable_params"] == sum(BERT_BASE[flags])
     assert counts["total_params"] == 109_483_778 + BERT_BASE[flags][0]
-    assert counts["trainable_pct"] == pytest.approx(100 * counts["trainable_params"] / counts["total_params"])
+    assert counts["trainable_pct"] == pytest.approx(
+        100 * counts["trainable_params"] / counts["total_params"])
 
 
 QA = 109_483_778 - 590_592  # no pooler; the head has two outputs in both
 
 
-@pytest.mark.parametrize("method, flags, trained", [("full", [], QA), ("lora", ["--r", 16], 589_824 + 1_538),
-                                                    ("dora", ["--r", 16], 608_256 + 1_538)])
+@pytest.mark.parametrize("method, flags, trained",
+                         [("full", [], QA), ("lora", ["--r", 16], 589_824 + 1_538),
+                          ("dora", ["--r", 16], 608_256 + 1_538)])
 def test_counts_on_bert_base_for_question_answering(method, flags, trained):
     with torch.device("meta"):
         model = BertForQuestionAnswering(BertConfig())
@@ -61,7 +66,7 @@ def test_4_bit_methods_count_weights_not_bytes(method):
     assert count_params(build("q" + method)) == count_params(build(method))
 
 
-# --- which tensors train -------------------------------------------------------------------------------------------
+# --- which tensors train --------------------------------------------------------------------------
 
 LAYER = r"bert\.encoder\.layer\.\d+\."
 KEYS = {
@@ -73,7 +78,8 @@ KEYS = {
 }
 KEYS["dora"] = KEYS["lora"].replace("lora_[AB]", "(lora_[AB]|magnitude)")
 KEYS["qlora"], KEYS["qdora"] = KEYS["lora"], KEYS["dora"]
-N_KEYS = {"full": 41, "lora": 2 * 4 + 2, "qlora": 2 * 4 + 2, "dora": 2 * 6 + 2, "qdora": 2 * 6 + 2, "houlsby": 2 * (8 + 4) + 2 + 2, "pfeiffer": 2 * 4 + 2}
+N_KEYS = {"full": 41, "lora": 2 * 4 + 2, "qlora": 2 * 4 + 2, "dora": 2 * 6 + 2, "qdora": 2 * 6 + 2,
+          "houlsby": 2 * (8 + 4) + 2 + 2, "pfeiffer": 2 * 4 + 2}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -82,10 +88,13 @@ def test_exact_trainable_key_set(method):
     keys = set(trained_tensors(model))
     in_qa = set(trained_tensors(build(method, BertForQuestionAnswering)))
     assert in_qa == {k.replace("classifier", "qa_outputs") for k in keys if "pooler" not in k}
-    assert keys == {name for name, _ in model.named_parameters() if re.fullmatch(KEYS[method], name)}
+    assert keys == {name for name, _ in model.named_parameters()
+                    if re.fullmatch(KEYS[method], name)}
     assert len(keys) == N_KEYS[method]
-    in_optimizer = [p for group in make_optimizer(list(trained_tensors(model).values()), 1e-3).param_groups for p in group["params"]]
-    assert len(in_optimizer) == len(keys) and {id(p) for p in in_optimizer} == {id(p) for p in trained_tensors(model).values()}
+    groups = make_optimizer(list(trained_tensors(model).values()), 1e-3).param_groups
+    in_optimizer = [p for group in groups for p in group["params"]]
+    assert (len(in_optimizer) == len(keys)
+            and {id(p) for p in in_optimizer} == {id(p) for p in trained_tensors(model).values()})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,7 +110,8 @@ def test_frozen_stays_bit_equal_and_everything_trainable_moves(method):
         optimizer.zero_grad()
     for name, p in model.named_parameters():
         same = p.dtype == before[name].dtype and torch.equal(p, before[name])
-        assert same != p.requires_grad, f"{name}: {'did not move' if same else 'is frozen but moved'}"
+        assert same != p.requires_grad, (
+            f"{name}: {'did not move' if same else 'is frozen but moved'}")
 
 
 @pytest.mark.parametrize("method", ["qlora", "dora", "qdora"])
@@ -116,12 +126,13 @@ def test_all_methods_start_from_the_same_head():
         assert torch.equal(build(method).classifier.weight, plain.classifier.weight)
 
 
-# --- the equations -------------------------------------------------------------------------------------------------
+# --- the equations --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pfeiffer", "houlsby"])
 def test_identity_at_the_start(method):
     plain, model, x = tiny_bert(), build(method), tiny_inputs()
-    if method in ("pfeiffer", "houlsby"):  # with Up = 0 an adapter is the identity; its own start is close to that
+    # with Up = 0 an adapter is the identity; its own start is close to that
+    if method in ("pfeiffer", "houlsby"):
         h = torch.randn(100, 64)
         for module in model.modules():
             if isinstance(module, Adapter):
@@ -129,7 +140,8 @@ def test_identity_at_the_start(method):
         for name, p in trained_tensors(model).items():
             if ".up." in name:
                 p.data.zero_()
-    if method == "dora":  # m / ||W0|| is 1 exactly, but b is taken away and added again: equal up to rounding
+    # m / ||W0|| is 1 exactly, but b is taken away and added again: equal up to rounding
+    if method == "dora":
         assert torch.allclose(model(**x).logits, plain(**x).logits, atol=1e-6)
     else:
         assert torch.equal(model(**x).logits, plain(**x).logits)
@@ -153,13 +165,15 @@ def test_lora_dropout_is_on_the_low_rank_branch_only():
     q = build("lora").bert.encoder.layer[0].attention.self.query
     x = torch.randn(3, 5, 64)
     with torch.no_grad():
-        assert torch.equal(q.train()(x), q.base(x))  # B = 0: whatever dropout did, the base path did not see it
+        # B = 0: whatever dropout did, the base path did not see it
+        assert torch.equal(q.train()(x), q.base(x))
         q.lora_B.normal_()
         assert not torch.allclose(q(x), q(x)) and torch.equal(q.eval()(x), q(x))
 
 
-# DoRA on a layer that is not square, with a bias, alpha != r, B and m far from their start: at the start most mistakes
-# (norm over the wrong dimension, scaled bias, scaling left out of the norm) are invisible.
+# DoRA on a layer that is not square, with a bias, alpha != r, B and m far from their start: at the
+# start most mistakes (norm over the wrong dimension, scaled bias, scaling left out of the norm) are
+# invisible.
 
 def dora_layer(base=None, dropout=0.0):
     torch.manual_seed(0)
@@ -171,7 +185,8 @@ def dora_layer(base=None, dropout=0.0):
 
 
 def written_out_dora(layer, x, detach=True):
-    """h = W' x + b with W' = m (W0 + s B A) / ||W0 + s B A||, the slow way, one row of W' at a time."""
+    """h = W' x + b with W' = m (W0 + s B A) / ||W0 + s B A||, the slow way, one row of W'
+    at a time."""
     updated = frozen_weight(layer.base) + 12 / 4 * layer.lora_B @ layer.lora_A
     norms = torch.stack([row.pow(2).sum().sqrt() for row in updated])
     norms = norms.detach() if detach else norms
@@ -187,8 +202,10 @@ def test_dora_forward_merge_and_gradients_equal_the_written_out_layer(kind):
     h, (expected, weight) = layer(x), written_out_dora(layer, x)
     assert torch.allclose(h, expected, atol=1e-5)
     assert torch.allclose(layer.merged_weight(), weight, atol=1e-5)
-    assert torch.allclose(layer.merged_weight().norm(dim=1), layer.magnitude, atol=1e-5)  # rows of W' have norm m
-    assert torch.allclose(h, F.linear(x, layer.merged_weight(), layer.base.bias), atol=1e-5)  # merged = unmerged
+    # rows of W' have norm m
+    assert torch.allclose(layer.merged_weight().norm(dim=1), layer.magnitude, atol=1e-5)
+    # merged = unmerged
+    assert torch.allclose(h, F.linear(x, layer.merged_weight(), layer.base.bias), atol=1e-5)
     assert not torch.allclose(h, layer.base(x), atol=0.1)
     tensors = [layer.lora_A, layer.lora_B, layer.magnitude, x]
     got = torch.autograd.grad(h, tensors, grad)
@@ -244,14 +261,16 @@ def test_merged_model_is_plain_bert_with_the_same_answers(method):
     merge_lora(model)
     for layer in model.bert.encoder.layer:
         assert type(layer.attention.self.query) is type(layer.attention.self.value) is nn.Linear
-    assert torch.allclose(model(**x).logits, before, atol=1e-5) and not torch.allclose(before, base, atol=0.1)
+    assert (torch.allclose(model(**x).logits, before, atol=1e-5)
+            and not torch.allclose(before, base, atol=0.1))
     once = copy.deepcopy(model.state_dict())
     merge_lora(model)  # a second time there is nothing left to merge
     assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
 
 
 def bottleneck(adapter, x, act):
-    return act(x @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T + adapter.up.bias
+    return (act(x @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T
+            + adapter.up.bias)
 
 
 def test_houlsby_wiring_against_a_written_out_layer():
@@ -280,7 +299,8 @@ def test_pfeiffer_wiring_against_a_written_out_layer():
 
 @pytest.mark.parametrize("method, std, cut", [("houlsby", 0.88e-3, 2e-3), ("pfeiffer", 0.02, None)])
 def test_adapter_initialisation(method, std, cut):
-    weights = torch.cat([p.detach().flatten() for n, p in build(method).named_parameters() if ".adapter." in n and "weight" in n])
+    weights = torch.cat([p.detach().flatten() for n, p in build(method).named_parameters()
+                         if ".adapter." in n and "weight" in n])
     biases = [p for n, p in build(method).named_parameters() if ".adapter." in n and "bias" in n]
     assert weights.std() == pytest.approx(std, rel=0.05) and not any(b.any() for b in biases)
     assert cut is None or weights.abs().max() <= cut

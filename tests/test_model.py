@@ -1,4 +1,5 @@
-"""Models that do not fit themselves are refused in one line, or made right; unknown words are said."""
+"""Models that do not fit themselves are refused in one line, or made right; unknown words
+are said."""
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ import merge
 import predict
 import qa
 from fetch import model_folder
-from model import load_pretrained
+from model import check_words, load_pretrained
 
 QUESTION = qa.Question("it is here", "where?", ["here"], 6, 10)
 
@@ -41,14 +42,15 @@ def without_padding_token(folder):
     path.write_text(path.read_text().replace("[PAD]", "[PUD]"))
     edit_json(path, padding=None)
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}))
+        "tokenizer_class": "PreTrainedTokenizerFast", "cls_token": "[CLS]", "sep_token": "[SEP]",
+        "unk_token": "[UNK]"}))
 
 
 def without_special_tokens(folder):
     backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
     backend.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
-    PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
-                            pad_token="[PAD]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]",
+                            unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
 
 
 def with_foreign_tensors(folder):
@@ -57,10 +59,18 @@ def with_foreign_tensors(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def with_nan(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["bert.encoder.layer.1.output.dense.bias"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize("spoil, words", [
+    (with_nan, ["1 tensors with NaN", "layer.1.output.dense.bias"]),
     (without_tokenizer, ["no tokenizer"]),
     (with_more_words, ["ids up to 30,522", "30,522 rows"]),
-    (lambda folder: edit_json(folder / "config.json", position_embedding_type="relative_key"), ["'relative_key'", "absolute"]),
+    (lambda folder: edit_json(folder / "config.json", position_embedding_type="relative_key"),
+     ["'relative_key'", "absolute"]),
     (lambda folder: edit_json(folder / "config.json", is_decoder=True), ["decoder"]),
     (without_padding_token, ["padding token"]),
     (without_special_tokens, ["[CLS]", "[SEP]"]),
@@ -74,17 +84,21 @@ def test_what_cannot_be_right_is_refused(spoil, words, label_names, tmp_path):
 
 def test_it_is_refused_before_the_training(data_dir, tmp_path):
     with_more_words(folder := save_small_bert(tmp_path / "model"))
-    one_line_error(train("--method", "lora", "--model", folder, "--data", data_dir, "--output", tmp_path / "out"), "ids up to 30,522")
+    one_line_error(train("--method", "lora", "--model", folder, "--data", data_dir,
+                         "--output", tmp_path / "out"),
+                   "ids up to 30,522")
 
 
 def inputs_of(folder):
-    """(ids and mask of two sentences, all inputs of two questions, their logits) of the model in a folder."""
+    """(ids and mask of two sentences, all inputs of two questions, their logits) of the
+    model in a folder."""
     torch.manual_seed(0)
     tokenizer, model = load_pretrained(str(folder), ["no", "yes"])
     rows = data.Sentences(data.Rows(["a good film", "bad"], [0, 1]), tokenizer, {"max_length": 16})
     sentences = rows.collate(np.arange(2))
     tokenizer, model = load_pretrained(str(folder), None)
-    windows = qa.Windows([QUESTION, QUESTION._replace(question="where is it?")], tokenizer, {"max_length": 32, "stride": 4})
+    windows = qa.Windows([QUESTION, QUESTION._replace(question="where is it?")], tokenizer,
+                         {"max_length": 32, "stride": 4})
     questions = windows.collate(np.arange(2))
     with torch.no_grad():
         out = windows.forward(model.eval(), questions)
@@ -108,7 +122,8 @@ def from_the_left(folder):
 
 def padding_token_unnamed(folder):
     backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
-    PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]",
+                            unk_token="[UNK]").save_pretrained(folder)
 
 
 @pytest.mark.parametrize("spoil", [without_types, from_the_left, padding_token_unnamed])
@@ -118,9 +133,10 @@ def test_what_can_be_made_right_gives_the_same_inputs(spoil, tmp_path):
     a, b = inputs_of(plain), inputs_of(other)
     assert same(a[0], b[0]) and same(a[1], b[1]) and torch.equal(a[2], b[2])
     assert b[1]["token_type_ids"].tolist()[0][-2:] == [0, 0] and b[1]["token_type_ids"].any()
-    long = qa.Windows([QUESTION._replace(context="it is here " + "and there " * 50)], load_pretrained(str(other), None)[0],
-                      {"max_length": 32, "stride": 4})
-    assert long.offsets[0][long.passage[0][0]][0] == 0  # the first window starts where the passage does
+    long = qa.Windows([QUESTION._replace(context="it is here " + "and there " * 50)],
+                      load_pretrained(str(other), None)[0], {"max_length": 32, "stride": 4})
+    # the first window starts where the passage does
+    assert long.offsets[0][long.passage[0][0]][0] == 0
 
 
 def test_a_model_with_one_token_type_gets_none(tmp_path):
@@ -130,31 +146,55 @@ def test_a_model_with_one_token_type_gets_none(tmp_path):
 
 def cased(folder):
     words = (model_folder() / "vocab.txt").read_text().splitlines()
-    (folder / "cased.txt").write_text("".join(w[:1].upper() + w[1:] + "\n" if w[:1].isalpha() else w + "\n" for w in words))
+    (folder / "cased.txt").write_text("".join(w[:1].upper() + w[1:] + "\n" if w[:1].isalpha()
+                                              else w + "\n" for w in words))
     (folder / "tokenizer.json").unlink()
     BertTokenizerFast(str(folder / "cased.txt"), do_lower_case=True).save_pretrained(folder)
 
 
 def test_unknown_words_are_said_with_their_share(data_dir, tmp_path):
     cased(folder := save_small_bert(tmp_path / "model"))
-    done = train("--method", "lora", "--model", folder, "--data", data_dir, "--max-steps", 2, "--epochs", 1, "--output", tmp_path / "out")
+    done = train("--method", "lora", "--model", folder, "--data", data_dir, "--max-steps", 2,
+                 "--epochs", 1, "--output", tmp_path / "out")
     assert done.returncode == 0
     one_warning(done.stderr, "% of the training rows' words", "[UNK]")
     for split in "train", "dev", "test":  # nothing is known any more
         text = (data_dir / f"{split}.tsv").read_text().splitlines()
-        (data_dir / f"{split}.tsv").write_text("\n".join([text[0], *("\u13a0\u13a1\t" + row.split("\t")[1] for row in text[1:])]) + "\n")
-    one_line_error(train("--method", "lora", "--model", save_small_bert(tmp_path / "plain"), "--data", data_dir, "--output", tmp_path / "out"),
+        (data_dir / f"{split}.tsv").write_text(
+            "\n".join([text[0], *("\u13a0\u13a1\t" + row.split("\t")[1] for row in text[1:])])
+            + "\n")
+    one_line_error(train("--method", "lora", "--model", save_small_bert(tmp_path / "plain"),
+                         "--data", data_dir, "--output", tmp_path / "out"),
                    "100%", "[UNK]")
+
+
+def test_words_that_never_come_and_rows_that_no_id_reaches_are_said(tmp_path, capsys):
+    folder = save_small_bert(tmp_path / "model")
+    words = (model_folder() / "vocab.txt").read_text().splitlines()[:29000]
+    words = [w.capitalize() if i > 25000 and w.isalpha() else w for i, w in enumerate(words)]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
+    BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
+    tokenizer, _ = load_pretrained(str(folder), ["no", "yes"])
+    rows = data.Rows(["a good film and a bad one"], [0])
+    check_words("it", data.Sentences(rows, tokenizer, {"max_length": 32}), tokenizer)
+    few, cased = capsys.readouterr().err.splitlines()
+    assert few.startswith("warning: ") and "30,522 rows" in few
+    assert cased.startswith("warning: ") and "lower-cases" in cased and "do_lower_case" in cased
 
 
 def test_predict_and_merge_refuse_another_tokenizer(data_dir, tmp_path):
     model = save_small_bert(tmp_path / "model")
-    done = train("--method", "lora", "--model", model, "--data", data_dir, "--max-steps", 2, "--epochs", 1, "--output", tmp_path / "out")
-    assert done.returncode == 0 and not [line for line in done.stderr.splitlines() if "warning" in line]
+    done = train("--method", "lora", "--model", model, "--data", data_dir, "--max-steps", 2,
+                 "--epochs", 1, "--output", tmp_path / "out")
+    assert (done.returncode == 0
+            and not [line for line in done.stderr.splitlines() if "warning" in line])
     path, = (tmp_path / "out" / "checkpoints").iterdir()
     assert len(checkpoint.read_about(path)["tokenizer"]) == 16
     (model / "tokenizer.json").unlink()
     BertTokenizerFast(str(model / "vocab.txt"), do_lower_case=False).save_pretrained(model)
-    for act in (lambda: predict.main(predict.parse_args(["--checkpoint", str(path), "--model", str(model), "A film"])),
-                lambda: merge.main(merge.parse_args([str(path), "--model", str(model), "--to", str(tmp_path / "merged")]))):
+    for act in (lambda: predict.main(predict.parse_args(["--checkpoint", str(path),
+                                                         "--model", str(model), "A film"])),
+                lambda: merge.main(merge.parse_args([str(path), "--model", str(model),
+                                                     "--to", str(tmp_path / "merged")]))):
         one_line_exit(act, "another tokenizer")

@@ -1,4 +1,5 @@
-"""Four tasks on one base, on a small BERT: nobody's answers change, and memory grows by what was trained."""
+"""Four tasks on one base, on a small BERT: nobody's answers change, and memory grows by
+what was trained."""
 import json
 
 import pytest
@@ -6,7 +7,8 @@ from conftest import save_small_bert
 
 import multitask
 import train as train_module
-from settings import CASES, RATED_TASKS, parse_args
+from methods import CASES
+from settings import RATED_TASKS, parse_args
 
 
 @pytest.fixture(scope="module")
@@ -14,13 +16,14 @@ def eleven_runs(tmp_path_factory):
     """(flags, output folder) of eleven finished runs; the twelfth is missing."""
     base = tmp_path_factory.mktemp("multitask")
     # a high learning rate, so that a few steps make four different models
-    flags = ["--model", save_small_bert(base / "model"), "--output", base / "out", "--epochs", 1, "--max-steps", 8,
-             "--max-length", 12, "--lr", 0.02, "--seed", 5]
+    flags = ["--model", save_small_bert(base / "model"), "--output", base / "out", "--epochs", 1,
+             "--max-steps", 8, "--max-length", 12, "--lr", 0.02, "--seed", 5]
     flags = [str(flag) for flag in flags]
     for method in multitask.METHODS:
         for task in RATED_TASKS:
             if (method, task) != ("lora_r8", "tweets"):
-                train_module.main(parse_args([*flags, "--task", task, *CASES[method][1].split()]))
+                own = CASES[method].flags.split()
+                train_module.main(parse_args([*flags, "--task", task, *own]))
     return flags, base / "out"
 
 
@@ -28,14 +31,16 @@ def test_all_of_it(eleven_runs, capfd):
     flags, output = eleven_runs
     multitask.main(*multitask.parse_args(flags))
     out = capfd.readouterr().out
-    assert out.count("== ") == 1 and "--method lora --r 8" in out and "--task tweets" in out  # only that one was trained
+    # only that one was trained
+    assert out.count("== ") == 1 and "--method lora --r 8" in out and "--task tweets" in out
     result = json.loads((output / "metrics" / "multitask.json").read_text())
     for task in RATED_TASKS:
         for method in "lora_r8", "adapter":
             row = result["tasks"][task][method]
             assert row["changed_predictions"] == 0 and row["together"] == [row["f1_macro"]] * 2
     full, lora = (result["methods"][method] for method in ("full", "lora_r8"))
-    assert full["trained_bytes"] == result["base_bytes"] and lora["trained_bytes"] == 4 * (2 * 2 * 2 * 8 * 48 + 2 * 48 + 2)
+    assert (full["trained_bytes"] == result["base_bytes"]
+            and lora["trained_bytes"] == 4 * (2 * 2 * 2 * 8 * 48 + 2 * 48 + 2))
     measured = dict(full["memory"])
     assert (measured[50] - measured[10]) / 40 == pytest.approx(full["trained_bytes"], rel=0.05)
     measured = dict(lora["memory"])

@@ -1,4 +1,5 @@
-"""The notebook runs from top to bottom on what run_all.sh leaves, and is committed with the outputs of such a run."""
+"""The notebook runs from top to bottom on what run_all.sh leaves, and is committed with the outputs
+of such a run."""
 import json
 import shutil
 
@@ -25,7 +26,8 @@ def test_it_runs_on_what_run_all_leaves(study, tmp_path):
         shutil.copytree(output / name, tmp_path / name, dirs_exist_ok=True)
     (tmp_path / "downloads").symlink_to(ROOT / "downloads")
     notebook = nbformat.read(tmp_path / "comparison.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3",
+                   resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (output / "figures" / "summary.md").read_text() in outputs(notebook, "text/markdown")
     printed = "".join(outputs(notebook, "stream"))
     assert "You will laugh, though" in printed and "query is now a plain Linear" in printed
@@ -36,7 +38,8 @@ def test_the_committed_outputs_are_those_of_the_committed_results():
     notebook = nbformat.reads(committed("comparison.ipynb"), as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not any(o.output_type == "error" or o.get("name") == "stderr" for cell in cells for o in cell.outputs)
+    assert not any(o.output_type == "error" or o.get("name") == "stderr"
+                   for cell in cells for o in cell.outputs)
     tables = outputs(notebook, "text/markdown")
     assert committed("figures/summary.md") in tables and committed("figures/multitask.md") in tables
     last, = [text for text in tables if text.startswith("- **Quality**")]

@@ -15,7 +15,8 @@ from settings import checkpoint_path
 
 @pytest.fixture
 def ask(monkeypatch, capsys):
-    """A function that does what the command line does, without starting a process: the lines that it prints."""
+    """A function that does what the command line does, without starting a process: the lines that
+    it prints."""
     def ask(*flags, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         predict.main(predict.parse_args([str(flag) for flag in flags]))
@@ -53,12 +54,14 @@ def test_own_sentences_from_arguments_and_stdin_are_the_same(study, ask):
 
 def test_any_checkpoints(study, ask):
     path, *_ = (study[0] / "checkpoints").glob("*lora_r16*")
-    assert ask("--checkpoint", path, "--output", "/nonexistent", "a good film")[0].split() == [path.stem]
+    assert ask("--checkpoint", path, "--output", "/nonexistent",
+               "a good film")[0].split() == [path.stem]
 
 
 def test_disagreement_is_marked(monkeypatch, capsys):
     answers = {"a": ("yes", 0.9), "b": ("yes", 0.6), "c": ("no", 0.8)}
-    monkeypatch.setattr(predict, "classify", lambda method, tokenizer, sentence: answers[method.name])
+    monkeypatch.setattr(predict, "classify",
+                        lambda method, tokenizer, sentence: answers[method.name])
     methods = [predict.Method(name, None, {}, 1.0, 2.0) for name in answers]
     predict.compare_sentences(methods, None, ["perhaps"])
     out = capsys.readouterr().out
@@ -71,7 +74,8 @@ def test_disagreement_is_marked(monkeypatch, capsys):
 
 def test_nothing_there(tmp_path, ask):
     refused(ask, "--output", tmp_path, words=["comparison.json", "run_all.sh"])
-    refused(ask, "--output", tmp_path, "--question", "who?", "--context", "he.", words=["grid.json", "run_grid.sh"])
+    refused(ask, "--output", tmp_path, "--question", "who?", "--context", "he.",
+            words=["grid.json", "run_grid.sh"])
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -96,12 +100,15 @@ def test_damaged_and_missing_checkpoints(study, tmp_path, ask):
     path.write_bytes(path.read_bytes()[:1000])
     refused(ask, "--output", tmp_path, words=[path, "cannot read"])
     path.unlink()
-    refused(ask, "--output", tmp_path, words=["qlora", path.name, "delete", f"{path.stem}.json", "run_all.sh"])
+    refused(ask, "--output", tmp_path,
+            words=["qlora", path.name, "delete", f"{path.stem}.json", "run_all.sh"])
     assert len(ask("--output", tmp_path, "--method", "adapter", "good")) == 5
     for content in "{}", "[]", '{"full_ft": {}}', "[":
         (tmp_path / "metrics" / "comparison.json").write_text(content)
         refused(ask, "--output", tmp_path, words=["comparison.json", "damaged"])
     lora, = (tmp_path / "checkpoints").glob("*lora_r8*")
-    there, _ = ask("--checkpoint", lora, "--checkpoint", study[0] / "checkpoints" / lora.name, "good")[:2]
+    there, _ = ask("--checkpoint", lora, "--checkpoint", study[0] / "checkpoints" / lora.name,
+                   "good")[:2]
     assert there.split() == [str(lora), str(study[0] / "checkpoints" / lora.name)]
-    refused(ask, "--question", "who?", "--context", "he.", "--checkpoint", lora, words=["sentences"])
+    refused(ask, "--question", "who?", "--context", "he.", "--checkpoint", lora,
+            words=["sentences"])

@@ -1,4 +1,5 @@
-"""Question answering: the data and all that can be wrong with it, windows, the best span, the scores, and the grid."""
+"""Question answering: the data and all that can be wrong with it, windows, the best span, the
+scores, and the grid."""
 import csv
 import json
 import os
@@ -11,7 +12,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, ROOT, build, elsewhere, one_line_error, one_line_exit, randomize, run, settings, train
+from conftest import (
+    METHODS,
+    ROOT,
+    build,
+    elsewhere,
+    one_line_error,
+    one_line_exit,
+    randomize,
+    run,
+    settings,
+    train,
+)
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 import fast
@@ -21,10 +33,11 @@ import qa
 import synthetic
 import train as train_module
 from fetch import model_folder
-from methods import apply_method, trained_tensors
+from model import SpanHead, apply_method, trained_tensors
 from settings import parse_args, result_path, run_name
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon".split()
+WORDS = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
+         "sigma tau upsilon").split()
 
 
 def question(context, text, question="where is it?", id="q"):
@@ -35,7 +48,8 @@ def question(context, text, question="where is it?", id="q"):
 def squad(*paragraphs):
     """SQuAD-shaped JSON from (context, [(question, answer text, answer_start)])."""
     return {"version": "1.1", "data": [{"title": "t", "paragraphs": [
-        {"context": context, "qas": [{"id": f"{i}-{j}", "question": q, "answers": [{"text": text, "answer_start": start}]}
+        {"context": context, "qas": [{"id": f"{i}-{j}", "question": q,
+                                      "answers": [{"text": text, "answer_start": start}]}
                                      for j, (q, text, start) in enumerate(qas)]}
         for i, (context, qas) in enumerate(paragraphs)]}]}
 
@@ -56,18 +70,22 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(model_folder())
 
 
-# --- scores --------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 def test_scores_are_those_of_squad():
-    assert qa.normalize("  The Eiffel-Tower, in  an ANcient town! ") == "eiffeltower in ancient town"
+    assert (qa.normalize("  The Eiffel-Tower, in  an ANcient town! ")
+            == "eiffeltower in ancient town")
     assert qa.exact_match("the Cat.", "cat") == 1 and qa.exact_match("cats", "cat") == 0
-    assert qa.f1("the cat sat", "a cat sat down") == pytest.approx(2 * (2 / 2) * (2 / 3) / (2 / 2 + 2 / 3))
-    assert qa.f1("cat cat", "cat") == pytest.approx(2 / 3)  # a word counts as often as it is in both
+    assert qa.f1("the cat sat", "a cat sat down") == pytest.approx(
+        2 * (2 / 2) * (2 / 3) / (2 / 2 + 2 / 3))
+    # a word counts as often as it is in both
+    assert qa.f1("cat cat", "cat") == pytest.approx(2 / 3)
     assert qa.f1("dog", "cat") == 0 and qa.f1("", "cat") == 0
 
 
 def test_the_best_window_answers_and_the_best_reference_counts(tokenizer):
-    questions = [question("it is here", "here")._replace(answers=["there", "here and now"]), question("it is far", "far")]
+    questions = [question("it is here", "here")._replace(answers=["there", "here and now"]),
+                 question("it is far", "far")]
     windows = qa.Windows(questions, tokenizer, {"max_length": 64, "stride": 8})
     windows.question = [0, 0, 1]
     pairs = windows.pairs([(1.0, "nowhere"), (2.0, "here"), (-5.0, "Far!")])
@@ -75,12 +93,13 @@ def test_the_best_window_answers_and_the_best_reference_counts(tokenizer):
     assert windows.score(pairs) == {"f1": pytest.approx(100 * (0.5 + 1) / 2), "exact_match": 50}
 
 
-# --- windows and spans ---------------------------------------------------------------------------------------------
+# --- windows and spans ----------------------------------------------------------------------------
 
 @pytest.fixture
 def long_passage(tokenizer):
     rng = np.random.default_rng(0)
-    contexts = [" ".join(rng.choice(WORDS, 300)) + " unbelievable-answerables " + " ".join(rng.choice(WORDS, 100)), "it is here"]
+    contexts = [" ".join(rng.choice(WORDS, 300)) + " unbelievable-answerables "
+                + " ".join(rng.choice(WORDS, 100)), "it is here"]
     questions = [question(contexts[0], "unbelievable-answerables"), question(contexts[1], "here")]
     return questions, qa.Windows(questions, tokenizer, {"max_length": 128, "stride": 40})
 
@@ -88,7 +107,8 @@ def long_passage(tokenizer):
 def test_windows_cover_the_passage_and_share_the_stride(long_passage):
     questions, windows = long_passage
     own = [w for w, q in enumerate(windows.question) if q == 0]
-    assert windows.n == 2 and len(own) > 4 and max(windows.lengths) == 128 and windows.question[-1] == 1
+    assert (windows.n == 2 and len(own) > 4 and max(windows.lengths) == 128
+            and windows.question[-1] == 1)
     pieces = [windows.offsets[w][slice(*windows.passage[w])] for w in own]
     assert pieces[0][0][0] == 0 and pieces[-1][-1][1] == len(questions[0].context)
     for a, b in zip(pieces, pieces[1:]):
@@ -115,8 +135,10 @@ def test_collate_marks_question_passage_and_padding(long_passage, tokenizer):
     x = windows.collate(np.array([0, len(windows.ids) - 1]))
     expected = tokenizer(["where is it?"], ["it is here"])
     n = len(expected["input_ids"][0])
-    assert x["input_ids"][1, :n].tolist() == expected["input_ids"][0] and not x["input_ids"][1, n:].any()
-    assert x["token_type_ids"][1, :n].tolist() == expected["token_type_ids"][0] and not x["token_type_ids"][1, n:].any()
+    assert (x["input_ids"][1, :n].tolist() == expected["input_ids"][0]
+            and not x["input_ids"][1, n:].any())
+    assert (x["token_type_ids"][1, :n].tolist() == expected["token_type_ids"][0]
+            and not x["token_type_ids"][1, n:].any())
     assert x["attention_mask"].sum(1).tolist() == [128, n]
     assert x["start_positions"].tolist() == windows.spans[[0, -1], 0].tolist()
 
@@ -130,24 +152,29 @@ def test_predicted_span_is_the_best_valid_one(long_passage):
     start[:, 0] = end[:, 0] = 9  # [CLS] neither
     start[:, -30], end[:, 20] = 8, 8  # end before start
     start[0, 40], end[0, 70], end[0, 69] = 8, 8, 7  # 31 tokens, too many; 30 tokens
-    for row, (score, answer) in zip(rows, windows.predict(SimpleNamespace(start_logits=start, end_logits=end), rows)):
+    found = windows.predict(SimpleNamespace(start_logits=start, end_logits=end), rows)
+    for row, (score, answer) in zip(rows, found):
         first, last = windows.passage[row]
-        pairs = {(i, j): (start[row, i] + end[row, j]).item() for i in range(first, last) for j in range(i, min(last, i + 30))}
+        pairs = {(i, j): (start[row, i] + end[row, j]).item()
+                 for i in range(first, last) for j in range(i, min(last, i + 30))}
         i, j = max(pairs, key=pairs.get)
         offsets, context = windows.offsets[row], questions[windows.question[row]].context
-        assert score == pytest.approx(pairs[i, j]) and answer == context[offsets[i][0]:offsets[j][1]]
+        assert (score == pytest.approx(pairs[i, j])
+                and answer == context[offsets[i][0]:offsets[j][1]])
         assert row != 0 or (i, j) == (40, 69)
 
 
 def test_windows_without_their_answer_are_not_trained_on(tokenizer):
     words = " ".join(WORDS * 4)
-    long = question(words, " ".join(WORDS * 3))  # longer than what neighbouring windows share: in none as a whole
+    # longer than what neighbouring windows share: in none as a whole
+    long = question(words, " ".join(WORDS * 3))
     padded = question("it is  here ", " here ")
     assert padded.context[padded.start:padded.end] == "here"
     windows = qa.Windows([padded, long, padded], tokenizer, {"max_length": 64, "stride": 8})
     assert windows.usable.tolist() == [0, len(windows.ids) - 1] and len(windows.ids) == 4
     trained = np.concatenate(windows.batches(4, np.random.default_rng(0)))
-    assert sorted(trained) == windows.usable.tolist() and len(np.concatenate(windows.batches(4))) == len(windows.ids)
+    assert (sorted(trained) == windows.usable.tolist()
+            and len(np.concatenate(windows.batches(4))) == len(windows.ids))
 
 
 def test_questions_are_cut_at_64_tokens_and_never_crowd_out_the_passage(tokenizer):
@@ -163,7 +190,8 @@ def test_fast_model_is_the_same_model(method):
     ids = torch.randint(1, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
-    x = {"input_ids": ids, "attention_mask": mask, "token_type_ids": (torch.arange(9) > 3).long().expand(4, 9),
+    x = {"input_ids": ids, "attention_mask": mask,
+         "token_type_ids": (torch.arange(9) > 3).long().expand(4, 9),
          "start_positions": torch.tensor([4, 5, 6, 0]), "end_positions": torch.tensor([4, 6, 8, 0])}
     outs = [model(**x) for model in (plain, quick)]
     kept = mask.bool()
@@ -176,48 +204,59 @@ def test_fast_model_is_the_same_model(method):
 
 @pytest.mark.parametrize("method", ["full", "lora", "dora"])
 def test_padding_changes_neither_loss_nor_gradient_nor_answer(method, tokenizer):
-    windows = qa.Windows([question(f"it is {'very ' * i}far, near {w}", w) for i, w in enumerate(WORDS[:6])], tokenizer,
-                         {"max_length": 64, "stride": 8})
+    windows = qa.Windows([question(f"it is {'very ' * i}far, near {w}", w)
+                          for i, w in enumerate(WORDS[:6])],
+                         tokenizer, {"max_length": 64, "stride": 8})
     model = randomize(build_for(tokenizer, method))
     x = windows.collate(np.arange(6))
     found = []
     for extra in 0, 1, 23:
-        padded = {name: torch.nn.functional.pad(tensor, (0, extra)) if tensor.dim() == 2 else tensor for name, tensor in x.items()}
+        padded = {name: torch.nn.functional.pad(tensor, (0, extra)) if tensor.dim() == 2 else tensor
+                  for name, tensor in x.items()}
         model.zero_grad()
         out = windows.forward(model, padded)
         out.loss.backward()
-        found.append((out.loss.item(), [p.grad.clone() for p in trained_tensors(model).values()], windows.predict(out, np.arange(6))))
+        found.append((out.loss.item(), [p.grad.clone() for p in trained_tensors(model).values()],
+                      windows.predict(out, np.arange(6))))
     for loss, grads, answers in found[1:]:
-        assert loss == pytest.approx(found[0][0], abs=1e-6) and [a for _, a in answers] == [a for _, a in found[0][2]]
+        assert (loss == pytest.approx(found[0][0], abs=1e-6)
+                and [a for _, a in answers] == [a for _, a in found[0][2]])
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, found[0][1]))
     logits = model(**{name: x[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
     expected = []  # the equation written out: only tokens are in the sums
     for i, n in enumerate(windows.lengths):
-        for scores, at in (logits.start_logits[i, :n], x["start_positions"][i]), (logits.end_logits[i, :n], x["end_positions"][i]):
+        for scores, at in ((logits.start_logits[i, :n], x["start_positions"][i]),
+                           (logits.end_logits[i, :n], x["end_positions"][i])):
             expected.append(torch.log(torch.exp(scores).sum()) - scores[at])
     assert found[0][0] == pytest.approx(float(sum(expected)) / 12, abs=1e-5)
 
 
 def build_for(tokenizer, method):
-    """A small BERT for questions with this tokenizer's vocabulary, without dropout, turned into one of METHODS."""
+    """A small BERT for questions with this tokenizer's vocabulary, without dropout, turned into one
+    of METHODS."""
     torch.manual_seed(0)
-    model = BertForQuestionAnswering(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                                                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    apply_method(model, settings(*METHODS[method], "--dropout", 0) if method != "full" else settings(*METHODS[method]), torch.float32)
+    model = BertForQuestionAnswering(
+        BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                   hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    apply_method(model, settings(*METHODS[method], "--dropout", 0) if method != "full"
+                 else settings(*METHODS[method]), torch.float32)
     return model
 
 
 @pytest.mark.parametrize("by_length", [True, False])
 def test_accumulation_changes_neither_loss_nor_step(by_length, tokenizer):
-    windows = qa.Windows([question(f"it is {'very ' * (7 * i % 12)}far, near {WORDS[i]}", WORDS[i]) for i in range(12)], tokenizer,
-                         {"max_length": 64, "stride": 8})
+    windows = qa.Windows([question(f"it is {'very ' * (7 * i % 12)}far, near {WORDS[i]}", WORDS[i])
+                          for i in range(12)],
+                         tokenizer, {"max_length": 64, "stride": 8})
     batches = windows.batches(6, np.random.default_rng(0), by_length)
     results = []
     for accumulation in 1, 2, 4:
         model = randomize(build_for(tokenizer, "full"))
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         off = torch.autocast("cpu", enabled=False), torch.amp.GradScaler("cpu", enabled=False)
-        losses = [train_module.step(model, sgd, windows, batch, torch.device("cpu"), *off, accumulation).item() for batch in batches]
+        losses = [train_module.step(model, sgd, windows, batch, torch.device("cpu"), *off,
+                                    accumulation).item()
+                  for batch in batches]
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     for losses, tensors in results[1:]:
         assert losses == pytest.approx(results[0][0], abs=1e-5)
@@ -226,12 +265,14 @@ def test_accumulation_changes_neither_loss_nor_step(by_length, tokenizer):
 
 def test_logits_are_fp32_under_autocast(tokenizer):
     model = build_for(tokenizer, "full")
-    model.qa_outputs = qa.SpanHead(32, 2)
+    model.qa_outputs = SpanHead(32, 2)
     ids = torch.randint(1000, 2000, (8, 64), generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        assert model.bert.encoder.layer[0].attention.self.query(torch.ones(1, 32)).dtype is torch.bfloat16
+        assert (model.bert.encoder.layer[0].attention.self.query(torch.ones(1, 32)).dtype
+                is torch.bfloat16)
         start = model(input_ids=ids).start_logits
-    assert start.dtype is torch.float32 and len(start.unique()) > 500  # rounded to bf16, fewer than 100 are left
+    # rounded to bf16, fewer than 100 are left
+    assert start.dtype is torch.float32 and len(start.unique()) > 500
     assert len(start.bfloat16().unique()) < 400
 
 
@@ -240,9 +281,12 @@ def test_logits_are_fp32_under_autocast(tokenizer):
     ("Ana went to sa\u0303o paulo", "sa\u0303o paulo"),
     ("he drank a cafe\u0301", "cafe\u0301"),  # nothing after the last mark
     ("a\u0302\u0323 b\u0302\u0323c e\u0302\u0323.", "e\u0302\u0323"),
-    ("\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902 \u0926\u093f\u0932\u094d\u0932\u0940 \u0939\u0948", "\u0926\u093f\u0932\u094d\u0932\u0940"),  # Hindi
-    ("\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u05e2\u05d5\u05b9\u05dc\u05b8\u05dd\u05b8", "\u05e2\u05d5\u05b9\u05dc\u05b8\u05dd\u05b8"),  # Hebrew with points
-    ("\u0e44\u0e1b\u0e01\u0e34\u0e19\u0e19\u0e49\u0e33", "\u0e19\u0e49\u0e33"),  # Thai, without spaces
+    ("\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902 "  # Hindi
+     "\u0926\u093f\u0932\u094d\u0932\u0940 \u0939\u0948", "\u0926\u093f\u0932\u094d\u0932\u0940"),
+    ("\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u05e2\u05d5\u05b9\u05dc\u05b8\u05dd\u05b8",
+     "\u05e2\u05d5\u05b9\u05dc\u05b8\u05dd\u05b8"),  # Hebrew with points
+    ("\u0e44\u0e1b\u0e01\u0e34\u0e19\u0e19\u0e49\u0e33",
+     "\u0e19\u0e49\u0e33"),  # Thai, without spaces
     ("a soft hy\u00adphen\u00ad", "hy\u00adphen\u00ad"),
 ])
 def test_answers_reach_over_what_belongs_to_no_token(context, answer, tokenizer):
@@ -254,13 +298,15 @@ def test_answers_reach_over_what_belongs_to_no_token(context, answer, tokenizer)
         assert found == answer and qa.f1(found, answer) == qa.exact_match(found, answer) == 1
     first, last = windows.passage[0]
     reached = {i for a, b in offsets[first:last] for i in range(a, b)}
-    assert {i for i, c in enumerate(context) if not c.isspace()} == reached  # each character belongs to a token
+    # each character belongs to a token
+    assert {i for i, c in enumerate(context) if not c.isspace()} == reached
 
 
 def test_a_mark_at_the_edge_of_a_window(tokenizer):
     words = [f"cafe\u0301{i}" if i % 3 else "e\u0301" for i in range(60)]
     context = " ".join(words)
-    windows = qa.Windows([question(context, " ".join(words[20:23]))], tokenizer, {"max_length": 48, "stride": 20})
+    windows = qa.Windows([question(context, " ".join(words[20:23]))], tokenizer,
+                         {"max_length": 48, "stride": 20})
     held = [w for w in range(len(windows.ids)) if windows.spans[w].any()]
     assert len(windows.ids) > 3 and held
     for w in held:
@@ -270,25 +316,31 @@ def test_a_mark_at_the_edge_of_a_window(tokenizer):
 
 def test_answers_that_are_too_long_are_counted_and_the_limit_can_be_raised(tokenizer):
     long = "a very " + "long and " * 20 + "winding road"  # 44 tokens
-    questions = [question(f"Ana walked {long}. Then it rained.", long), question("it is here", "here"),
+    questions = [question(f"Ana walked {long}. Then it rained.", long),
+                 question("it is here", "here"),
                  question(f"it is {long}", long)._replace(answers=[long, "a road"])]
     scores = SimpleNamespace(start_logits=torch.zeros(3, 64), end_logits=torch.zeros(3, 64))
     for limit, n in (30, 1), (43, 1), (44, 0):
-        windows = qa.Windows(questions, tokenizer, {"max_length": 64, "stride": 8, "max_answer_length": limit})
-        assert windows.note.startswith(f"{n} of 3 questions" if n else "") and bool(windows.note) is bool(n)
+        windows = qa.Windows(questions, tokenizer,
+                             {"max_length": 64, "stride": 8, "max_answer_length": limit})
+        assert (windows.note.startswith(f"{n} of 3 questions" if n else "")
+                and bool(windows.note) is bool(n))
         scores.start_logits[0, windows.spans[0, 0]] = scores.end_logits[0, windows.spans[0, 1]] = 9
         (_, answer), *_ = windows.predict(scores, [0, 1, 2])
         assert (answer == long) is (limit == 44)
 
 
-# --- data ----------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 def test_missing_splits_are_filled_by_whole_passages(tmp_path):
-    paragraphs = [(f"passage {i} is {w}.", [(f"what is it {j}?", w, len(f"passage {i} is ")) for j in range(3)]) for i, w in enumerate(WORDS)]
+    paragraphs = [(f"passage {i} is {w}.",
+                   [(f"what is it {j}?", w, len(f"passage {i} is ")) for j in range(3)])
+                  for i, w in enumerate(WORDS)]
     (tmp_path / "train.json").write_text(json.dumps(squad(*paragraphs)))
     (tmp_path / "dev.json").write_text(json.dumps(small_set(5)))
-    task = qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
-    assert len(task.test) == 5 and len(task.train) + len(task.validation) == 60 and len(task.validation) == 6
+    task = qa.load_task("movies", tmp_path)
+    assert (len(task.test) == 5 and len(task.train) + len(task.validation) == 60
+            and len(task.validation) == 6)
     assert not {q.context for q in task.train} & {q.context for q in task.validation}
     assert "validation questions are the test; 6 questions of train" in task.note
 
@@ -300,12 +352,14 @@ def test_misaligned_answers_are_counted_and_left_out_of_training_only(tmp_path):
         content = small_set(6)
         content["data"] += squad(*broken)["data"]
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
-    task = qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
-    assert [len(rows) for rows in task[1:4]] == [6, 6, 10] and "8 questions left out of train and validation" in task.note
+    task = qa.load_task("movies", tmp_path)
+    assert ([len(rows) for rows in task[1:4]] == [6, 6, 10]
+            and "8 questions left out of train and validation" in task.note)
     assert all(q.context[q.start:q.end] == q.answers[0] for q in task.train)
     (tmp_path / "train.json").write_text(json.dumps(squad(*broken)))
-    with pytest.raises(SystemExit, match="no answer of the 4 train questions stands at its answer_start"):
-        qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
+    with pytest.raises(SystemExit,
+                       match="no answer of the 4 train questions stands at its answer_start"):
+        qa.load_task("movies", tmp_path)
 
 
 GOOD = squad(("it is here", [("where?", "here", 6)]))
@@ -328,14 +382,16 @@ QAS = ("data", 0, "paragraphs", 0, "qas", 0)
     ([], "no key 'data' in the whole"),
     ({"data": {}}, "'data' in the whole is '{}', not a list"),
     (without("paragraphs", "data", 0), r"no key 'paragraphs' in data\[0\]"),
-    (without("context", "data", 0, "paragraphs", 0), r"no key 'context' in data\[0\].paragraphs\[0\]"),
+    (without("context", "data", 0, "paragraphs", 0),
+     r"no key 'context' in data\[0\].paragraphs\[0\]"),
     (without("question", *QAS), r"no key 'question' in data\[0\].paragraphs\[0\].qas\[0\]"),
     (without("answers", *QAS), r"no key 'answers' in .*qas\[0\]"),
     (without("answer_start", *QAS, "answers", 0), r"no key 'answer_start' in .*qas\[0\].answers"),
     (squad(("it is here", [("where?", "here", "6")])), "'answer_start' in .* is '6', not a int"),
     (squad(("it is here", [("  ", "here", 6)])), "question '0-0' is empty"),
     ({"data": []}, "has no questions"),
-    (squad(("it is here", [("where?", "here", True)])), "'answer_start' in .* is 'True', not a int"),
+    (squad(("it is here", [("where?", "here", True)])),
+     "'answer_start' in .* is 'True', not a int"),
     (squad(("it is \ud800 here", [("where?", "here", 8)])), "half of a surrogate pair"),
     ({"data": [3]}, r"no key 'paragraphs' in data\[0\]"),
     (without(0, *QAS, "answers"), "has no answer; SQuAD 2.0"),
@@ -343,17 +399,19 @@ QAS = ("data", 0, "paragraphs", 0, "qas", 0)
 def test_json_that_is_not_squad(tmp_path, content, words):
     (tmp_path / "train.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit, match=words):
-        qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
+        qa.load_task("movies", tmp_path)
 
 
-@pytest.mark.parametrize("content, words", [(b'{"data": [', "cannot read"), (b'{"data": "caf\xe9"}', "not UTF-8: byte 0xe9"), (b"[" * 100_000, "cannot read")])
+@pytest.mark.parametrize("content, words", [(b'{"data": [', "cannot read"),
+                                            (b'{"data": "caf\xe9"}', "not UTF-8: byte 0xe9"),
+                                            (b"[" * 100_000, "cannot read")])
 def test_files_that_are_not_json(tmp_path, content, words):
     (tmp_path / "train.json").write_bytes(content)
     with pytest.raises(SystemExit, match=words):
-        qa.load_task(SimpleNamespace(data=tmp_path, task="movies"))
+        qa.load_task("movies", tmp_path)
 
 
-# --- the generated questions ---------------------------------------------------------------------------------------
+# --- the generated questions ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("split", synthetic.SIZES)
 def test_synthetic_answers_stand_where_they_say_among_distractors_of_their_type(split):
@@ -364,8 +422,12 @@ def test_synthetic_answers_stand_where_they_say_among_distractors_of_their_type(
         answer, start = q["answers"]["text"][0], q["answers"]["answer_start"][0]
         sentences = q["context"].split(". ")
         assert q["context"][start:start + len(answer)] == answer and len(sentences) == 4
-        named = [s for s in sentences if any(" ".join(pair) in q["question"] for pair in zip(s.rstrip(".").split(), s.rstrip(".").split()[1:]) if all(w[0].isupper() for w in pair))]
-        assert any(answer in s for s in named)  # the sentence with the name that the question has holds the answer
+        named = [s for s in sentences
+                 if any(" ".join(pair) in q["question"]
+                        for pair in zip(s.rstrip(".").split(), s.rstrip(".").split()[1:])
+                        if all(w[0].isupper() for w in pair))]
+        # the sentence with the name that the question has holds the answer
+        assert any(answer in s for s in named)
         if re.fullmatch(r"\d{4}", answer):
             years += 1
             assert len(re.findall(r"\b\d{4}\b", q["context"])) == 2
@@ -373,11 +435,15 @@ def test_synthetic_answers_stand_where_they_say_among_distractors_of_their_type(
 
 
 def test_synthetic_splits_share_no_name_and_no_wording():
-    words = {split: {w for q in synthetic.make_questions(split) for w in (q["context"] + q["question"]).replace(".", " ").replace("?", " ").split()}
-             for split in synthetic.SIZES}
+    words = {
+        split: {w for q in synthetic.make_questions(split)
+                for w in (q["context"] + q["question"]).replace(".", " ").replace("?", " ").split()}
+        for split in synthetic.SIZES}
     for a, b in ("train", "validation"), ("train", "test"), ("validation", "test"):
         shared = words[a] & words[b]
-        assert not {w for w in shared if w[0].isupper()} - {"When", "Which", "What", "Who", "How", "In", "For", "On", "Where", "At", "There", "The"}, shared
+        common = {"When", "Which", "What", "Who", "How", "In", "For", "On", "Where", "At", "There",
+                  "The"}
+        assert not {w for w in shared if w[0].isupper()} - common, shared
         assert not {w for w in shared if w.isdigit()}
     for statements, questions in synthetic.RELATIONS.values():
         for texts, held_out in (statements, 2), (questions, 1):
@@ -385,16 +451,18 @@ def test_synthetic_splits_share_no_name_and_no_wording():
             assert sum(parts, []) == texts and all(parts) and len(set(texts)) == len(texts)
 
 
-# --- the command line ----------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished QDoRA run on a small folder of questions: (data folder, output folder, result, process)."""
+    """A finished QDoRA run on a small folder of questions: (data folder, output folder, result,
+    process)."""
     base = tmp_path_factory.mktemp("qa")
     (base / "mine").mkdir()
     for seed, (split, n) in enumerate((("train", 40), ("dev", 10), ("test", 10))):
         (base / "mine" / f"{split}.json").write_text(json.dumps(small_set(n, seed)))
-    done = train("--method", "qdora", "--data", base / "mine", "--epochs", 2, "--max-steps", 6, "--output", base / "out")
+    done = train("--method", "qdora", "--data", base / "mine", "--epochs", 2, "--max-steps", 6,
+                 "--output", base / "out")
     assert done.returncode == 0, done.stderr
     result, = (base / "out" / "metrics" / "runs").iterdir()
     return base / "mine", base / "out", json.loads(result.read_text()), done
@@ -402,17 +470,21 @@ def finished(tmp_path_factory):
 
 def test_one_run_measures_all(finished):
     _, _, r, done = finished
-    assert r["trainable_by_kind"] == {"method": 6 * 2 * (16 * 2 * 384 + 384), "layer_norm": 0, "head": 770, "base": 0}
-    assert 0 <= r["exact_match"] <= r["f1"] <= 100 and len(r["history"]) == 2 and r["rows"] == {"train": 40, "validation": 10, "test": 10}
+    assert r["trainable_by_kind"] == {"method": 6 * 2 * (16 * 2 * 384 + 384), "layer_norm": 0,
+                                      "head": 770, "base": 0}
+    assert (0 <= r["exact_match"] <= r["f1"] <= 100 and len(r["history"]) == 2
+            and r["rows"] == {"train": 40, "validation": 10, "test": 10})
     assert r["best_epoch"] == max(r["history"], key=lambda h: h["validation_f1"])["epoch"]
     assert r["train_time_s"] == pytest.approx(sum(h["seconds"] for h in r["history"]))
-    assert (r["settings"]["stride"], r["settings"]["max_length"], r["settings"]["batch_size"]) == (128, 384, 8)
+    assert (r["settings"]["stride"], r["settings"]["max_length"], r["settings"]["batch_size"]) == (
+        128, 384, 8)
     assert "f1_macro" not in r and "mine: splits as given" in done.stdout
 
 
 def test_same_seed_same_numbers(finished, tmp_path):
     data, _, first, _ = finished
-    assert train("--method", "qdora", "--data", data, "--epochs", 2, "--max-steps", 6, "--output", tmp_path).returncode == 0
+    assert train("--method", "qdora", "--data", data, "--epochs", 2, "--max-steps", 6,
+                 "--output", tmp_path).returncode == 0
     again = json.loads(next((tmp_path / "metrics" / "runs").iterdir()).read_text())
     for h in first["history"] + again["history"]:
         h.pop("seconds", None)
@@ -421,21 +493,32 @@ def test_same_seed_same_numbers(finished, tmp_path):
 
 def test_a_task_that_does_not_fit(finished, data_dir, tmp_path):
     data, *_ = finished
-    one_line_error(run("bash", ROOT / "run_all.sh", "--data", data, "--output", tmp_path), "run_grid.sh")
-    one_line_error(run("bash", ROOT / "run_grid.sh", "--task", "movies", "--output", tmp_path), "run_all.sh")
-    one_line_error(run("bash", ROOT / "run_grid.sh", "--lr", "1e-3", "--output", tmp_path), "--lr", "train.py")
-    one_line_error(train("--method", "full", "--data", data_dir, "--stride", 8, "--output", tmp_path), "--stride")
-    one_line_error(train("--method", "full", "--data", data, "--max-length", 128, "--output", tmp_path), "--max-length", "--stride 128")
+    one_line_error(run("bash", ROOT / "run_all.sh", "--data", data, "--output", tmp_path),
+                   "run_grid.sh")
+    one_line_error(run("bash", ROOT / "run_grid.sh", "--task", "movies", "--output", tmp_path),
+                   "run_all.sh")
+    one_line_error(run("bash", ROOT / "run_grid.sh", "--lr", "1e-3", "--output", tmp_path),
+                   "--lr", "train.py")
+    one_line_error(train("--method", "full", "--data", data_dir, "--stride", 8,
+                         "--output", tmp_path),
+                   "--stride")
+    one_line_error(train("--method", "full", "--data", data, "--max-length", 128,
+                         "--output", tmp_path),
+                   "--max-length", "--stride 128")
     (tmp_path / "long").mkdir()
     words = " ".join(WORDS * 9)  # no window of 96 tokens holds such an answer
-    (tmp_path / "long" / "train.json").write_text(json.dumps(squad(*[(f"{i} {words}", [("where?", words, len(f"{i} "))]) for i in range(30)])))
-    flags = ["--data", str(tmp_path / "long"), "--max-length", "96", "--stride", "8", "--output", str(tmp_path)]
-    one_line_exit(lambda: train_module.main(parse_args(["--method", "full", *flags])), "no window", "--max-length")
+    (tmp_path / "long" / "train.json").write_text(json.dumps(
+        squad(*[(f"{i} {words}", [("where?", words, len(f"{i} "))]) for i in range(30)])))
+    flags = ["--data", str(tmp_path / "long"), "--max-length", "96", "--stride", "8",
+             "--output", str(tmp_path)]
+    one_line_exit(lambda: train_module.main(parse_args(["--method", "full", *flags])), "no window",
+                  "--max-length")
     model = tmp_path / "qa_model"
     shutil.copytree(model_folder(), model)
     BertForQuestionAnswering.from_pretrained(model_folder()).save_pretrained(model)  # has no pooler
     flags = ["--model", str(model), "--output", str(tmp_path)]
-    one_line_exit(lambda: train_module.main(parse_args(["--method", "lora", *flags])), "question answering only")
+    one_line_exit(lambda: train_module.main(parse_args(["--method", "lora", *flags])),
+                  "question answering only")
 
 
 def test_hub_questions_without_network(monkeypatch):
@@ -445,33 +528,40 @@ def test_hub_questions_without_network(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", nobody_answers)
     for task in "squad", "squad_pt":
         args = parse_args(["--method", "lora", "--task", task])
-        one_line_exit(lambda: qa.load_task(args), "hub", "--task synthetic", "--data DIR")
+        one_line_exit(lambda: qa.load_task(args.task), "hub", "--task synthetic", "--data DIR")
 
 
 def test_portuguese_questions_take_the_portuguese_model():
-    assert settings("--method", "full", "--task", "squad_pt")["model"] == "neuralmind/bert-base-portuguese-cased"
+    assert settings("--method", "full",
+                    "--task", "squad_pt")["model"] == "neuralmind/bert-base-portuguese-cased"
     assert settings("--method", "full", "--task", "squad_pt", "--model", "x")["model"] == "x"
 
 
-# --- the grid ------------------------------------------------------------------------------------------------------
+# --- the grid -------------------------------------------------------------------------------------
 
 def test_twenty_runs_with_the_names_of_the_study():
-    assert len(grid.RUNS) == 20 and {"lora_epoch-3_lr_2e-4", "full_epoch-2_lr_4.25e-5", "qdora_epoch-2_lr_2e-4"} <= grid.RUNS.keys()
+    assert (len(grid.RUNS) == 20
+            and {"lora_epoch-3_lr_2e-4", "full_epoch-2_lr_4.25e-5", "qdora_epoch-2_lr_2e-4"}
+            <= grid.RUNS.keys())
     for name, flags in grid.RUNS.items():
         s = settings(*flags.split(), "--task", "synthetic")
         assert run_name(s).startswith(name + "_synthetic_")  # the file's name
-        assert float(name.split("_lr_")[1]) == s["lr"] and s["r"] == (None if s["method"] == "full" else 16)
-    assert settings("--method", "lora", "--lr", "4.25e-5") == settings("--method", "lora", "--lr", "4.25e-05")
+        assert (float(name.split("_lr_")[1]) == s["lr"]
+                and s["r"] == (None if s["method"] == "full" else 16))
+    assert (settings("--method", "lora", "--lr", "4.25e-5")
+            == settings("--method", "lora", "--lr", "4.25e-05"))
 
 
 def leave(output, result, flags, names):
-    """Put results of some runs of the grid into `output`, as train.py would have, with recognisable scores."""
+    """Put results of some runs of the grid into `output`, as train.py would have, with
+    recognisable scores."""
     for i, name in enumerate(grid.RUNS):
         if name in names:
             s = settings(*flags, *grid.RUNS[name].split())
             path = result_path(output, s)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**result, "settings": s, "f1": 50.0 + i, "exact_match": 40.0 + i, "train_time_s": 60.0 * (i + 1)}))
+            path.write_text(json.dumps({**result, "settings": s, "f1": 50.0 + i,
+                                        "exact_match": 40.0 + i, "train_time_s": 60.0 * (i + 1)}))
 
 
 def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tmp_path):
@@ -481,58 +571,74 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tm
     leave(tmp_path, result, flags, there)
     done = run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert list(json.loads((tmp_path / "metrics" / "grid.json").read_text())) == there  # and no lora among them
-    assert "16 of 20 runs are missing" in done.stdout and "lora_epoch-2_lr_2e-4, lora_epoch-2_lr_4.25e-5" in done.stdout
+    # and no lora among them
+    assert list(json.loads((tmp_path / "metrics" / "grid.json").read_text())) == there
+    assert ("16 of 20 runs are missing" in done.stdout
+            and "lora_epoch-2_lr_2e-4, lora_epoch-2_lr_4.25e-5" in done.stdout)
     with open(tmp_path / "metrics" / "grid_statistics.csv") as file:
         line, = csv.DictReader(file)
     f1s = [50.0 + i for i, name in enumerate(grid.RUNS) if name in there]
-    assert (line["method"], line["n"]) == ("qlora", "4") and float(line["f1_mean"]) == pytest.approx(np.mean(f1s))
-    assert float(line["f1_std"]) == pytest.approx(np.std(f1s, ddof=1)) and float(line["minutes_max"]) == f1s[-1] - 49
+    assert ((line["method"], line["n"]) == ("qlora", "4")
+            and float(line["f1_mean"]) == pytest.approx(np.mean(f1s)))
+    assert (float(line["f1_std"]) == pytest.approx(np.std(f1s, ddof=1))
+            and float(line["minutes_max"]) == f1s[-1] - 49)
     for figure in "grid_f1.png", "grid_boxes.png", "grid_time.png":
         assert (tmp_path / "figures" / figure).stat().st_size > 10_000
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     model = tmp_path.parent / "another_model"
     shutil.copytree(model_folder(), model)
-    for other in (["--data", data, "--max-steps", 3], ["--task", "synthetic"], [*flags, "--seed", 7],
-                  [*flags, "--alpha", 16], [*flags, "--model", model]):
-        one_line_error(run("bash", ROOT / "run_grid.sh", *other, "--output", tmp_path), "holds results of another study", "--output")
+    for other in (["--data", data, "--max-steps", 3], ["--task", "synthetic"],
+                  [*flags, "--seed", 7], [*flags, "--alpha", 16], [*flags, "--model", model]):
+        one_line_error(run("bash", ROOT / "run_grid.sh", *other, "--output", tmp_path),
+                       "holds results of another study", "--output")
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    leave(tmp_path, {**result, "environment": {**result["environment"], "device": "another"}}, flags, list(grid.RUNS)[:1])
+    leave(tmp_path, {**result, "environment": {**result["environment"], "device": "another"}},
+          flags, list(grid.RUNS)[:1])
     done = run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path)
-    assert done.returncode == 0 and "the minutes do not compare" in done.stderr and "full_epoch-2_lr_2e-4" in done.stdout
+    assert (done.returncode == 0 and "the minutes do not compare" in done.stderr
+            and "full_epoch-2_lr_2e-4" in done.stdout)
     for damage in '{"full": {}}', "{", "[]":
         (tmp_path / "metrics" / "grid.json").write_text(damage)
-        one_line_error(run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path), "damaged", "delete it")
+        one_line_error(run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path),
+                       "damaged", "delete it")
 
 
-def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(finished, tmp_path):
+def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(
+        finished, tmp_path):
     data, _, result, _ = finished
     flags = ["--data", data, "--max-steps", 2]
     fails, works = "full_epoch-2_lr_2e-4", "dora_epoch-3_lr_4.25e-5"
     leave(tmp_path, result, flags, grid.RUNS.keys() - {fails, works})
     stem = result_path(tmp_path, settings(*flags, *grid.RUNS[fails].split())).stem
-    (tmp_path / "checkpoints" / f"{stem}.safetensors").mkdir(parents=True)  # a folder where a file should go
-    one_thread = {**os.environ, "OMP_NUM_THREADS": result["environment"]["device"].split()[1]}  # as in the runs left there
+    # a folder where a file should go
+    (tmp_path / "checkpoints" / f"{stem}.safetensors").mkdir(parents=True)
+    # as in the runs left there
+    one_thread = {**os.environ, "OMP_NUM_THREADS": result["environment"]["device"].split()[1]}
     done = run("bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path, env=one_thread)
-    assert done.returncode == 1 and f"failed: {sys.executable}" in done.stderr.replace(str(ROOT / ".venv/bin/python"), sys.executable)
+    assert (done.returncode == 1 and f"failed: {sys.executable}"
+            in done.stderr.replace(str(ROOT / ".venv/bin/python"), sys.executable))
     assert "cannot write" in done.stderr and done.stdout.count("finished already") == 18
     assert f"1 of 20 runs are missing: {fails}" in done.stdout
     assert works in json.loads((tmp_path / "metrics" / "grid.json").read_text())
     with open(tmp_path / "metrics" / "grid_results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [float(r["f1"]) for r in rows] == sorted((float(r["f1"]) for r in rows), reverse=True) and len(rows) == 19
+    assert ([float(r["f1"]) for r in rows] == sorted((float(r["f1"]) for r in rows), reverse=True)
+            and len(rows) == 19)
     (tmp_path / "checkpoints" / f"{stem}.safetensors").rmdir()
     done = run("bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path, env=one_thread)
-    assert done.returncode == 0 and done.stdout.count("finished already") == 19 and "missing" not in done.stdout
+    assert (done.returncode == 0 and done.stdout.count("finished already") == 19
+            and "missing" not in done.stdout)
 
 
 def test_list_prints_twenty_commands(finished, tmp_path):
     data, *_ = finished
-    done = run("bash", ROOT / "run_grid.sh", "--list", "--data", data, "--output", tmp_path / "with space")
+    done = run("bash", ROOT / "run_grid.sh", "--list", "--data", data,
+               "--output", tmp_path / "with space")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 20 and not list(tmp_path.iterdir())
     for line, flags in zip(lines, grid.RUNS.values()):
-        assert "train.py --data" in line and line.endswith(flags) and "'" + str(tmp_path / "with space") + "'" in line
+        assert ("train.py --data" in line and line.endswith(flags)
+                and "'" + str(tmp_path / "with space") + "'" in line)
 
 
 def test_a_question_is_asked_from_the_command_line(finished, tmp_path):
@@ -541,13 +647,15 @@ def test_a_question_is_asked_from_the_command_line(finished, tmp_path):
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "grid.json").write_text(json.dumps({"qdora_epoch-2_lr_2e-4": result}))
     shutil.copytree(output / "checkpoints", tmp_path / "checkpoints")
-    done = run(sys.executable, ROOT / "predict.py", "--output", tmp_path, "--question", "Who was it?", "--context",
+    done = run(sys.executable, ROOT / "predict.py", "--output", tmp_path,
+               "--question", "Who was it?", "--context",
                "It was Anna who wrote the letter, and Karl who read it.")
     assert done.returncode == 0 and not done.stderr, done.stderr
     head, row = done.stdout.splitlines()
     name, *_ = row.split()
     answer = row[len(name):head.index("answer") + len("answer")].strip()
-    assert name == "qdora" and answer and answer in "It was Anna who wrote the letter, and Karl who read it."
+    assert (name == "qdora" and answer
+            and answer in "It was Anna who wrote the letter, and Karl who read it.")
 
 
 def test_a_merged_question_answering_model_needs_nothing_from_here(finished, tmp_path):

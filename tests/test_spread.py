@@ -1,4 +1,5 @@
-"""The bootstrap against scikit-learn and against a slow one, and the cases whose answer is known."""
+"""The bootstrap against scikit-learn and against a slow one, and the cases whose answer is
+known."""
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
@@ -11,7 +12,8 @@ def task():
     """Labels of 3 classes (120,), predictions of a better and of a worse method (3 seeds, 120)."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 120)
-    noisy = lambda right: np.where(rng.random((3, 120)) < right, labels, rng.integers(0, 3, (3, 120)))
+    noisy = lambda right: np.where(rng.random((3, 120)) < right, labels,
+                                   rng.integers(0, 3, (3, 120)))
     return labels, noisy(0.9), noisy(0.6)
 
 
@@ -22,7 +24,8 @@ def test_mean_and_sample_standard_deviation():
 def test_macro_f1_of_a_resample_is_scikit_learns(task):
     labels, good, _ = task
     rng = np.random.default_rng(1)
-    for drawn in [np.arange(120), *(rng.integers(0, 120, 120) for _ in range(5)), np.flatnonzero(labels < 2)]:
+    for drawn in [np.arange(120), *(rng.integers(0, 120, 120) for _ in range(5)),
+                  np.flatnonzero(labels < 2)]:
         weights = np.bincount(drawn, minlength=120)[None].astype(float)
         expected = f1_score(labels[drawn], good[0][drawn], average="macro")
         assert macro_f1(labels, good[0], weights) == pytest.approx(expected)
@@ -43,18 +46,24 @@ def test_interval_is_that_of_a_bootstrap_written_out(task):
         differences.append(100 * (score(bad) - score(good)))
     low, high = np.percentile(differences, [2.5, 97.5])
     got = paired_bootstrap(labels, bad, good)
-    exact = 100 * np.mean([f1_score(labels, b, average="macro") - f1_score(labels, g, average="macro") for b, g in zip(bad, good)])
+    exact = 100 * np.mean([f1_score(labels, b, average="macro")
+                           - f1_score(labels, g, average="macro") for b, g in zip(bad, good)])
     assert got["points"] == pytest.approx(exact) and got["low"] < exact < got["high"] < 0
-    assert got["low"] == pytest.approx(low, abs=0.8) and got["high"] == pytest.approx(high, abs=0.8)  # points, of a width of 14
+    # points, of a width of 14
+    assert got["low"] == pytest.approx(low, abs=0.8) and got["high"] == pytest.approx(high, abs=0.8)
 
 
 def test_pairing_and_both_sources_of_spread(task):
     labels, good, bad = task
     width = lambda result: result["high"] - result["low"]
-    assert paired_bootstrap(labels, good, good) == {"points": 0.0, "low": 0.0, "high": 0.0}  # unpaired it would spread
+    # unpaired it would spread
+    assert paired_bootstrap(labels, good, good) == {"points": 0.0, "low": 0.0, "high": 0.0}
     same_seed_thrice = paired_bootstrap(labels, np.stack([bad[0]] * 3), np.stack([good[0]] * 3))
     one_seed = paired_bootstrap(labels, bad[:1], good[:1])
-    assert same_seed_thrice["points"] == one_seed["points"] and width(same_seed_thrice) == pytest.approx(width(one_seed), rel=0.1)
-    # One seed of three much worse: drawing sentences alone would spread this mean a third as far as that one seed.
+    assert (same_seed_thrice["points"] == one_seed["points"]
+            and width(same_seed_thrice) == pytest.approx(width(one_seed), rel=0.1))
+    # One seed of three much worse: drawing sentences alone would spread this mean a third as far as
+    # that one seed.
     uneven = paired_bootstrap(labels, np.stack([bad[0], good[0], good[0]]), np.stack([good[0]] * 3))
-    assert width(uneven) > 1.5 * width(one_seed) / 3 and uneven["high"] == 0  # 30 % of the draws are without that seed
+    # 30 % of the draws are without that seed
+    assert width(uneven) > 1.5 * width(one_seed) / 3 and uneven["high"] == 0

@@ -1,4 +1,5 @@
-"""Nothing is fetched and nothing extra is said when bitsandbytes is imported, and no terminal ends a program."""
+"""Nothing is fetched and nothing extra is said when bitsandbytes is imported, and no terminal ends
+a program."""
 import os
 import sys
 
@@ -13,12 +14,14 @@ try:
 except Exception as error:
     logging.getLogger(__name__).warning("Failed to load: %s", error)
 """
-KERNELS = "from pathlib import Path\nPath(__file__).with_name('touched').touch()\ndef get_kernel(name):\n    raise OSError('no hub')\n"
+KERNELS = ("from pathlib import Path\nPath(__file__).with_name('touched').touch()\n"
+           "def get_kernel(name):\n    raise OSError('no hub')\n")
 
 
 @pytest.fixture
 def packages(tmp_path):
-    """A stand-in for bitsandbytes that does on any CPU what the real one does on some, and `kernels` beside it."""
+    """A stand-in for bitsandbytes that does on any CPU what the real one does on some, and
+    `kernels` beside it."""
     cpu = tmp_path / "bitsandbytes" / "backends" / "cpu"
     cpu.mkdir(parents=True)
     for folder in cpu.parent.parent, cpu.parent, cpu:
@@ -35,12 +38,15 @@ def python(packages, code):
 
 
 def test_bitsandbytes_fetches_nothing_and_says_nothing(packages):
-    done = python(packages, "import settings, bitsandbytes, kernels; kernels.get_kernel")  # outside of it kernels is there
+    # outside of it kernels is there
+    done = python(packages, "import settings, bitsandbytes, kernels; kernels.get_kernel")
     assert done.returncode == 0 and not done.stderr, done.stderr
     (packages / "touched").unlink()
     done = python(packages, "import settings, bitsandbytes")
-    assert done.returncode == 0 and not done.stderr and not (packages / "touched").exists(), done.stderr
-    done = python(packages, "import kernels, settings, bitsandbytes; kernels.get_kernel")  # somebody else imported it before
+    assert (done.returncode == 0 and not done.stderr
+            and not (packages / "touched").exists()), done.stderr
+    # somebody else imported it before
+    done = python(packages, "import kernels, settings, bitsandbytes; kernels.get_kernel")
     assert done.returncode == 0 and not done.stderr
     done = python(packages, "import bitsandbytes")  # and without us
     assert "Failed to load" in done.stderr and (packages / "touched").exists()
@@ -52,9 +58,11 @@ def test_without_kernels_it_says_nothing_either(packages):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("module", ["train", "quant", "predict", "merge", "memory", "bench", "multitask", "fast", "model"])
+@pytest.mark.parametrize("module", ["train", "quant", "predict", "merge", "memory", "bench",
+                                    "multitask", "fast", "model"])
 def test_every_module_that_may_import_bitsandbytes_imports_this_first(module):
-    code = f"import sys, importlib.abc\nsys.path.insert(0, {str(ROOT)!r})\nimport {module}, bitsandbytes"
+    code = (f"import sys, importlib.abc\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"import {module}, bitsandbytes")
     done = run(sys.executable, "-c", code)
     assert done.returncode == 0 and not done.stderr, done.stderr
 
@@ -64,7 +72,8 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(encoding, data_dir, tmp_p
     folder = tmp_path / "donn\u00e9es \u4e2d"
     data_dir.rename(folder)
     env = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = run(sys.executable, ROOT / "train.py", "--method", "lora", "--data", folder, "--max-steps", 1, "--epochs", 1,
+    done = run(sys.executable, ROOT / "train.py", "--method", "lora", "--data", folder,
+               "--max-steps", 1, "--epochs", 1,
                "--output", tmp_path / "out", env=env, errors="replace")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     done = run(sys.executable, ROOT / "compare.py", "--list", "--data", folder, env=env)
@@ -75,3 +84,17 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(encoding, data_dir, tmp_p
 def test_a_closed_pipe_is_no_error(program):
     done = run("bash", "-c", f"{sys.executable} {ROOT / program} --help | head -n 1")
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_terminal_is_no_error(closed):
+    done = run("bash", "-c", f"{sys.executable} {ROOT / 'train.py'} --help {closed}")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_full_disk_is_one_line():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    done = run("bash", "-c", f"{sys.executable} {ROOT / 'train.py'} --help > /dev/full")
+    line, = done.stderr.splitlines()
+    assert done.returncode != 0 and line.startswith("error: ") and "No space" in line

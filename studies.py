@@ -1,0 +1,313 @@
+"""What the two studies share: which runs they are, their results, statistics and tables.
+
+compare.py (sentences) and grid.py (questions) are their front doors, plots.py draws what they
+write.
+"""
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from files import read_json
+from methods import CASES, STUDY, is_qa, label_of
+from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, short
+from spread import mean_std
+from start import fail
+
+# metrics/comparison.json has called full fine-tuning full_ft from the start
+SENTENCE_RUNS = {"full_ft" if name == "full" else name: CASES[name].flags for name in STUDY}
+GRID_METHODS = ("full", "lora", "qlora", "dora", "qdora")
+GRID_RUNS = {f"{method}_epoch-{epochs}_lr_{lr}":
+             f"--method {method} --epochs {epochs} --lr {lr}"
+             + (" --r 16" if method != "full" else "")
+             for method in GRID_METHODS for epochs in (2, 3) for lr in ("2e-4", "4.25e-5")}
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+def given(flag, argv):
+    return any(word.split("=")[0] == flag for word in argv)
+
+
+def explain(program, argv):
+    """Answer --help of a program, by its docstring, whose other flags are train.py's."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{program.strip()}\n\npython train.py --help explains the other flags.")
+        sys.exit()
+
+
+def refuse(flags, argv, why):
+    for flag in flags:
+        if given(flag, argv):
+            fail(f"{flag} {why}")
+
+
+def split_seeds(argv):
+    """(seeds, the other flags) of --seeds 42 43 44; without it, the one of --seed."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", nargs="+", type=number(int, 0, 2**32 - 1))
+    known, rest = parser.parse_known_args(argv)
+    seeds = known.seeds
+    if seeds and given("--seed", rest):
+        fail("give --seed or --seeds, not both")
+    if seeds and len(set(seeds)) < len(seeds):
+        fail(f"--seeds names a seed twice: {' '.join(map(str, seeds))}")
+    return seeds or [make_parser().parse_args([*rest, "--method", "full"]).seed], rest
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+def commands(runs, argv):
+    """One train.py command a run, for a shell."""
+    train = [sys.executable, str(Path(__file__).with_name("train.py")), *argv]
+    return "\n".join(f"{shlex.join(train)} {flags}" for flags in runs.values())
+
+
+def print_commands(text):
+    """On stdout, in the bytes in which the arguments came: a path that the terminal cannot show is
+    a path all the same."""
+    sys.stdout.buffer.write(os.fsencode(text + "\n"))
+
+
+def collect(runs, argv):
+    """({run: result}, names of the missing runs, output folder) of runs with the flags `argv`.
+    Results of other settings are never picked up, because a result's file name is made of its
+    settings."""
+    results, missing = {}, []
+    for name, flags in runs.items():
+        args = read_flags(argv + flags.split())
+        if args.result.exists():
+            results[name] = read_json(args.result)
+        else:
+            missing.append(name)
+    return results, missing, args.output
+
+
+def mixed_hardware(results):
+    """A line that names what differs if times and memory of the results do not compare, or None."""
+    for key in "device", "amp":
+        if len(values := {str(r["environment"][key]) for r in results}) > 1:
+            return (f"runs with different {key} do not compare: {', '.join(sorted(values))}; "
+                    "delete one kind's files")
+    return None
+
+
+# --- statistics of the grid ----------------------------------------------------------------------
+
+def rows_of(results):
+    """One dict a run, the best F1 first; f1 and exact_match in percent, minutes of training without
+    evaluation."""
+    rows = [{"run": name, "method": r["settings"]["method"], "epochs": r["settings"]["epochs"],
+             "lr": r["settings"]["lr"], "f1": r["f1"], "exact_match": r["exact_match"],
+             "minutes": r["train_time_s"] / 60, "best_epoch": r["best_epoch"],
+             "trainable_params": r["trainable_params"], "peak_vram_gb": r["peak_vram_gb"],
+             "peak_rss_gb": r["peak_rss_gb"]} for name, r in results.items()]
+    return sorted(rows, key=lambda row: -row["f1"])
+
+
+def statistics_of(rows):
+    """One dict a method: n runs, and mean, sample standard deviation, min and max of F1, exact
+    match and minutes."""
+    out = []
+    for method in GRID_METHODS:
+        if own := [row for row in rows if row["method"] == method]:
+            line = {"method": method, "n": len(own)}
+            for key in "f1", "exact_match", "minutes":
+                values = [row[key] for row in own]
+                mean, std = mean_std(values)
+                line |= {f"{key}_mean": mean, f"{key}_std": std,
+                         f"{key}_min": min(values), f"{key}_max": max(values)}
+            out.append(line)
+    return out
+
+
+def best_of(rows):
+    """The row with the best F1 of every method."""
+    return [next(row for row in rows if row["method"] == method) for method in GRID_METHODS
+            if any(row["method"] == method for row in rows)]
+
+
+# --- captions and tables -------------------------------------------------------------------------
+
+def markdown_table(header, rows):
+    header = [" ".join(cell.split()) for cell in header]
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, rule, *rows])
+
+
+def entry_label(entry):
+    """What the method of an entry of comparison.json is called."""
+    return label_of(entry["runs"][0]["settings"])
+
+
+def study(runs):
+    """One line that says what was compared on what, from a list of runs."""
+    run = runs[0]
+    s, rows = run["settings"], run["rows"]
+    what = "questions" if is_qa(s) else "sentences"
+    task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
+    devices = " and ".join(sorted({r["environment"]["device"] for r in runs}))
+    seeds = sorted({r["settings"]["seed"] for r in runs})
+    numbers = ", ".join(map(str, seeds))
+    return (f"{s['model']} on {task} ({rows['train']:,} training, {rows['test']:,} test {what}), "
+            f"seed{'s' if len(seeds) > 1 else ''} {numbers} (n = {len(seeds)}), {devices}, amp "
+            f"{run['environment']['amp']}")
+
+
+def command_of(script, run, seeds=()):
+    """The command that made a study, told from one of its runs: its data, its model, its seeds."""
+    s, task = run["settings"], "synthetic" if is_qa(run["settings"]) else "movies"
+    data = (["--data", s["task"]] if s["data_sha256"]
+            else ["--task", s["task"]] * (s["task"] != task))
+    model = ["--model", s["model"]] if s["model"] != DEFAULT_MODEL else []
+    seeds = ["--seeds", *map(str, seeds)] if len(seeds) > 1 else []
+    return shlex.join(["bash", script, *data, *model, *seeds])
+
+
+def study_of(entries):
+    return study([run for entry in entries.values() for run in entry["runs"]])
+
+
+def caption(entries):
+    n = entries["full_ft"]["n"]
+    spread, drawn = ("seeds, for the time over all epochs", "seeds and test sentences") if n > 1 \
+        else ("epochs", "test sentences")
+    full = entries["full_ft"]
+    command = command_of("run_all.sh", full["runs"][0], full["seeds"])
+    return (f"{study_of(entries)}; ± is the standard deviation over the {spread}; [ ] is a 95 % "
+            f"interval, by a paired bootstrap over {drawn}; made by `{command}`")
+
+
+def memory_key(entries):
+    """The GPU's peak where there was a GPU, else that of the whole process."""
+    if all(entry["peak_vram_gb"] is not None for entry in entries.values()):
+        return "peak_vram_gb", "peak GPU memory (GB)"
+    return "peak_rss_gb", "peak resident memory (GB)"
+
+
+def plus_minus(entry, key, digits):
+    std = entry[f"{key}_std"]
+    return f"{entry[key]:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def points(vs):
+    return "" if vs is None else f"{vs['points']:+.1f} [{vs['low']:+.1f}, {vs['high']:+.1f}]"
+
+
+def table(entries):
+    """(header, rows) of the comparison, as strings."""
+    key, what = memory_key(entries)
+    header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", " n ",
+              "test\nmacro-F1", "vs full (points)", "accuracy", "best\nepochs", "s per epoch",
+              what.replace("memory", "\nmemory"), "trained\nfile (MB)"]
+
+    rows = []
+    for name, entry in entries.items():
+        kinds, mb = entry["trainable_by_kind"], entry["checkpoint_mb"]
+        parts = "/".join(f" {kinds[kind]:,} " for kind in ("method", "layer_norm", "head")).strip()
+        rows.append([
+            entry_label(entry), short(entry["runs"][0]["settings"]["lr"]),
+            f"{entry['trainable_params']:,}", parts if name != "full_ft" else "everything",
+            f"{entry['trainable_pct']:.2f}", f"{entry['n']}", plus_minus(entry, "f1_macro", 4),
+            points(entry["vs_full"]), plus_minus(entry, "accuracy", 4),
+            ", ".join(map(str, entry["best_epoch"])), plus_minus(entry, "epoch_time_s", 1),
+            plus_minus(entry, key, 2), "–" if mb is None else f"{mb:.2f}"])
+    return header, rows
+
+
+def markdown(entries):
+    return markdown_table(*table(entries)) + f"\n{caption(entries)}.\n"
+
+
+def grid_markdown(runs):
+    """Four tables of the question-answering grid: all runs, their statistics, the best of each
+    method, the top five."""
+    rows = rows_of(runs)
+    header = ["run", "F1 (%)", "exact match (%)", "training (min)", "best epoch", "trainable"]
+    cells = [[row["run"], f"{row['f1']:.2f}", f"{row['exact_match']:.2f}", f"{row['minutes']:.2f}",
+              f"{row['best_epoch']} of {row['epochs']}", f"{row['trainable_params']:,}"]
+             for row in rows]
+    by_run = {line[0]: line for line in cells}
+
+    def spread(line, key):
+        std = line[f"{key}_std"]
+        return (f"{line[f'{key}_mean']:.2f} ± {'–' if std is None else f'{std:.2f}'} "
+                f"({line[f'{key}_min']:.2f} to {line[f'{key}_max']:.2f})")
+
+    by_method = [[line["method"], str(line["n"]),
+                  *(spread(line, key) for key in ("f1", "exact_match", "minutes"))]
+                 for line in statistics_of(rows)]
+    missing = [name for name in GRID_RUNS if name not in runs]
+    made_by = command_of("run_grid.sh", next(iter(runs.values())))
+    return (f"All {len(runs)} runs by F1: {study(list(runs.values()))}; made by `{made_by}`.\n\n"
+            + markdown_table(header, cells)
+            + (f"\nMissing: {', '.join(missing)}.\n" if missing else "")
+            + "\nBy method, mean ± standard deviation (min to max) over the n configurations, not "
+            "over seeds:\n\n"
+            + markdown_table(["method", "n", "F1 (%)", "exact match (%)", "training (min)"],
+                             by_method)
+            + "\nBest configuration of each method:\n\n"
+            + markdown_table(header, [by_run[row["run"]] for row in best_of(rows)])
+            + "\nTop five:\n\n" + markdown_table(header, cells[:5]))
+
+
+# The parts of a ledger (memory.py)
+PARTS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer",
+         "kept": "kept for backward"}
+
+
+def ledger_caption(ledger):
+    on_cpu = ledger["device"] == "cpu"
+    modules = "the CPU's modules (fast.py)" if on_cpu else "Hugging Face's modules on CUDA"
+    return (f"Predicted for {ledger['model']}, batches of {ledger['batch_size']} rows of "
+            f"{ledger['max_length']} tokens, amp {ledger['amp']}, {modules}")
+
+
+def bytes_of(study, name, n, own):
+    """What n tasks take, computed: the base once, unless every task has its own. own:
+    "trained_bytes" or "file_bytes"."""
+    return n * study["methods"][name][own] + (0 if name == "full" else study["base_bytes"])
+
+
+def multitask_caption(study):
+    where = study["environment"]
+    return f"{study['model']}, seed {study['seed']} (n = 1), {where['device']}, amp {where['amp']}"
+
+
+def multitask_markdown(study):
+    """Two tables: scores alone and together, and what n tasks take."""
+    def f1(values):
+        return " / ".join(f"{value:.4f}" for value in values)
+
+    others = [name for name in study["methods"] if name != "full"]
+    header = ["task", "test sentences", "full fine-tuning"]
+    for name in others:
+        header += [f"{study['methods'][name]['label']}: alone / together", "vs full (points)"]
+    rows = [[task, f"{row['test_rows']:,}", f1([row["full"]["f1_macro"]])]
+            + [cell for name in others
+               for cell in (f1([row[name]["f1_macro"], *row[name]["together"][-1:]]),
+                            points(row[name]["vs_full"]))]
+            for task, row in study["tasks"].items()]
+
+    most = study["methods"][others[0]]["memory"][-1][0]
+    counts = (1, 4, 10, most)
+    cost = []
+    for name, method in study["methods"].items():
+        measured = dict(method["memory"])
+        held = [f"{(measured.get(n) or bytes_of(study, name, n, 'trained_bytes')) / 1e6:,.0f}"
+                + ("" if n in measured else "*") for n in counts]
+        cost.append([method["label"], f"{method['file_bytes'] / 1e6:.2f}",
+                     f"{1000 * method['switch_ms']:.0f}", f"{method['load_ms']:.1f}", *held,
+                     f"{bytes_of(study, name, most, 'file_bytes') / 1e6:,.0f}"])
+    header_cost = ["", "file of one task (MB)", "switch in memory (µs)",
+                   "switch from the file (ms)",
+                   *(f"{n} task{'s' if n > 1 else ''} in memory (MB)" for n in counts),
+                   f"{most} tasks on disk (MB)"]
+
+    computed = "; * computed" if any("*" in cell for row in cost for cell in row) else ""
+    caption = (f"{multitask_caption(study)}; [ ] is a 95 % interval, by a paired bootstrap over "
+               "test sentences. Memory is measured in a fresh process, beyond Python and its "
+               "libraries; for LoRA and adapter with the base and its tokenizer"
+               f"{computed}.")
+    return (markdown_table(header, rows) + "\n" + markdown_table(header_cost, cost)
+            + f"\n{caption}\n")
