@@ -12,7 +12,7 @@ GROUP_ID := $(or $(SUDO_GID),$(shell id -g))
 .PHONY: build run test jupyter sh stop
 build:
 	@[ $(USER_ID) -ne 0 ] || { echo "error: build as a user other than root, who will own the results" >&2; exit 1; }
-	docker build --tag $(TAG) --file $(if $(GPU),Dockerfile.gpu,Dockerfile) \
+	docker build --tag $(TAG) --build-arg GPU=$(if $(GPU),1,0) \
 	  --build-arg UID=$(USER_ID) --build-arg GID=$(GROUP_ID) .
 run:
 	$(IN) --name $(IMAGE)_run $(TAG) bash run_all.sh $(ARGS)
