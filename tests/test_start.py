@@ -95,6 +95,6 @@ def test_a_closed_terminal_is_no_error(closed):
 def test_a_full_disk_is_one_line():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    done = run("bash", "-c", f"{sys.executable} {ROOT / 'train.py'} --help > /dev/full")
+    done = run("bash", "-c", f"{sys.executable} {ROOT / 'compare.py'} --list > /dev/full")
     line, = done.stderr.splitlines()
     assert done.returncode != 0 and line.startswith("error: ") and "No space" in line
