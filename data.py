@@ -127,6 +127,15 @@ def looks_quoted(text):
     return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
+def check_header(path, header):
+    """End if the first line of a file does not name the columns `sentence` and `label` once."""
+    for column in "sentence", "label":
+        if column not in header:
+            fail(f"{path} has no column {column!r}; its first line is {','.join(header)!r}")
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} times")
+
+
 def read_file(path):
     """Rows of a .tsv (GLUE layout: no quoting) or .csv file with a header that has `sentence` and
     `label`. Ends with the line where a row does not fit the header; warns of quoted fields that go
@@ -140,13 +149,7 @@ def read_file(path):
             style = tsv_style if path.suffix == ".tsv" else {"strict": True}
             reader = csv.reader(file, **style)
             header = next(reader, [])
-            for column in "sentence", "label":
-                if column not in header:
-                    fail(f"{path} has no column {column!r}; its first line is {','.join(header)!r}")
-            if twice := [name for name in header if name and header.count(name) > 1]:
-                fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} "
-                     "times")
-
+            check_header(path, header)
             at_sentence, at_label = header.index("sentence"), header.index("label")
             start = reader.line_num + 1
             for fields in reader:
