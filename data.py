@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch.nn.utils.rnn import pad_sequence
 
 from fetch import ratings_file
-from files import data_files, warn_unread
+from files import files_to_read
 from settings import RATED_TASKS, SPLIT_SEED
 from start import fail, warn
 
@@ -211,13 +211,9 @@ def warn_labels(names):
 
 
 def load_folder(folder):
-    """The user's own train, validation and test files (files.data_files), .tsv or .csv; only
+    """The user's own train, validation and test files (files.files_to_read), .tsv or .csv; only
     train must be there. A label is the text in the file."""
-    files, _ = data_files(folder)
-    if "train" not in files:
-        fail(f"{folder} has neither train.tsv nor train.csv, nor train.json with questions")
-    warn_unread(folder)
-    splits = {split: read_file(path) for split, path in files.items()}
+    splits = {split: read_file(path) for split, path in files_to_read(folder).items()}
     task = make_task(**splits)
     warn_labels(task.label_names)
     return task

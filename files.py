@@ -47,9 +47,14 @@ def data_files(folder):
     return {split: paths[0] for split, paths in found.items() if paths}, True in kinds
 
 
-def warn_unread(folder):
-    """Name what looks like a table or a split in the user's own folder and is not read."""
-    read = {path.name for path in data_files(folder)[0].values()}
+def files_to_read(folder):
+    """{split: path} of the user's own folder, to be read now. Ends without training rows; names
+    what looks like a table or a split and is not read."""
+    files, has_questions = data_files(folder)
+    if "train" not in files:
+        fail(f"{folder} has no train.json" if has_questions else
+             f"{folder} has neither train.tsv nor train.csv, nor train.json with questions")
+    read = {path.name for path in files.values()}
     stems = {stem for of_split in SPLITS.values() for stem in of_split}
 
     def is_suspect(name):
@@ -62,6 +67,7 @@ def warn_unread(folder):
     if left:
         fewer = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         warn(f"{folder}: not read: {fewer}; read are " + ", ".join(sorted(read)))
+    return files
 
 
 def model_files(folder):

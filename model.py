@@ -92,8 +92,9 @@ def fit_tokenizer(name, tokenizer, config):
     tokenizer.model_input_names = ["input_ids", *types, "attention_mask"]
 
 
-def check_loading(name, loading):
-    """End with one line if the file and BERT do not have the same tensors, heads left out."""
+def check_loading(name, model, loading):
+    """End with one line if the file and BERT do not have the same tensors, heads left out, or if
+    one is not finite."""
     untrained = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     if missing := sorted(key for key in untrained if not key.startswith(HEAD)):
         only_pooler = all(".pooler." in key for key in missing)
@@ -106,6 +107,9 @@ def check_loading(name, loading):
     if foreign:
         fail(f"{name} has {len(foreign)} tensors that BERT does not ({foreign[0]} first); without "
              "them it is another model")
+    if bad := [key for key, p in model.named_parameters()
+               if not key.startswith(HEAD) and not p.isfinite().all()]:
+        fail(f"{name} has {len(bad)} tensors with NaN or infinity ({bad[0]} first)")
 
 
 def load_pretrained(name, label_names):
@@ -133,10 +137,7 @@ def load_pretrained(name, label_names):
             fail(f"{name} holds no BERT that can be loaded ({reason})")
         fail(f"cannot load {name!r}: no such folder, and the Hugging Face hub did not give it "
              f"({reason}). Offline, --model FOLDER and the default {DEFAULT_MODEL} work")
-    check_loading(name, loading)
-    if bad := [key for key, p in model.named_parameters()
-               if not key.startswith(HEAD) and not p.isfinite().all()]:
-        fail(f"{name} has {len(bad)} tensors with NaN or infinity ({bad[0]} first)")
+    check_loading(name, model, loading)
 
     if not label_names:
         model.qa_outputs = SpanHead(config.hidden_size, 2)

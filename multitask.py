@@ -77,9 +77,9 @@ def train_missing(runs, argv):
                 fail(f"{run.checkpoint} is gone, although its run is finished; delete {run.result} "
                      "to run it again")
             if not run.result.exists():
-                command = commands({method: CASES[method].flags}, [*argv, "--task", task])
-                print(f"== {command}", flush=True)
-                if status := subprocess.run(command, shell=True).returncode:
+                line = commands({method: CASES[method].flags}, [*argv, "--task", task])
+                print(f"== {line}", flush=True)
+                if status := subprocess.run(line, shell=True).returncode:
                     sys.exit(status)  # it has said why
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from data import Encoded, Task, from_hub
-from files import data_files, warn_unread
+from files import files_to_read
 from settings import SPLIT_SEED
 from start import fail
 from synthetic import make_questions
@@ -89,12 +89,8 @@ def read_squad(path):
 
 
 def load_folder(folder):
-    """{split: questions as dicts} of the user's own .json files (files.data_files)."""
-    files, _ = data_files(folder)
-    if "train" not in files:
-        fail(f"{folder} has no train.json")
-    warn_unread(folder)
-    return {split: read_squad(path) for split, path in files.items()}
+    """{split: questions as dicts} of the user's own .json files (files.files_to_read)."""
+    return {split: read_squad(path) for split, path in files_to_read(folder).items()}
 
 
 def load_hub(task):

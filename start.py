@@ -43,8 +43,7 @@ logging.getLogger(OPS).setLevel(logging.ERROR)
 
 
 def mute():
-    """Let what is still to be printed go nowhere: whoever read it has closed the pipe (`|
-    head`)."""
+    """Let what is still to be printed go nowhere: its reader has closed the pipe (`| head`)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

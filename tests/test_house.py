@@ -139,7 +139,7 @@ def anchors(path):
 def test_every_link_leads_somewhere(paper):
     path = ROOT / paper
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
-    assert links or paper == "docs/choices.md"
+    assert len(links) > (10 if paper == "README.md" else 0)
     for link in links:
         if not link.startswith("http"):
             file, _, anchor = link.partition("#")

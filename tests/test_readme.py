@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run, settings
 from sklearn.metrics import f1_score
+from test_house import PAPERS
 
 import bench
 import compare
@@ -120,9 +121,6 @@ def generated():
             bench.markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
             memory.markdown(read("memory")), studies.multitask_markdown(read("multitask")),
             merge.markdown(read("requantized"))]
-
-
-PAPERS = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 
 
 def measured_values():
