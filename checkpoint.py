@@ -30,6 +30,7 @@ PROBE = ("The caf\u00e9 and the CAFE\u0301 isn't \u00dcn\u00efc\u00f8de, I\u0307
          "\u0939\u093f\u0928\u094d\u0926\u0940 [MASK] <s> 1,000.5%\u00a0")
 # settings that decide what the tensors do
 MEANING = ("method", "r", "alpha", "placement", "bottleneck", "reduction")
+# and "targets", which only some have
 
 
 def hash_base(model):
@@ -132,9 +133,10 @@ def load(path, model, about):
     if found["label_names"] != about["label_names"]:
         fail(f"{path} is of another task: its labels are {found['label_names']}, not "
              f"{about['label_names']}")
-    for key in MEANING:
-        if found["settings"][key] != about["settings"][key]:
-            fail(f"{path} has {key} {found['settings'][key]}, not {about['settings'][key]}")
+    for key in (*MEANING, "targets"):
+        has, asked = found["settings"].get(key), about["settings"].get(key)
+        if has != asked:
+            fail(f"{path} has {key} {has}, not {asked}")
     fill(path, model, assign=False)
 
 

@@ -5,21 +5,24 @@ qa.py is the same for questions and passages.
 import csv
 import re
 import unicodedata
+from collections import Counter
 from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch.nn.utils.rnn import pad_sequence
 
 from fetch import ratings_file
 from files import files_to_read
 from settings import RATED_TASKS, SPLIT_SEED
+from spread import ece, nll
 from start import fail, warn
 
 NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is one
+FOLD_SEED = 2003  # the folds' own: the same for every method, --seed and machine
 WRITTEN_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"  # in any writing
 
 
@@ -38,16 +41,32 @@ class Task(NamedTuple):
     encode: type  # the kind of Encoded that makes batches of a split
 
 
-def carve(rows, n):
-    """(rest, n rows), drawn with SPLIT_SEED and the same share of every label in both."""
+def carve(rows, n, seed=SPLIT_SEED):
+    """(rest, n rows), drawn with a seed and the same share of every label in both."""
     try:
         rest_x, out_x, rest_y, out_y = train_test_split(
-            rows.sentences, rows.labels, test_size=n, stratify=rows.labels,
-            random_state=SPLIT_SEED)
+            rows.sentences, rows.labels, test_size=n, stratify=rows.labels, random_state=seed)
     except ValueError as e:
         fail(f"cannot split {len(rows.sentences)} training rows: {e}. Give validation and test "
              "files of your own.")
     return Rows(rest_x, rest_y), Rows(out_x, out_y)
+
+
+def take_fold(rows, fold):
+    """(train, validation, test, a note) of a pool of rows. fold: (k, n), the k-th of n folds, drawn
+    with FOLD_SEED and the same share of every label in each, so that every row tests in exactly
+    one. Of the others 1,000 validate (of a small pool as many as a tenth of it), the rest
+    trains."""
+    k, n = fold
+    label, least = min(Counter(rows.labels).items(), key=lambda item: item[1])
+    if least < n + 1:  # one in each fold, and one more to validate
+        fail(f"{n} folds need {n + 1} rows of every label; {label!r} has {least}")
+    parts = StratifiedKFold(n, shuffle=True, random_state=FOLD_SEED)
+    others, own = list(parts.split(rows.labels, rows.labels))[k - 1]
+    others, test = (Rows([rows.sentences[i] for i in part], [rows.labels[i] for i in part])
+                    for part in (others, own))
+    train, validation = carve(others, min(1000, len(rows.labels) // 10), FOLD_SEED + k)
+    return train, validation, test, f"fold {k} of {n} tests (seed {FOLD_SEED})"
 
 
 def make_task(train, validation=None, test=None):
@@ -81,7 +100,7 @@ def make_task(train, validation=None, test=None):
     return Task([str(name) for name in names], train, validation, test, note, Sentences)
 
 
-def load_rated(name):
+def load_rated(name, fold=None):
     """Rated sentences, label 1 where the mean rating is above zero. Ratings within 0.5 of zero are
     neutral and dropped, as SST-2 drops neutral sentences; so is the second of two equal sentences.
     Of `movies` 8,070 / 1,000 / 1,000 are left, of `products` 2,383 / 297 / 297, of `tweets` 2,746 /
@@ -93,9 +112,13 @@ def load_rated(name):
             ratings.setdefault(sentence.strip(), float(rating))
     n = min(1000, len(ratings) // 10)
     labels = ["positive" if r > 0 else "negative" for r in ratings.values()]
-    train, test = carve(Rows(list(ratings), labels), n)
-    train, validation = carve(train, n)
-    return make_task(train, validation, test)._replace(note=f"stratified with seed {SPLIT_SEED}")
+    rows, note = Rows(list(ratings), labels), f"stratified with seed {SPLIT_SEED}"
+    if fold:
+        train, validation, test, note = take_fold(rows, fold)
+    else:
+        train, test = carve(rows, n)
+        train, validation = carve(train, n)
+    return make_task(train, validation, test)._replace(note=note)
 
 
 def from_hub(name, config, revision, offline_task):
@@ -210,20 +233,24 @@ def warn_labels(names):
             break
 
 
-def load_folder(folder):
+def load_folder(folder, fold=None):
     """The user's own train, validation and test files (files.files_to_read), .tsv or .csv; only
     train must be there. A label is the text in the file."""
     splits = {split: read_file(path) for split, path in files_to_read(folder).items()}
-    task = make_task(**splits)
+    if fold:  # settings.py has seen to it that there are training rows alone
+        train, validation, test, note = take_fold(splits["train"], fold)
+        task = make_task(train, validation, test)._replace(note=note)
+    else:
+        task = make_task(**splits)
     warn_labels(task.label_names)
     return task
 
 
-def load_task(task, folder=None):
-    """The Task of that name, or of the user's own folder."""
+def load_task(task, folder=None, fold=None):
+    """The Task of that name, or of the user's own folder; fold: (k, n) of a cross-validation."""
     if folder:
-        return load_folder(folder)
-    return load_rated(task) if task in RATED_TASKS else load_hub(task)
+        return load_folder(folder, fold)
+    return load_rated(task, fold) if task in RATED_TASKS else load_hub(task)
 
 
 class Encoded:
@@ -238,8 +265,9 @@ class Encoded:
     collate    row numbers -> the model's inputs, and what the loss needs
     forward    a model and these inputs -> its output, with `loss`, the mean over the rows
     predict    the model's output for some rows -> a list of one prediction a row
-    pairs      the predictions for all rows -> a list of (truth, answer), one a sentence or question
-    score      these pairs -> {measure: value}
+    outcome    the predictions for all rows -> {"predictions": [(truth, answer)], one a sentence or
+               question, and for sentences "probabilities": [[of each label]]}
+    score      this outcome -> {measure: value}
     """
 
     def batches(self, batch_size, rng=None, by_length=True):
@@ -285,15 +313,18 @@ class Sentences(Encoded):
         return {"input_ids": ids, "attention_mask": mask, "labels": self.labels[rows]}
 
     def predict(self, out, rows):
-        """The most probable label of each row."""
-        return out.logits.argmax(-1).tolist()
+        """The probabilities of the labels, one list a row."""
+        return out.logits.double().softmax(-1).tolist()  # in fp32 a small one could become 0
 
-    def pairs(self, predictions):
-        """[(label, predicted label)], one a sentence."""
-        return list(zip(self.labels.tolist(), predictions))
+    def outcome(self, probabilities):
+        predicted = np.argmax(probabilities, axis=1).tolist()
+        return {"predictions": list(zip(self.labels.tolist(), predicted)),
+                "probabilities": probabilities}
 
-    def score(self, pairs):
-        """{f1_macro, accuracy}, in [0, 1]."""
-        labels, predictions = zip(*pairs)
-        return {"f1_macro": f1_score(labels, predictions, average="macro"),
-                "accuracy": accuracy_score(labels, predictions)}
+    def score(self, outcome):
+        """{f1_macro, accuracy, ece}, in [0, 1]; nll in nats."""
+        labels, predicted = zip(*outcome["predictions"])
+        return {"f1_macro": f1_score(labels, predicted, average="macro"),
+                "accuracy": accuracy_score(labels, predicted),
+                "nll": nll(labels, outcome["probabilities"]),
+                "ece": ece(labels, outcome["probabilities"])}

@@ -27,6 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from methods import DEFAULT_TARGETS, TARGETS
+
 
 def frozen_weight(linear):
     """The weight (out, in) that `linear` multiplies by; a 4-bit one is dequantised."""
@@ -116,12 +118,11 @@ class DoRALinear(LoRALinear):
 
 
 def put_lora(model, s, layer_class=LoRALinear):
-    """Put `layer_class` on query and value of every layer (LoRA's own choice, section 7.1)."""
+    """Put `layer_class` on the linear layers of every BertLayer that the settings name."""
     for layer in model.bert.encoder.layer:
-        attention = layer.attention.self
-        for name in "query", "value":
-            base = getattr(attention, name)
-            setattr(attention, name, layer_class(base, s["r"], s["alpha"], s["dropout"]))
+        for name in TARGETS[s.get("targets", DEFAULT_TARGETS)]:
+            base = layer.get_submodule(name)
+            layer.set_submodule(name, layer_class(base, s["r"], s["alpha"], s["dropout"]))
 
 
 def put_dora(model, s):

@@ -108,7 +108,8 @@ def load_test(s, tokenizer, folder):
         fail(f"it was trained on the folder {s['task']}; --data DIR says where that is")
     if folder and fingerprint(data_files(folder)[0].values()) != s["data_sha256"]:
         fail(f"{folder} is not what it was trained on, which is {s['task']}")
-    task = (qa if is_qa(s) else data).load_task(s["task"], folder)
+    task = (qa.load_task(s["task"], folder) if is_qa(s)
+            else data.load_task(s["task"], folder, s.get("fold")))
     return task.encode(task.test, tokenizer, s)
 
 
@@ -129,12 +130,13 @@ def requantize(path, model_name, folder):
     amp = autocast(device, None)
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     before = {name: frozen_weight(m.base).float() for name, m in wrapped.items()}
-    own, pairs = evaluate(model, split, device, amp)
+    own, before_merging = evaluate(model, split, device, amp)
     result = {"settings": s, "test_rows": split.n, "unmerged": own}
 
     def score(name):
-        scores, answers = evaluate(model, split, device, amp)
-        result[name] = scores | {"changed_predictions": sum(a != b for a, b in zip(answers, pairs))}
+        scores, outcome = evaluate(model, split, device, amp)
+        pairs = zip(outcome["predictions"], before_merging["predictions"])
+        result[name] = scores | {"changed_predictions": sum(a != b for a, b in pairs)}
 
     merge(model, s)
     merged = {name: model.get_submodule(name).weight.clone() for name in wrapped}

@@ -3,16 +3,21 @@
 | row      | put into BERT                         | trains, and is saved           | equation    |
 |----------|---------------------------------------|--------------------------------|-------------|
 | full     | nothing                               | everything                     |             |
-| lora     | A, B beside query and value           | A, B, head                     | lora.py     |
+| lora     | A, B beside linear layers (TARGETS)   | A, B, head                     | lora.py     |
 | qlora    | NF4 encoder weights, then as lora     | A, B, head                     | quant.py    |
-| dora     | A, B, m beside query and value        | A, B, m, head                  | lora.py     |
+| dora     | A, B, m beside linear layers          | A, B, m, head                  | lora.py     |
 | qdora    | NF4 encoder weights, then as dora     | A, B, m, head                  | both        |
 | houlsby  | two bottlenecks a layer               | bottlenecks, LayerNorms, head  | adapters.py |
 | pfeiffer | one bottleneck a layer                | bottlenecks, head              | adapters.py |
+| bitfit   | nothing                               | biases, the pooler's too, head |             |
+| head     | nothing                               | head: the floor                |             |
 
 The head is the same nn.Linear in all of them: on BERT's pooled [CLS] for sentences, on every token
-for questions (start and end). The pooler is part of BERT: only `full` trains it, and question
-answering has none.
+for questions (start and end). The pooler is part of BERT: only `full` trains its weight, `bitfit`
+its bias (as the authors' code does), and question answering has none.
+
+bitfit: Ben Zaken, Goldberg & Ravfogel 2022, https://arxiv.org/abs/2106.10199. Biases are those of
+linear layers and of LayerNorms; what trains is in fp32 in every method.
 
 To add a method: a row here, a case that bench.py and memory.py measure, and one file with the
 function that `put` names.
@@ -41,7 +46,7 @@ class Method(NamedTuple):
 
 
 ALL, NEW = Rates(2e-4, 2e-5, 4.25e-5), Rates(1e-3, 1e-4, 2e-4)
-LORA, ADAPTER = ("r", "alpha", "dropout"), ("placement", "bottleneck", "reduction")
+LORA, ADAPTER = ("r", "alpha", "dropout", "targets"), ("placement", "bottleneck", "reduction")
 AB, ABM = ("lora_",), ("lora_", "magnitude")
 
 METHODS = {
@@ -54,8 +59,18 @@ METHODS = {
                       (".LayerNorm.",), False, False, NEW),
     "pfeiffer": Method("adapter Pfeiffer {size}", ADAPTER, "adapters.put_pfeiffer", (".adapter.",),
                        (), False, False, NEW),
+    "bitfit": Method("BitFit", (), None, (), (".bias",), False, True, Rates(4e-3, 4e-4, 4e-4)),
+    "head": Method("head only", (), None, (), (), False, True, Rates(1e-2, 1e-3, 1e-3)),
 }
 HEAD = ("classifier.", "qa_outputs.")  # how the names of its parameters start; it trains always
+
+# Where --targets puts LoRA and DoRA: linear layers of a BertLayer.
+ATTENTION = tuple(f"attention.{name}" for name in ("self.query", "self.key", "self.value",
+                                                   "output.dense"))
+DEFAULT_TARGETS = "query value"
+TARGETS = {DEFAULT_TARGETS: (ATTENTION[0], ATTENTION[2]),  # the LoRA paper's own, section 7.1
+           "attention": ATTENTION,
+           "all": (*ATTENTION, "intermediate.dense", "output.dense")}
 
 # On the command line the two adapters are one method with a placement.
 PLACEMENTS = [name for name, row in METHODS.items() if "placement" in row.flags]
@@ -68,7 +83,8 @@ class Case(NamedTuple):
     marker: str  # in every figure
 
 
-# The methods as they are measured: bench.py and memory.py take all, run_all.sh takes STUDY.
+# The methods as they are measured: bench.py and memory.py take all, run_all.sh takes STUDY. The
+# colours of the last three are Paul Tol's.
 CASES = {
     "full": Case("--method full", "#000000", "o"),
     "lora_r8": Case("--method lora --r 8", "#56B4E9", "s"),
@@ -78,8 +94,12 @@ CASES = {
     "qdora": Case("--method qdora --r 16", "#D55E00", "X"),
     "adapter": Case("--method adapter", "#009E73", "v"),
     "pfeiffer": Case("--method adapter --placement pfeiffer", "#999999", "<"),
+    "lora_r16_all": Case("--method lora --r 16 --targets all", "#332288", "p"),
+    "bitfit": Case("--method bitfit", "#882255", "h"),
+    "head": Case("--method head", "#8B7D3A", "d"),
 }
 STUDY = ("full", "lora_r8", "lora_r16", "qlora", "adapter")
+FOLD_STUDY = (*STUDY, "lora_r16_all", "bitfit", "head")  # and these with --folds
 
 
 def row_of(s):
@@ -89,7 +109,8 @@ def row_of(s):
 
 def label_of(s):
     """What tables and figures call the method of the settings `s`."""
-    return row_of(s).label.format(r=s["r"], size=s["bottleneck"] or f"h/{s['reduction']}")
+    label = row_of(s).label.format(r=s["r"], size=s["bottleneck"] or f"h/{s['reduction']}")
+    return f"{label} ({s['targets']})" if "targets" in s else label
 
 
 def is_4bit(s):

@@ -139,7 +139,7 @@ def score_together(model, tensors, splits, alone, full, device, amp):
     slots, rows = trained_tensors(model), {}
     for task in TURN:
         switch(slots, tensors[task])
-        scores, pairs = evaluate(model, splits[task], device, amp)
+        scores, outcome = evaluate(model, splits[task], device, amp)
         answers, full_answers = ([answer for _, answer in results[task]["test_predictions"]]
                                  for results in (alone, full))
 
@@ -147,9 +147,10 @@ def score_together(model, tensors, splits, alone, full, device, amp):
                                      "changed_predictions": 0})
         row["together"].append(scores["f1_macro"])
         row["changed_predictions"] += sum(own != answer
-                                          for (_, own), answer in zip(pairs, answers))
+                                          for (_, own), answer in zip(outcome["predictions"],
+                                                                      answers))
         if len(row["together"]) == 1:
-            labels = [label for label, _ in pairs]
+            labels = [label for label, _ in outcome["predictions"]]
             row["vs_full"] = paired_bootstrap(labels, [answers], [full_answers])
     return rows
 

@@ -165,7 +165,8 @@ def answer(method, tokenizer, question, context):
     for rows in windows.batches(32):
         out = windows.forward(method.model, windows.collate(rows))
         predictions.update(zip(rows.tolist(), windows.predict(out, rows)))
-    return windows.pairs([predictions[row] for row in range(len(windows.ids))])[0][1]
+    outcome = windows.outcome([predictions[row] for row in range(len(windows.ids))])
+    return outcome["predictions"][0][1]
 
 
 def milliseconds(ask, n=3):

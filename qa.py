@@ -335,19 +335,19 @@ class Windows(Encoded):
             answers.append((score, context[offsets[i][0]:offsets[j][1]] if score > -np.inf else ""))
         return answers
 
-    def pairs(self, predictions):
-        """[(references, answer)], one a question, from one (score, answer) a window: the best
-        window answers."""
+    def outcome(self, predictions):
+        """predictions: [(references, answer)], one a question, from one (score, answer) a window:
+        the best window answers."""
         best = {}
         for question, prediction in zip(self.question, predictions):
             best[question] = max(best.get(question, prediction), prediction)
-        return [(q.answers, best[i][1]) for i, q in enumerate(self.questions)]
+        return {"predictions": [(q.answers, best[i][1]) for i, q in enumerate(self.questions)]}
 
-    def score(self, pairs):
+    def score(self, outcome):
         """{f1, exact_match} in percent; the reference that fits best counts."""
         scores = {}
         for name, measure in (("f1", f1), ("exact_match", exact_match)):
             best = [max(measure(answer, reference) for reference in references)
-                    for references, answer in pairs]
+                    for references, answer in outcome["predictions"]]
             scores[name] = 100 * float(np.mean(best))
         return scores

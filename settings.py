@@ -10,7 +10,16 @@ import sys
 from pathlib import Path
 
 from files import check_name, clear_parts, data_files, fingerprint, model_files, read_json
-from methods import CASES, CHOICES, METHODS, PLACEMENTS, is_qa, label_of
+from methods import (
+    CASES,
+    CHOICES,
+    DEFAULT_TARGETS,
+    METHODS,
+    PLACEMENTS,
+    TARGETS,
+    is_qa,
+    label_of,
+)
 from start import fail, start
 
 SPLIT_SEED = 42  # splits are the same for every --seed: seeds are compared on the same test rows
@@ -49,6 +58,14 @@ def number(kind, low, high=float("inf"), below=False):
     return convert
 
 
+def fold(text):
+    """An argparse type: 2/5, the second of five folds, as [2, 5]."""
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n) >= 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N, such as 2/5 for the second of five")
+    return [int(k), int(n)]
+
+
 def add_method_flags(g):
     count, positive = number(int, 1), number(float, 1e-12)
     g.add_argument("--r", type=count, metavar="N",
@@ -58,6 +75,10 @@ def add_method_flags(g):
     g.add_argument("--dropout", type=number(float, 0, 1, below=True), default=0.1, metavar="P",
                    help="dropout probability on LoRA's or DoRA's input; BERT's own dropout stays "
                         "(default: 0.1)")
+    g.add_argument("--targets", nargs="+", default=[DEFAULT_TARGETS], metavar="NAME",
+                   help="linear layers of BERT that LoRA and DoRA are put on: query value; "
+                        "attention (query, key, value, output); all (these and both layers of the "
+                        "FFN) (default: query value)")
     g.add_argument("--placement", choices=PLACEMENTS, default=PLACEMENTS[0],
                    help="adapters: two a layer, LayerNorms train; or one a layer, LayerNorms "
                         f"frozen (default: {PLACEMENTS[0]})")
@@ -121,6 +142,10 @@ def add_data_flags(g):
     task.add_argument("--data", type=Path, metavar="DIR",
                       help="your own train, validation and test files instead: .tsv or .csv with "
                            "the columns sentence and label, or SQuAD-format .json (default: none)")
+    g.add_argument("--fold", type=fold, metavar="K/N",
+                   help="cross-validation: of N parts of all rows, the K-th tests and the others "
+                        "train and validate; for tasks without test rows of their own (default: "
+                        "none)")
     g.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
                    help="where metrics/, figures/ and checkpoints/ go (default: beside this file)")
 
@@ -180,9 +205,22 @@ def sentence_settings(args):
     return {"batch_size": args.batch_size or 32, "max_length": args.max_length or 128}
 
 
+def check_fold(args, files, has_questions):
+    """End if the task cannot be cut into folds: cross-validation needs one pool of sentences."""
+    if has_questions:
+        fail("folds are for sentences; question answering has run_grid.sh")
+    if args.data and (given := sorted(set(files) - {"train"})):
+        fail(f"{args.data} has {files[given[0]].name}; folds are for one pool of rows, a folder "
+             "with train.csv or train.tsv alone")
+    if not args.data and args.task not in RATED_TASKS:
+        fail(f"the test rows of {args.task} are given; folds are for one pool of rows: "
+             f"{', '.join(RATED_TASKS)}, or --data DIR with training rows alone")
+
+
 def settings_of(args):
     """All that decides a run's result, as a dict for JSON. Only a run that leaves out a trick has
-    "without"."""
+    "without", only one with other targets than query and value "targets", only one of a
+    cross-validation "fold"."""
     model = model_of(args)
     is_local = model != DEFAULT_MODEL and Path(model).is_dir()
     if not is_local and (model.startswith((".", "/", "~")) or model.count("/") > 1):
@@ -190,7 +228,12 @@ def settings_of(args):
 
     files, has_questions = data_files(args.data) if args.data else ([], args.task in QA_TASKS)
     is_rated = model == DEFAULT_MODEL and args.task in RATED_TASKS and not args.data
+    if args.fold:
+        check_fold(args, files, has_questions)
     row = METHODS[args.placement if args.method == "adapter" else args.method]
+    targets = " ".join(args.targets)
+    if targets not in TARGETS:
+        fail(f"--targets {targets}: choose from {', '.join(TARGETS)}")
     rate = ("questions" if has_questions else "rated" if is_rated else "sentences")
 
     without = set(args.without)
@@ -206,6 +249,8 @@ def settings_of(args):
         **(question_settings if has_questions else sentence_settings)(args),
         "warmup": args.warmup, "seed": args.seed, "amp": args.amp, "max_steps": args.max_steps,
         **({"without": sorted(without)} if without else {}),
+        **({"targets": targets} if "targets" in row.flags and targets != DEFAULT_TARGETS else {}),
+        **({"fold": args.fold} if args.fold else {}),
         "task": args.data.resolve().name if args.data else args.task,
         "data_sha256": fingerprint(files.values()) if args.data else None,
         "model": Path(model).resolve().name if is_local else model,
@@ -231,7 +276,8 @@ def run_name(s):
     size = s["r"] and f"r{s['r']}" or s["reduction"] and f"rf{s['reduction']}" or s["bottleneck"]
     grid_name = f"{s['method']}_epoch-{s['epochs']}_lr_{short(s['lr'])}"
     first = [grid_name, s["task"]] if is_qa(s) else [s["task"], s["method"]]
-    parts = [*first, s["placement"], size, f"seed{s['seed']}", tag]
+    fold = "fold{}of{}".format(*s["fold"]) if "fold" in s else None
+    parts = [*first, s["placement"], size, s.get("targets"), fold, f"seed{s['seed']}", tag]
     return "_".join(str(part) for part in parts if part)
 
 

@@ -1,16 +1,38 @@
 """How far to trust a number: mean and standard deviation over seeds, a paired bootstrap over seeds
-and sentences."""
+and sentences, or over folds; and how far a probability: its log-likelihood and its calibration."""
 import statistics
 
 import numpy as np
 
 REPLICATES = 10_000
 CHUNK = 500  # replicates at a time, to bound the memory
+BINS = 15
 
 
 def mean_std(values):
     """(mean, sample standard deviation, or None for a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def nll(labels, probabilities):
+    """Mean negative log-likelihood in nats; labels (rows,) ints, probabilities (rows, classes)."""
+    # NLL = -1/n sum log p(label)
+    rows = np.arange(len(labels))
+    return float(-np.log(np.asarray(probabilities)[rows, labels]).mean())
+
+
+def ece(labels, probabilities):
+    """Expected calibration error in [0, 1], of BINS bins of equal width (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599, equation 3): labels (rows,) ints, probabilities (rows,
+    classes)."""
+    probabilities = np.asarray(probabilities)
+    confidence = probabilities.max(1)  # (rows,)
+    is_right = probabilities.argmax(1) == labels
+    # ECE = sum over bins |B| / n |accuracy(B) - confidence(B)|, B of confidences in (b / 15,
+    # (b + 1) / 15]; |B| is in both means, too
+    bins = np.ceil(confidence * BINS).astype(int) - 1
+    gaps = np.bincount(bins, weights=is_right - confidence)  # (bins,)
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def f1_parts(labels, predictions):

@@ -69,8 +69,8 @@ def step(model, optimizer, split, batch, device, amp, scaler, accumulation=1):
 
 @torch.no_grad()
 def evaluate(model, split, device, amp):
-    """({loss (mean per row), and the split's own scores}, [(truth, answer)]) of the model on an
-    Encoded split."""
+    """({loss (mean per row), and the split's own scores}, its outcome) of the model on an Encoded
+    split."""
     model.eval()
     loss, predictions = 0.0, {}
     for rows in split.batches(EVAL_BATCH)[RANK::WORLD]:
@@ -80,8 +80,8 @@ def evaluate(model, split, device, amp):
         predictions.update(zip(rows.tolist(), split.predict(out, rows)))
     losses, parts = zip(*gather((loss, predictions)))
     predictions = {row: prediction for part in parts for row, prediction in part.items()}
-    pairs = split.pairs([predictions[row] for row in range(len(split.ids))])
-    return {"loss": sum(losses) / len(split.ids), **split.score(pairs)}, pairs
+    outcome = split.outcome([predictions[row] for row in range(len(split.ids))])
+    return {"loss": sum(losses) / len(split.ids), **split.score(outcome)}, outcome
 
 
 def show(scores):
@@ -103,7 +103,8 @@ def main(args):
     # data and model; the first process of a machine downloads what is missing while others wait
     if LOCAL_RANK > 0:
         distributed.wait()
-    task = (qa if is_qa(s) else data).load_task(args.task, args.data)
+    task = (qa.load_task(args.task, args.data) if is_qa(s)
+            else data.load_task(args.task, args.data, s.get("fold")))
     print(f"{s['task']}: {task.note}")
     transformers.set_seed(s["seed"])  # random, numpy and torch, CUDA included
     tokenizer, model = load_pretrained(model_of(args), task.label_names)
@@ -173,20 +174,19 @@ def main(args):
     if RANK == 0:
         checkpoint.load(best_file, model, about)
     distributed.share([p.data for p in trained])  # the file is perhaps on another machine
-    scores, pairs = evaluate(model, test, device, amp)
+    scores, outcome = evaluate(model, test, device, amp)
     del scores["loss"]  # of test questions without a known place it is none
     seconds, peaks = [h["seconds"] for h in history], zip(*gather(peak_memory(device)))
-    vram, rss = (max(peak) if None not in peak else None for peak in peaks)
+    vram, rss = (max(peak) if None not in peak else None for peak in peaks)  # largest process
     del replica  # its destructor may otherwise wait for a Gloo thread that waits for Python's lock
     distributed.leave()
     if RANK > 0:
         return
-    result = {**params, **scores, "best_epoch": best["epoch"],
-              "epoch_time_s": float(np.mean(seconds)), "train_time_s": sum(seconds),
-              "peak_vram_gb": vram, "peak_rss_gb": rss,  # of the largest process
-              "history": history, "label_names": task.label_names,
-              "splits": "; ".join([task.note, *notes]), "rows": rows, "settings": s,
-              "environment": environment(device, dtype), "test_predictions": pairs}
+    result = {**params, **scores, "best_epoch": best["epoch"], "train_time_s": sum(seconds),
+              "epoch_time_s": float(np.mean(seconds)), "peak_vram_gb": vram, "peak_rss_gb": rss,
+              "history": history, "label_names": task.label_names, "rows": rows, "settings": s,
+              "splits": "; ".join([task.note, *notes]), "environment": environment(device, dtype),
+              **{f"test_{what}": values for what, values in outcome.items()}}
     put_in_place(best_file, args.checkpoint)
     write_json(args.result, result)  # last: it says that the run is finished
     print(f"test {show(scores)} (epoch {best['epoch']}), {result['epoch_time_s']:.1f} s per epoch, "
