@@ -1,19 +1,24 @@
-"""The five runs of the sentence study: their flags, and their results together in
-metrics/comparison.json.
+"""The runs of the sentence study: their flags, and their results together.
 
-`python compare.py --list` prints the commands, five for each of --seeds. `python compare.py` finds
-their results, writes the comparison and draws it. Other flags are train.py's, and select the runs
-that were trained with them.
+    python compare.py               metrics/comparison.json: five runs a seed, on the task's own
+                                    test rows
+    python compare.py --folds 5     metrics/crossvalidation.json: eight methods in each of five
+                                    folds, so that every sentence tests once
+
+With --list they print the commands instead, one a line. Both work with --seeds 42 43 44. Other
+flags are train.py's, and select the runs that were trained with them.
 """
 import sys
 
+import numpy as np
+
 from files import write_csv, write_json
 from methods import is_qa
-from settings import checkpoint_path, make_parser, settings_of
-from spread import mean_std, paired_bootstrap
+from settings import Parser, checkpoint_path, make_parser, number, settings_of
+from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
 from start import fail, start
-from studies import SENTENCE_RUNS as RUNS
 from studies import (
+    FOLD_RUNS,
     collect,
     commands,
     explain,
@@ -22,50 +27,126 @@ from studies import (
     refuse,
     split_seeds,
 )
+from studies import SENTENCE_RUNS as RUNS
+
+
+def split_folds(argv):
+    """(number of folds or None, the other flags)."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--folds", type=number(int, 2, 1000))
+    known, rest = parser.parse_known_args(argv)
+    return known.folds, rest
+
+
+def parts_of(seeds, folds):
+    """The flags of each part of a study, in which every method runs once: a seed, or one fold of a
+    seed."""
+    if not folds:
+        return [["--seed", str(seed)] for seed in seeds]
+    return [["--seed", str(seed), "--fold", f"{k}/{folds}"]
+            for seed in seeds for k in range(1, folds + 1)]
+
+
+def summarise(runs):
+    """What an entry of comparison.json and of crossvalidation.json share: what is the same in all
+    runs of a method, means and standard deviations of the rest, and the runs themselves."""
+    first = runs[0]
+    seeds = dict.fromkeys(run["settings"]["seed"] for run in runs)
+    entry = {"n": len(runs), "seeds": list(seeds)}
+    entry |= {key: first[key]
+              for key in ("trainable_params", "trainable_by_kind", "total_params", "trainable_pct",
+                          "checkpoint_mb")}
+    keys = "f1_macro", "accuracy", "nll", "ece", "peak_vram_gb", "peak_rss_gb"
+    values = {key: [run.get(key) for run in runs] for key in keys}
+    values["epoch_time_s"] = [h["seconds"] for run in runs for h in run["history"]]
+    for key, own in values.items():
+        entry[key], entry[f"{key}_std"] = (None, None) if None in own else mean_std(own)
+    entry["best_epoch"] = [run["best_epoch"] for run in runs]
+    entry["runs"] = [{key: run[key] for key in run
+                      if key not in ("test_predictions", "test_probabilities")} for run in runs]
+    return entry
+
+
+def columns(runs):
+    """(labels, predicted labels) of each of some runs: (runs, sentences) ints both."""
+    pairs = np.array([run["test_predictions"] for run in runs])
+    return pairs[..., 0], pairs[..., 1]
 
 
 def combine(runs, baseline):
     """One method's entry of comparison.json: means and standard deviations over its runs (one a
-    seed), its macro-F1 against that of full fine-tuning, the `baseline` runs of the same seeds, and
-    the runs themselves."""
-    first = runs[0]
-    entry = {"n": len(runs), "seeds": [run["settings"]["seed"] for run in runs]}
-    entry |= {key: first[key]
-              for key in ("trainable_params", "trainable_by_kind", "total_params", "trainable_pct",
-                          "checkpoint_mb")}
-
-    values = {key: [run[key] for run in runs]
-              for key in ("f1_macro", "accuracy", "peak_vram_gb", "peak_rss_gb")}
-    values["epoch_time_s"] = [h["seconds"] for run in runs for h in run["history"]]
-    for key, own in values.items():
-        entry[key], entry[f"{key}_std"] = (None, None) if None in own else mean_std(own)
-
-    labels = [label for label, _ in first["test_predictions"]]
-    method, full = ([[predicted for _, predicted in run["test_predictions"]] for run in side]
-                    for side in (runs, baseline))
-    entry["vs_full"] = None if runs is baseline else paired_bootstrap(labels, method, full)
-    entry["best_epoch"] = [run["best_epoch"] for run in runs]
-    return entry | {"runs": [{key: run[key] for key in run if key != "test_predictions"}
-                             for run in runs]}
+    seed), and its macro-F1 against that of full fine-tuning, the `baseline` runs of the same
+    seeds."""
+    labels, predicted = columns(runs)
+    vs = None if runs is baseline else paired_bootstrap(labels[0], predicted, columns(baseline)[1])
+    return summarise(runs) | {"vs_full": vs}
 
 
-def prediction_rows(runs):
-    """One dict a test sentence: its label, and the label that each run predicted for it."""
-    columns = {f"{name}_seed{run['settings']['seed']}": run["test_predictions"]
-               for name in runs for run in runs[name]}
-    labels = [label for label, _ in next(iter(columns.values()))]
-    return [{"label": label, **{column: pairs[i][1] for column, pairs in columns.items()}}
-            for i, label in enumerate(labels)]
+def pool(runs, n_folds):
+    """The folds of each seed as one set of sentences: labels (sentences,), predicted labels
+    (seeds, sentences), probabilities (seeds, sentences, labels), fold (sentences,)."""
+    seeds = [runs[i:i + n_folds] for i in range(0, len(runs), n_folds)]
+    pairs = np.array([[pair for run in folds for pair in run["test_predictions"]]
+                      for folds in seeds])
+    probabilities = np.array([[row for run in folds for row in run["test_probabilities"]]
+                              for folds in seeds])
+    fold = [k for k, run in enumerate(runs[:n_folds]) for _ in run["test_predictions"]]
+    return pairs[0, :, 0], pairs[..., 1], probabilities, np.array(fold)
 
 
-def collect_seeds(seeds, argv):
-    """({run: [result of each seed]}, output folder); ends if one is missing."""
-    runs = {name: [] for name in RUNS}
-    for seed in seeds:
-        results, missing, output = collect(RUNS, [*argv, "--seed", str(seed)])
+def combine_folds(runs, baseline, n_folds):
+    """One method's entry of crossvalidation.json: f1_macro, nll and ece are of all sentences
+    together (the mean over the seeds), their standard deviations those over the folds of all seeds,
+    like all else."""
+    labels, predicted, probabilities, fold = pool(runs, n_folds)
+    everything = np.ones((1, len(labels)))
+    entry = summarise(runs) | {
+        "test_rows": len(labels), "folds": n_folds,
+        "f1_macro": float(np.mean([macro_f1(labels, own, everything) for own in predicted])),
+        "nll": float(np.mean([nll(labels, own) for own in probabilities])),
+        "ece": float(np.mean([ece(labels, own) for own in probabilities])),
+        "vs_full": None, "vs_full_new_rows": None, "rows_to_resolve": None}
+    if runs is baseline:
+        return entry
+
+    vs = paired_bootstrap(labels, predicted, pool(baseline, n_folds)[1], fold)
+    # an interval is as wide as 1 / sqrt(rows)
+    half = (vs["high"] - vs["low"]) / 2
+    differences = [100 * (run["f1_macro"] - full["f1_macro"])
+                   for run, full in zip(runs, baseline)]
+    by_fold = np.reshape(differences, (-1, n_folds)).mean(0)
+    rows = runs[0]["rows"]
+    return entry | {
+        "vs_full": vs,
+        "vs_full_new_rows": corrected_interval(by_fold, rows["test"], rows["train"]),
+        "rows_to_resolve": round(len(labels) * (half / vs["points"]) ** 2)
+        if vs["points"] else None}
+
+
+def prediction_rows(runs, n_folds=None):
+    """One dict a test sentence: its label, its fold, and the label that each run predicted for it,
+    or each seed's run of the fold."""
+    size = n_folds or 1
+    first = next(iter(runs.values()))[:size]
+    rows = [{"label": label} | ({"fold": k} if n_folds else {})
+            for k, run in enumerate(first, 1) for label, _ in run["test_predictions"]]
+    for name, own in runs.items():
+        for i in range(0, len(own), size):
+            column = f"{name}_seed{own[i]['settings']['seed']}"
+            predicted = [p for run in own[i:i + size] for _, p in run["test_predictions"]]
+            for row, label in zip(rows, predicted, strict=True):
+                row[column] = label
+    return rows
+
+
+def collect_parts(study, parts, argv):
+    """({run: [result of each part]}, output folder); ends if one is missing."""
+    runs = {name: [] for name in study}
+    for part in parts:
+        results, missing, output = collect(study, [*argv, *part])
         if missing:
-            fail(f"not finished with these settings and seed {seed}: {', '.join(missing)}; bash "
-                 "run_all.sh with the same flags runs them")
+            fail(f"not finished with these settings and {' '.join(part)}: {', '.join(missing)}; "
+                 "bash run_all.sh with the same flags runs them")
         for name, result in results.items():
             if "test_predictions" not in result:
                 fail(f"{output / 'metrics' / 'runs'} has results of an earlier version, without "
@@ -79,26 +160,35 @@ def collect_seeds(seeds, argv):
 def main(argv):
     start()
     explain(__doc__, argv)
-    refuse(["--method", "--r"], argv,
-           "is what the five runs differ in; for one run of your own use train.py")
     to_list = "--list" in argv
-    seeds, argv = split_seeds([word for word in argv if word != "--list"])
-    # a bad flag ends here, too
-    if is_qa(settings_of(make_parser().parse_args(argv + ["--method", "full"]))):
+    folds, argv = split_folds([word for word in argv if word != "--list"])
+    fixed = ["--method", "--r", "--fold", *(["--targets"] if folds else [])]
+    refuse(fixed, argv, "is what the runs of the study differ in; for one run of your own use "
+                        "train.py")
+    seeds, argv = split_seeds(argv)
+    study, parts = FOLD_RUNS if folds else RUNS, parts_of(seeds, folds)
+    # a bad flag ends here, and a task that cannot be cut into folds
+    s = settings_of(make_parser().parse_args([*argv, *parts[0], "--method", "full"]))
+    if is_qa(s):
         fail("run_all.sh compares sentence classifiers; for question answering there is "
              "run_grid.sh")
     if to_list:
-        print_commands("\n".join(commands(RUNS, [*argv, "--seed", str(seed)]) for seed in seeds))
+        print_commands("\n".join(commands(study, [*argv, *part]) for part in parts))
         return
 
-    runs, output = collect_seeds(seeds, argv)
+    runs, output = collect_parts(study, parts, argv)
     if line := mixed_hardware([run for name in runs for run in runs[name]]):
         fail(line)
-    comparison = {name: combine(runs[name], runs["full_ft"]) for name in RUNS}
-    write_json(output / "metrics" / "comparison.json", comparison)
-    write_csv(output / "metrics" / "predictions.csv", prediction_rows(runs))
-    from plots import draw  # matplotlib is slow to import
-    draw(output)
+    full, metrics = runs["full_ft"], output / "metrics"
+    if folds:
+        entries = {name: combine_folds(runs[name], full, folds) for name in study}
+        write_json(metrics / "crossvalidation.json", entries)
+        write_csv(metrics / "crossvalidation_predictions.csv", prediction_rows(runs, folds))
+    else:
+        write_json(metrics / "comparison.json", {name: combine(runs[name], full) for name in study})
+        write_csv(metrics / "predictions.csv", prediction_rows(runs))
+    from plots import draw, draw_folds  # matplotlib is slow to import
+    (draw_folds if folds else draw)(output)
 
 
 if __name__ == "__main__":

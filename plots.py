@@ -1,5 +1,5 @@
-"""Figures and tables from comparison.json, grid.json, memory.json and multitask.json in metrics/,
-nothing else.
+"""Figures and tables from comparison.json, crossvalidation.json, grid.json, memory.json and
+multitask.json in metrics/, nothing else.
 
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/
                                   (default: beside this file)
@@ -24,6 +24,7 @@ from studies import (
     bytes_of,
     caption,
     entry_label,
+    fold_markdown,
     grid_markdown,
     ledger_caption,
     markdown,
@@ -95,11 +96,10 @@ def bars(entries, values, errors, digits, xlabel, path):
     save(fig, path)
 
 
-def loss_against_full(entries, path):
-    """Macro-F1 minus that of full fine-tuning: the mean, its 95 % interval, and every seed's own
-    difference."""
-    fig, ax = plt.subplots(figsize=(8, 3))
-    names = [name for name in entries if name != "full_ft"]
+def loss_against_full(entries, names, what, path):
+    """Macro-F1 of some methods minus that of full fine-tuning: the mean, its 95 % interval, and the
+    difference of every run, which is of one `what`."""
+    fig, ax = plt.subplots(figsize=(8, 0.5 * len(names) + 1))
     full = [run["f1_macro"] for run in entries["full_ft"]["runs"]]
 
     ax.axvline(0, color=STYLE["full_ft"].color, linewidth=1)
@@ -113,7 +113,7 @@ def loss_against_full(entries, path):
 
     name_rows(ax, [entry_label(entries[name]) for name in names])
     ax.margins(y=0.15)
-    ax.set_xlabel("test macro-F1 against full fine-tuning (points), 95 % interval; |: one seed")
+    ax.set_xlabel(f"test macro-F1 against full fine-tuning (points), 95 % interval; |: one {what}")
     fig.suptitle(study_of(entries), fontsize=8)
     save(fig, path)
 
@@ -148,7 +148,8 @@ def draw(output):
              "makes it anew")
 
     curves(entries, figures / "curves.png")
-    loss_against_full(entries, figures / "loss_against_full.png")
+    loss_against_full(entries, [name for name in entries if name != "full_ft"], "seed",
+                      figures / "loss_against_full.png")
     for key, xlabel, digits, file in (
             (*memory_key(entries), 2, "memory.png"),
             ("epoch_time_s", "training time per epoch (s)", 1, "epoch_time.png")):
@@ -160,6 +161,74 @@ def draw(output):
     summary(entries, figures / "summary.png")
     text = markdown(entries)
     (figures / "summary.md").write_text(text, encoding="utf-8")
+    print(text + f"figures are in {figures}")
+
+
+def frontier(costs, scores):
+    """[(cost, score)] of the points that no other beats in both: the Pareto frontier, from cheap to
+    dear."""
+    best = []
+    for cost, score in sorted(zip(costs, scores), key=lambda point: (point[0], -point[1])):
+        if not best or score > best[-1][1]:
+            best.append((cost, score))
+    return best
+
+
+def pareto(entries, path):
+    """Macro-F1 against three costs. The axis of macro-F1 is cut between the floor, which trains the
+    head alone, and the rest."""
+    memory, memory_label = memory_key(entries)
+    costs = {"trainable_params": "trained parameters", memory: memory_label,
+             "epoch_time_s": "training time per epoch (s)"}
+    full, floor = entries["full_ft"]["f1_macro"], entries["head"]["f1_macro"]
+    ends = {name: [full + entry["vs_full"][end] / 100 for end in ("low", "high")]
+            if entry["vs_full"] else [full, full] for name, entry in entries.items()}
+    above = [y for name, pair in ends.items() if name != "head" for y in pair]
+    fig, axes = plt.subplots(2, 3, figsize=(13, 5.6), sharex="col", sharey="row",
+                             height_ratios=[4, 1])
+
+    for (cost, label), top, bottom in zip(costs.items(), *axes):
+        for ax in top, bottom:
+            ax.axhline(full, color=STYLE["full_ft"].color, linewidth=1, linestyle="--")
+            ax.axhline(floor, color=STYLE["head"].color, linewidth=1, linestyle="--")
+            x, y = zip(*frontier([e[cost] for e in entries.values()],
+                                 [e["f1_macro"] for e in entries.values()]))
+            dearest = max(e[cost] for e in entries.values())
+            ax.step([x[0], *x, dearest], [0, *y, y[-1]], where="post", color="#BBBBBB",
+                    linewidth=3, zorder=1)
+            for name, entry in entries.items():
+                _, color, marker = STYLE[name]
+                ax.plot([entry[cost]] * 2, ends[name], color=color, linewidth=1.5)
+                ax.plot(entry[cost], entry["f1_macro"], marker, color=color, markersize=9,
+                        label=entry_label(entry))
+            ax.set(xscale="log" if cost == "trainable_params" else "linear")
+        top.spines["bottom"].set_visible(False)
+        top.tick_params(axis="x", which="both", length=0)
+        bottom.set_xlabel(label)
+
+    room = 0.1 * (max(above) - min(above))
+    axes[0, 0].set(ylim=(min(above) - room, max(above) + room), ylabel="macro-F1")
+    axes[1, 0].set(ylim=(floor - 0.025, floor + 0.025), yticks=[round(floor, 3)])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(entries), fontsize=9,
+               columnspacing=1.2, handletextpad=0.3)
+    fig.suptitle(f"{study_of(entries)}\nbars: 95 % interval of the difference to full fine-tuning; "
+                 "grey: what nothing beats in both; dashed: full fine-tuning, and the head alone",
+                 fontsize=9)
+    save(fig, path)
+
+
+def draw_folds(output):
+    """Draw what output/metrics/crossvalidation.json holds into output/figures/, and print the
+    table."""
+    figures = output / "figures"
+    entries = read_json(output / "metrics" / "crossvalidation.json")
+    pareto(entries, figures / "pareto.png")
+    # of the floor the interval is far to the left of all others
+    names = [name for name in entries if name not in ("full_ft", "head")]
+    loss_against_full(entries, names, "fold", figures / "crossvalidation.png")
+    text = fold_markdown(entries)
+    (figures / "crossvalidation.md").write_text(text, encoding="utf-8")
     print(text + f"figures are in {figures}")
 
 
@@ -340,7 +409,8 @@ def draw_layers(path):
 if __name__ == "__main__":
     start()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    drawings = {"comparison.json": draw, "grid.json": draw_grid, "memory.json": draw_ledger,
+    drawings = {"comparison.json": draw, "crossvalidation.json": draw_folds,
+                "grid.json": draw_grid, "memory.json": draw_ledger,
                 "multitask.json": draw_multitask}
     found = [drawing for name, drawing in drawings.items() if (folder / "metrics" / name).exists()]
     if not found:

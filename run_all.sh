@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh        the default: a small BERT on 8,070 movie sentences, two CPU cores are enough
 #   bash run_all.sh --seeds 42 43 44        the same with three seeds each, for the spread
+#   bash run_all.sh --folds 5        eight methods on five folds of all sentences, so that each is tested once
 #   bash run_all.sh --task sst2 --model bert-base-uncased --output results/sst2     the full-size study, for a GPU
 #
 # All other arguments go to every run (python train.py --help). Finished runs are skipped, so that an interrupted study
@@ -13,7 +14,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 for flag in "$@"; do
   case "$flag" in -h | --help)
-    echo "run_all.sh runs the five methods, with --seeds N N N once a seed. All other flags are train.py's:"
+    echo "run_all.sh runs the five methods, with --seeds N N N once a seed, with --folds N eight in each of N folds."
+    echo "All other flags are train.py's:"
     exec "$python" "$here/train.py" --help ;;
   esac
 done

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 from files import read_json
-from methods import CASES, STUDY, is_qa, label_of
+from methods import CASES, FOLD_STUDY, STUDY, is_qa, label_of
 from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, short
 from spread import mean_std
 from start import fail
 
 # metrics/comparison.json has called full fine-tuning full_ft from the start
-SENTENCE_RUNS = {"full_ft" if name == "full" else name: CASES[name].flags for name in STUDY}
+SENTENCE_RUNS, FOLD_RUNS = (
+    {"full_ft" if name == "full" else name: CASES[name].flags for name in names}
+    for names in (STUDY, FOLD_STUDY))
 GRID_METHODS = ("full", "lora", "qlora", "dora", "qdora")
 GRID_RUNS = {f"{method}_epoch-{epochs}_lr_{lr}":
              f"--method {method} --epochs {epochs} --lr {lr}"
@@ -148,10 +150,13 @@ def study(runs):
     task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
     devices = " and ".join(sorted({r["environment"]["device"] for r in runs}))
     seeds = sorted({r["settings"]["seed"] for r in runs})
-    numbers = ", ".join(map(str, seeds))
-    return (f"{s['model']} on {task} ({rows['train']:,} training, {rows['test']:,} test {what}), "
-            f"seed{'s' if len(seeds) > 1 else ''} {numbers} (n = {len(seeds)}), {devices}, amp "
-            f"{run['environment']['amp']}")
+    numbers, n = ", ".join(map(str, seeds)), len(seeds)
+    size = f"{rows['train']:,} training, {rows['test']:,} test {what}"
+    if "fold" in s:
+        n_folds = s["fold"][1]
+        size, n = f"{n_folds} folds, each {size}", n * n_folds
+    return (f"{s['model']} on {task} ({size}), seed{'s' if len(seeds) > 1 else ''} {numbers} (n = "
+            f"{n}), {devices}, amp {run['environment']['amp']}")
 
 
 def command_of(script, run, seeds=()):
@@ -161,7 +166,8 @@ def command_of(script, run, seeds=()):
             else ["--task", s["task"]] * (s["task"] != task))
     model = ["--model", s["model"]] if s["model"] != DEFAULT_MODEL else []
     seeds = ["--seeds", *map(str, seeds)] if len(seeds) > 1 else []
-    return shlex.join(["bash", script, *data, *model, *seeds])
+    folds = ["--folds", str(s["fold"][1])] if "fold" in s else []
+    return shlex.join(["bash", script, *folds, *data, *model, *seeds])
 
 
 def study_of(entries):
@@ -213,6 +219,43 @@ def table(entries):
             ", ".join(map(str, entry["best_epoch"])), plus_minus(entry, "epoch_time_s", 1),
             plus_minus(entry, key, 2), "–" if mb is None else f"{mb:.2f}"])
     return header, rows
+
+
+def fold_caption(entries):
+    full = entries["full_ft"]
+    return (f"{study_of(entries)}; every one of the {full['test_rows']:,} sentences is tested once "
+            "a seed, and macro-F1, NLL (negative log-likelihood, nats) and ECE (expected "
+            "calibration error, 15 bins) are of all of them together; ± is the standard deviation "
+            "over the folds, for the time over all epochs; [ ] is a 95 % interval, by a paired "
+            "bootstrap over folds and sentences, and, for trainings on new rows, Nadeau and "
+            "Bengio's; made by "
+            f"`{command_of('run_all.sh', full['runs'][0], full['seeds'])}`")
+
+
+def fold_table(entries):
+    """(header, rows) of a cross-validation, as strings."""
+    key, what = memory_key(entries)
+    header = ["method", "lr", "trainable", "% of all", "n", "macro-F1", "vs full (points)",
+              "for new rows", "NLL", "ECE (%)", "s per epoch", what, "trained file (MB)"]
+    rows = []
+    for entry in entries.values():
+        new, mb = entry["vs_full_new_rows"], entry["checkpoint_mb"]
+        percent = {k: v if v is None else 100 * v
+                   for k, v in entry.items() if k in ("ece", "ece_std")}
+        rows.append([
+            entry_label(entry), short(entry["runs"][0]["settings"]["lr"]),
+            f"{entry['trainable_params']:,}", f"{entry['trainable_pct']:.2g}"
+            if entry["trainable_pct"] < 1 else f"{entry['trainable_pct']:.1f}", f"{entry['n']}",
+            plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]),
+            f"[{new['low']:+.1f}, {new['high']:+.1f}]" if new else "",
+            plus_minus(entry, "nll", 3), plus_minus(percent, "ece", 1),
+            plus_minus(entry, "epoch_time_s", 1), plus_minus(entry, key, 2),
+            "–" if mb is None else f"{mb:.2f}"])
+    return header, rows
+
+
+def fold_markdown(entries):
+    return markdown_table(*fold_table(entries)) + f"\n{fold_caption(entries)}.\n"
 
 
 def markdown(entries):

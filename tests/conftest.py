@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fetch import model_folder
+from methods import DEFAULT_TARGETS, PLACEMENTS, TARGETS
 from methods import METHODS as ROWS
-from methods import PLACEMENTS
 from model import apply_method, trained_tensors
 from settings import make_parser, settings_of
 
@@ -29,6 +29,11 @@ def flags_of(name):
 
 
 METHODS = {name: flags_of(name) for name in ROWS}
+# LoRA, DoRA and their 4-bit forms on more layers than query and value: "lora all" and so on
+WIDE = {f"{name} {targets}": [*METHODS[name], "--targets", targets]
+        for name, row in ROWS.items() if "targets" in row.flags
+        for targets in TARGETS if targets != DEFAULT_TARGETS}
+BUILDS = METHODS | WIDE
 
 # -I: neither this project nor the working directory nor PYTHONPATH is where Python looks for
 # modules
@@ -46,19 +51,19 @@ print(json.dumps([logits.tolist(), list(model.config.id2label.values())]))
 
 
 def build(method, head_class=BertForSequenceClassification):
-    """The tiny BERT in evaluation mode, turned into one of METHODS."""
+    """The tiny BERT in evaluation mode, turned into one of BUILDS."""
     model = tiny_bert(head_class=head_class)
-    apply_method(model, settings(*METHODS[method]), torch.float32)
+    apply_method(model, settings(*BUILDS[method]), torch.float32)
     return model
 
 
-def randomize(model):
+def randomize(model, std=0.2):
     """Move every trainable tensor away from its initial value: at B = 0 or Up = 0 most equalities
     hold by accident."""
     torch.manual_seed(5)
     with torch.no_grad():
         for p in trained_tensors(model).values():
-            p.add_(0.2 * torch.randn_like(p))
+            p.add_(std * torch.randn_like(p))
     return model
 
 

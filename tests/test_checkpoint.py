@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import METHODS, default_tokenizer, logits, randomize, settings, tiny_bert
+from conftest import BUILDS, METHODS, default_tokenizer, logits, randomize, settings, tiny_bert
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -23,7 +23,7 @@ LABELS = ["no", "perhaps", "yes"]
 def trained(method, path, dtype=torch.float32, labels=LABELS,
             head_class=BertForSequenceClassification):
     """(model with random trained tensors, its description), saved at `path`."""
-    s = settings(*METHODS[method])
+    s = settings(*BUILDS[method])
     model = tiny_bert(head_class=head_class)
     about = checkpoint.describe(model, s, labels, default_tokenizer())
     apply_method(model, s, dtype)
@@ -42,7 +42,7 @@ def fresh(head_seed=11, head_class=BertForSequenceClassification):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUILDS)
 def test_a_fresh_base_gives_the_same_bits(method, dtype, tmp_path):
     model, about = trained(method, tmp_path / "x.safetensors", dtype)
     base = fresh()

@@ -37,7 +37,7 @@ def test_run_all_leaves_the_comparison(study):
             100 * entry["trainable_params"] / entry["total_params"])
         r, = entry["runs"]
         assert all(entry[key] == r[key] and entry[f"{key}_std"] is None
-                   for key in ("f1_macro", "accuracy", "peak_rss_gb"))
+                   for key in ("f1_macro", "accuracy", "nll", "ece", "peak_rss_gb"))
         assert (entry["n"], entry["seeds"], entry["best_epoch"]) == (1, [42], [r["best_epoch"]])
         assert 0 <= r["f1_macro"] <= 1 and 0 <= r["accuracy"] <= 1 and r["peak_rss_gb"] > 0.1
         assert entry["epoch_time_s"] == r["epoch_time_s"] == pytest.approx(
@@ -45,7 +45,10 @@ def test_run_all_leaves_the_comparison(study):
         best = max(r["history"], key=lambda h: h["validation_f1_macro"])
         assert r["best_epoch"] == best["epoch"] and len(r["history"]) == 1
         assert {"epoch", "train_loss", "validation_loss", "validation_f1_macro",
-                "validation_accuracy", "seconds"} == set(r["history"][0])
+                "validation_accuracy", "validation_nll", "validation_ece",
+                "seconds"} == set(r["history"][0])
+        assert r["history"][0]["validation_nll"] == pytest.approx(
+            r["history"][0]["validation_loss"], rel=1e-4)
         assert (r["settings"]["task"], r["settings"]["model"], r["settings"]["seed"]) == (
             "mine", "all-MiniLM-L6-v2", 42)
         assert {"device", "amp", "torch", "transformers", "bitsandbytes", "git_commit"} <= set(
@@ -81,8 +84,11 @@ def test_checkpoints_hold_what_trained_and_answer_on_a_fresh_base_as_the_run_did
         model, _ = checkpoint.attach(base, base_hash, path, dtype or torch.float32)
         fast.install(model)
         amp = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
-        _, pairs = train_module.evaluate(model, task.encode(task.test, tokenizer, s), device, amp)
-        assert [list(pair) for pair in pairs] == result["test_predictions"], name
+        split = task.encode(task.test, tokenizer, s)
+        _, outcome = train_module.evaluate(model, split, device, amp)
+        pairs = [list(pair) for pair in outcome["predictions"]]
+        assert pairs == result["test_predictions"], name
+        assert outcome["probabilities"] == result["test_probabilities"], name
 
 
 def test_second_call_skips_everything(study):
@@ -229,7 +235,7 @@ def test_the_best_epoch_and_only_that_one_is_tested(data_dir, tmp_path, monkeypa
 
     def falling(model, data, device, dtype):
         seen.append({k: v.detach().clone() for k, v in trained_tensors(model).items()})
-        return {"loss": 0.0, "f1_macro": 1 - len(seen) / 10, "accuracy": 0.0}, []
+        return {"loss": 0.0, "f1_macro": 1 - len(seen) / 10, "accuracy": 0.0}, {}
 
     monkeypatch.setattr(train_module, "evaluate", falling)
     train_module.main(args)

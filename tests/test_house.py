@@ -66,7 +66,7 @@ def test_what_a_reader_meets_is_short():
     def lines(name):
         return len((ROOT / name).read_text(encoding="utf-8").splitlines())
 
-    assert lines("train.py") <= 200 and lines("plots.py") <= 400 and lines("README.md") <= 180
+    assert lines("train.py") <= 200 and lines("plots.py") <= 450 and lines("README.md") <= 180
     assert lines("CONTRIBUTING.md") <= 40
     for path in ROOT.glob("*.py"):
         for node in functions(path):
@@ -102,20 +102,17 @@ def test_a_row_that_nothing_measures_is_an_error_at_import(monkeypatch):
         methods.check_table()
 
 
-@pytest.mark.parametrize("trains", [(".bias",), ()], ids=["biases only", "head only"])
-def test_what_trains_stays_in_fp32_and_nothing_else_does(trains, monkeypatch):
-    """Methods that the table does not have yet: only BERT's biases, or nothing but the head."""
-    row = methods.METHODS["full"]._replace(trains=trains)
-    monkeypatch.setitem(methods.METHODS, "full", row)
-    model = tiny_bert()
-    apply_method(model, settings("--method", "full"), torch.bfloat16)
+@pytest.mark.parametrize("method", ["bitfit", "head"])
+def test_what_trains_stays_in_fp32_and_nothing_else_does(method):
+    row, model = methods.METHODS[method], tiny_bert()
+    apply_method(model, settings(*METHOD_FLAGS[method]), torch.bfloat16)
     for name, p in model.named_parameters():
         assert p.requires_grad is methods.trains(row, name), name
         is_linear = "encoder" in name and "LayerNorm" not in name
         assert p.dtype is (torch.bfloat16 if is_linear and not p.requires_grad else torch.float32)
     kinds = count_params(model)["trainable_by_kind"]
     assert sum(kinds.values()) == sum(p.numel() for p in trained_tensors(model).values())
-    assert kinds["head"] == 3 * 64 + 3 and bool(kinds["base"]) is bool(trains)
+    assert kinds["head"] == 3 * 64 + 3 and bool(kinds["base"]) is (method == "bitfit")
 
 
 def test_a_wrapper_that_is_left_is_never_exported(monkeypatch):

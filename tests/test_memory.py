@@ -49,6 +49,15 @@ def test_prediction_equals_real_training_steps(method, dtype):
     assert bytes_of(predicted) == bytes_of(measured) and all(bytes_of(predicted).values())
 
 
+@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("method", ["dora", "qlora"])
+def test_prediction_equals_real_training_steps_on_more_layers(method, targets):
+    wide = f"--method {method} --targets {targets}"
+    sizes = 3, 24, torch.bfloat16
+    assert (bytes_of(memory.predict(BertConfig(**SMALL), wide, *sizes))
+            == bytes_of(memory.measure(BertConfig(**SMALL), wide, *sizes)))
+
+
 @pytest.mark.parametrize("method", ["lora_r8", "qdora"])
 def test_prediction_equals_real_training_steps_of_the_default_model(method):
     measured = memory.measure(config(DEFAULT_MODEL), flags(method), 2, 16, None)

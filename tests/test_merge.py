@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import (
+    BUILDS,
     METHODS,
     ROOT,
     build,
@@ -21,27 +22,28 @@ from torch import nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 import merge
+from methods import PLACEMENTS
 from settings import checkpoint_path
 
 SENTENCES = ["a good film", "a bad film about a good dog", "no"]
 
 
 @pytest.mark.parametrize("head_class", [BertForSequenceClassification, BertForQuestionAnswering])
-@pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora", "qdora"])
+@pytest.mark.parametrize("method", [name for name in BUILDS if name not in PLACEMENTS])
 def test_merged_equals_unmerged_and_twice_is_once(method, head_class):
     model = randomize(build(method, head_class))
     plain, names = logits(build("full", head_class)), set(build("full", head_class).state_dict())
     before = logits(model)
     # it learned something, or the equality would say nothing
     assert (before - plain).abs().max() > 0.1
-    merge.merge(model, settings(*METHODS[method]))
+    merge.merge(model, settings(*BUILDS[method]))
     assert (logits(model) - before).abs().max() < 1e-5
     assert (set(model.state_dict()) == names
             and all(p.dtype is torch.float32 for p in model.parameters()))
     assert ({type(m) for m in model.bert.encoder.modules() if isinstance(m, nn.Linear)}
             == {nn.Linear})
     once = {name: p.clone() for name, p in model.state_dict().items()}
-    merge.merge(model, settings(*METHODS[method]))
+    merge.merge(model, settings(*BUILDS[method]))
     assert all(torch.equal(p, once[name]) for name, p in model.state_dict().items())
 
 

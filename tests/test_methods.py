@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
-from conftest import METHODS, build, randomize, settings, tiny_bert, tiny_inputs
+from conftest import BUILDS, METHODS, build, randomize, settings, tiny_bert, tiny_inputs
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
@@ -26,9 +27,17 @@ BERT_BASE = {
     ("--method", "lora", "--r", 16): (589_824, 0, 1_538, 0),
     ("--method", "dora", "--r", 8): (313_344, 0, 1_538, 0),
     ("--method", "dora", "--r", 16): (608_256, 0, 1_538, 0),
+    ("--method", "lora", "--r", 8, "--targets", "query", "value"): (294_912, 0, 1_538, 0),
+    ("--method", "lora", "--r", 8, "--targets", "attention"): (589_824, 0, 1_538, 0),
+    ("--method", "lora", "--r", 8, "--targets", "all"): (1_327_104, 0, 1_538, 0),
+    ("--method", "dora", "--r", 8, "--targets", "attention"): (626_688, 0, 1_538, 0),
+    ("--method", "dora", "--r", 8, "--targets", "all"): (1_410_048, 0, 1_538, 0),
     ("--method", "adapter", "--bottleneck", 64): (2_379_264, 38_400, 1_538, 0),
     ("--method", "adapter", "--reduction", 16): (1_789_056, 38_400, 1_538, 0),
     ("--method", "adapter", "--placement", "pfeiffer", "--reduction", 16): (894_528, 0, 1_538, 0),
+    # 102,912 biases, the pooler's 768 included: the paper's 0.1 M, or 0.09 %
+    ("--method", "bitfit"): (0, 19_200, 1_538, 102_912 - 19_200),
+    ("--method", "head"): (0, 0, 1_538, 0),
 }
 
 
@@ -51,7 +60,9 @@ QA = 109_483_778 - 590_592  # no pooler; the head has two outputs in both
 
 @pytest.mark.parametrize("method, flags, trained",
                          [("full", [], QA), ("lora", ["--r", 16], 589_824 + 1_538),
-                          ("dora", ["--r", 16], 608_256 + 1_538)])
+                          ("dora", ["--r", 16], 608_256 + 1_538),
+                          ("lora", ["--r", 8, "--targets", "all"], 1_327_104 + 1_538),
+                          ("bitfit", [], 102_144 + 1_538), ("head", [], 1_538)])
 def test_counts_on_bert_base_for_question_answering(method, flags, trained):
     with torch.device("meta"):
         model = BertForQuestionAnswering(BertConfig())
@@ -61,7 +72,7 @@ def test_counts_on_bert_base_for_question_answering(method, flags, trained):
     assert counts["total_params"] == QA + counts["trainable_by_kind"]["method"]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", [name for name in BUILDS if name.startswith(("lora", "dora"))])
 def test_4_bit_methods_count_weights_not_bytes(method):
     assert count_params(build("q" + method)) == count_params(build(method))
 
@@ -75,14 +86,25 @@ KEYS = {
     "houlsby": LAYER + r"(attention\.)?output\.(adapter\.(down|up)|LayerNorm)\.(weight|bias)"
                r"|bert\.embeddings\.LayerNorm\.(weight|bias)|classifier\.(weight|bias)",
     "pfeiffer": LAYER + r"output\.adapter\.(down|up)\.(weight|bias)|classifier\.(weight|bias)",
+    "bitfit": r".*\.bias|classifier\.weight",
+    "head": r"classifier\.(weight|bias)",
+    "lora attention": LAYER + r"attention\.(self\.(query|key|value)|output\.dense)\.lora_[AB]"
+                      r"|classifier\.(weight|bias)",
+    "lora all": LAYER + r"(attention\.self\.(query|key|value)|attention\.output\.dense"
+                r"|intermediate\.dense|output\.dense)\.lora_[AB]|classifier\.(weight|bias)",
 }
-KEYS["dora"] = KEYS["lora"].replace("lora_[AB]", "(lora_[AB]|magnitude)")
-KEYS["qlora"], KEYS["qdora"] = KEYS["lora"], KEYS["dora"]
-N_KEYS = {"full": 41, "lora": 2 * 4 + 2, "qlora": 2 * 4 + 2, "dora": 2 * 6 + 2, "qdora": 2 * 6 + 2,
-          "houlsby": 2 * (8 + 4) + 2 + 2, "pfeiffer": 2 * 4 + 2}
+N_KEYS = {"full": 41, "lora": 2 * 4 + 2, "dora": 2 * 6 + 2, "houlsby": 2 * (8 + 4) + 2 + 2,
+          "pfeiffer": 2 * 4 + 2, "bitfit": 2 * 8 + 2 + 2, "head": 2,
+          "lora attention": 2 * 8 + 2, "dora attention": 2 * 12 + 2,
+          "lora all": 2 * 12 + 2, "dora all": 2 * 18 + 2}
+for where in "", " attention", " all":
+    KEYS[f"dora{where}"] = KEYS[f"lora{where}"].replace("lora_[AB]", "(lora_[AB]|magnitude)")
+    for method in "lora", "dora":
+        KEYS[f"q{method}{where}"] = KEYS[f"{method}{where}"]
+        N_KEYS[f"q{method}{where}"] = N_KEYS[f"{method}{where}"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUILDS)
 def test_exact_trainable_key_set(method):
     model = build(method)
     keys = set(trained_tensors(model))
@@ -97,7 +119,7 @@ def test_exact_trainable_key_set(method):
             and {id(p) for p in in_optimizer} == {id(p) for p in trained_tensors(model).values()})
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUILDS)
 def test_frozen_stays_bit_equal_and_everything_trainable_moves(method):
     model = build(method)
     fast.install(model)
@@ -254,11 +276,81 @@ def test_lora_merged_equals_unmerged():
     assert not torch.allclose(layer(x), layer.base(x), atol=0.1)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "qdora"])
+def far(a, b):
+    """The distance of two tensors, as a share of the second."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def updated_weights(model):
+    """{name: W' of plain BERT} of every layer that LoRA or DoRA is on, written out, with a way back
+    for gradients; and the head."""
+    weights = {f"classifier.{name}": p for name, p in model.classifier.named_parameters()}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            w = module.base.weight + 12 / 4 * module.lora_B @ module.lora_A
+            if isinstance(module, DoRALinear):
+                w = module.magnitude[:, None] * w / w.norm(dim=1, keepdim=True).detach()
+            weights[f"{path}.weight"] = w
+    return weights
+
+
+@pytest.mark.parametrize("targets, n", [("", 2), (" attention", 4), (" all", 6)])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_logits_and_gradients_are_those_of_plain_bert_with_the_updated_weights(method, targets, n):
+    model, x = randomize(build(method + targets), 0.05), tiny_inputs()
+    weights, tensors = updated_weights(model), list(trained_tensors(model).values())
+    assert len(weights) == 2 * n + 2
+    got, expected = model(**x), functional_call(tiny_bert(), weights, kwargs=x)
+    assert far(got.logits, tiny_bert()(**x).logits) > 1e-2
+    assert far(got.logits, expected.logits) < 1e-6
+    for a, b in zip(*(torch.autograd.grad(out.loss, tensors) for out in (got, expected))):
+        assert (a - b).abs().max() < 1e-6 and far(a, b) < 3e-6
+
+
+@pytest.mark.parametrize("targets, names", [
+    ("", ["query", "value"]), (" attention", r".*\.(query|key|value|attention\.output\.dense)"),
+    (" all", r"bert\.encoder\..*\.(query|key|value|dense)")])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_logits_and_gradients_are_those_of_peft(method, targets, names):
+    peft = pytest.importorskip("peft")
+    ours, x = randomize(build(method + targets), 0.05), tiny_inputs()
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=names, use_dora=method == "dora")
+    theirs = peft.get_peft_model(tiny_bert(), config).base_model.model.eval()
+    theirs.classifier.requires_grad_(True)
+
+    def their_name(name):
+        return re.sub(r"(lora_[AB]|lora_magnitude_vector)$", r"\1.default.weight",
+                      name.replace("magnitude", "lora_magnitude_vector"))
+
+    own, other = trained_tensors(ours), trained_tensors(theirs)
+    assert {their_name(name) for name in own} == set(other)
+    with torch.no_grad():
+        for name, p in own.items():
+            other[their_name(name)].copy_(p)
+    got, expected = ours(**x), theirs(**x)
+    assert far(got.logits, expected.logits) < 1e-6
+    grads = torch.autograd.grad(got.loss, list(own.values()))
+    other_grads = torch.autograd.grad(expected.loss, [other[their_name(name)] for name in own])
+    for name, a, b in zip(own, grads, other_grads):
+        assert (a - b).abs().max() < 1e-6 and far(a, b) < 3e-6, name
+
+
+def test_the_key_s_bias_is_the_one_that_bitfit_trains_for_nothing():
+    """q (k + b) = q k + q b adds the same to every score of a query, which softmax takes away."""
+    model, x = randomize(build("bitfit")), tiny_inputs()
+    before = model(**x).logits
+    for name, moves in ("key", False), ("query", True), ("value", True):
+        with torch.no_grad():
+            model.bert.encoder.layer[0].attention.self.get_submodule(name).bias.normal_()
+        assert torch.allclose(model(**x).logits, before, atol=1e-5) is not moves
+
+
+@pytest.mark.parametrize("method", [name for name in BUILDS if "lora" in name or "dora" in name])
 def test_merged_model_is_plain_bert_with_the_same_answers(method):
     model, x = randomize(build(method)), tiny_inputs()
     before, base = model(**x).logits, build(method)(**x).logits
     merge_lora(model)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
     for layer in model.bert.encoder.layer:
         assert type(layer.attention.self.query) is type(layer.attention.self.value) is nn.Linear
     assert (torch.allclose(model(**x).logits, before, atol=1e-5)

@@ -88,9 +88,9 @@ def test_the_best_window_answers_and_the_best_reference_counts(tokenizer):
                  question("it is far", "far")]
     windows = qa.Windows(questions, tokenizer, {"max_length": 64, "stride": 8})
     windows.question = [0, 0, 1]
-    pairs = windows.pairs([(1.0, "nowhere"), (2.0, "here"), (-5.0, "Far!")])
-    assert pairs == [(["there", "here and now"], "here"), (["far"], "Far!")]
-    assert windows.score(pairs) == {"f1": pytest.approx(100 * (0.5 + 1) / 2), "exact_match": 50}
+    outcome = windows.outcome([(1.0, "nowhere"), (2.0, "here"), (-5.0, "Far!")])
+    assert outcome == {"predictions": [(["there", "here and now"], "here"), (["far"], "Far!")]}
+    assert windows.score(outcome) == {"f1": pytest.approx(100 * (0.5 + 1) / 2), "exact_match": 50}
 
 
 # --- windows and spans ----------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 known."""
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
+from scipy import stats
+from sklearn.metrics import f1_score, log_loss
 
-from spread import macro_f1, mean_std, paired_bootstrap
+from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
 
 
 @pytest.fixture
@@ -67,3 +68,64 @@ def test_pairing_and_both_sources_of_spread(task):
     uneven = paired_bootstrap(labels, np.stack([bad[0], good[0], good[0]]), np.stack([good[0]] * 3))
     # 30 % of the draws are without that seed
     assert width(uneven) > 1.5 * width(one_seed) / 3 and uneven["high"] == 0
+
+
+def test_folds_that_differ_spread_further_than_their_sentences(task):
+    labels, good, bad = task
+    fold, width = np.repeat(np.arange(4), 30), lambda result: result["high"] - result["low"]
+    # worse in one fold of four alone
+    uneven = np.where(fold == 2, bad[:1], good[:1])
+    flat, cut = (paired_bootstrap(labels, uneven, good[:1], folds) for folds in (None, fold))
+    assert flat["points"] == cut["points"] and width(cut) > 1.5 * width(flat)
+    # (3 / 4)^4 = 32 % of the draws are without that fold
+    assert cut["high"] == 0
+    alike = paired_bootstrap(labels, bad[:1], good[:1], np.zeros(120, int))
+    assert width(alike) == pytest.approx(width(paired_bootstrap(labels, bad[:1], good[:1])), rel=.1)
+
+
+def test_interval_over_folds_is_that_of_a_bootstrap_written_out(task):
+    labels, good, bad = task
+    rng, differences = np.random.default_rng(6), []
+    fold = rng.integers(0, 4, 120)  # of unequal sizes
+    for _ in range(1500):
+        drawn = np.concatenate([rng.choice(np.flatnonzero(fold == k), (fold == k).sum())
+                                for k in rng.integers(4, size=4)])
+        seeds = rng.integers(3, size=3)
+        differences.append(100 * np.mean([
+            (bad[s][drawn] == labels[drawn]).mean() - (good[s][drawn] == labels[drawn]).mean()
+            for s in seeds]))
+    # accuracy, which is near to macro-F1 here and quicker
+    low, high = np.percentile(differences, [2.5, 97.5])
+    got = paired_bootstrap(labels, bad, good, fold)
+    assert got["low"] == pytest.approx(low, abs=1.5) and got["high"] == pytest.approx(high, abs=1.5)
+
+
+def test_the_correction_for_shared_training_rows():
+    differences = [-1.0, 0.5, -2.0, 0.0, -0.5]
+    got = corrected_interval(differences, 2014, 7056)
+    mean, s = np.mean(differences), np.std(differences, ddof=1)
+    half = stats.t.ppf(0.975, 4) * s * np.sqrt(1 / 5 + 2014 / 7056)
+    assert (got["low"], got["high"]) == (pytest.approx(mean - half), pytest.approx(mean + half))
+    plain = corrected_interval(differences, 0, 7056)  # nothing shared: the usual t interval
+    usual = stats.t.interval(0.95, 4, mean, stats.sem(differences))
+    assert (plain["low"], plain["high"]) == pytest.approx(usual)
+    ratio = (got["high"] - got["low"]) / (plain["high"] - plain["low"])
+    assert ratio == pytest.approx(1.56, abs=0.005)
+
+
+def test_likelihood_and_calibration():
+    rng = np.random.default_rng(2)
+    probabilities = rng.dirichlet([1, 1, 1], 500)
+    labels = rng.integers(0, 3, 500)
+    assert nll(labels, probabilities) == pytest.approx(log_loss(labels, probabilities))
+    sure, right = probabilities.max(1), probabilities.argmax(1) == labels
+    expected = 0
+    for b in range(15):
+        own = (sure > b / 15) & (sure <= (b + 1) / 15)
+        if own.any():
+            expected += own.mean() * abs(right[own].mean() - sure[own].mean())
+    assert ece(labels, probabilities) == pytest.approx(expected) and expected > 0.1
+    # nine of ten right, and always 0.9 sure; always sure, half right; exactly on a bin's edge
+    assert ece([0] * 9 + [1], [[0.9, 0.1]] * 10) == pytest.approx(0)
+    assert ece([0, 1], [[1.0, 0.0]] * 2) == pytest.approx(0.5)
+    assert ece([0, 1, 1], [[1 / 3, 1 / 3, 1 / 3]] * 3) == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,211 @@
+"""Cross-validation: every sentence tests once, none of them in its own training rows, the same for
+every method; and what is made of the runs."""
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, one_line_error, one_line_exit, run, settings, train, write_splits
+from sklearn.metrics import f1_score, log_loss
+
+import compare
+import data
+from settings import read_flags
+from studies import FOLD_RUNS
+
+
+@pytest.fixture(scope="module")
+def folds():
+    return [data.load_rated("movies", [k, 5]) for k in range(1, 6)]
+
+
+def test_every_movie_sentence_tests_once_and_is_not_in_its_own_training_rows(folds):
+    tested = [sentence for task in folds for sentence in task.test.sentences]
+    assert len(tested) == len(set(tested)) == 10_070
+    one_pool = data.load_rated("movies")
+    assert set(tested) == {s for rows in one_pool[1:4] for s in rows.sentences}
+    for k, task in enumerate(folds, 1):
+        sentences = [set(rows.sentences) for rows in task[1:4]]
+        assert [len(part) for part in sentences] == [7056, 1000, 2014]
+        assert len(set.union(*sentences)) == 10_070  # disjoint
+        shares = [np.mean(rows.labels) for rows in task[1:4]]
+        assert max(shares) - min(shares) < 0.001
+        assert task.note == f"fold {k} of 5 tests (seed 2003)" and task.label_names[1] == "positive"
+
+
+def test_folds_are_the_same_for_every_method_seed_and_call(folds):
+    again = [data.load_rated("movies", [k, 5]) for k in range(1, 6)]
+    for old, new in zip(folds, again):
+        assert old[1:4] == new[1:4]
+    # and validation is not the same rows of every fold's training rows
+    assert len({sentence for task in folds for sentence in task.validation.sentences}) > 3000
+    lines = commands("--folds", 5, "--seeds", 42, 7)
+    assert len(lines) == len(set(lines)) == 8 * 5 * 2
+    for k in range(1, 6):
+        for seed in 42, 7:
+            own = [line for line in lines if f"--seed {seed} --fold {k}/5 " in line]
+            assert [line.split(f"{k}/5 ")[1] for line in own] == list(FOLD_RUNS.values())
+
+
+def commands(*flags):
+    done = run(sys.executable, ROOT / "compare.py", "--list", *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_five_folds_are_the_five_runs_and_three_more():
+    assert list(FOLD_RUNS)[:5] == list(compare.RUNS)
+    assert list(FOLD_RUNS)[5:] == ["lora_r16_all", "bitfit", "head"]
+
+
+def test_a_pool_of_one_s_own_and_of_few_rows(tmp_path):
+    rows = "".join(f"sentence {i}\t{'abc'[i % 3]}\n" for i in range(60))
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + rows)
+    tasks = [data.load_folder(tmp_path, [k, 4]) for k in range(1, 5)]
+    assert sorted(s for task in tasks for s in task.test.sentences) == sorted(
+        f"sentence {i}" for i in range(60))
+    assert [len(task.validation.labels) for task in tasks] == [6] * 4
+    assert all(task.label_names == ["a", "b", "c"] for task in tasks)
+    one_line_exit(lambda: data.load_folder(tmp_path, [1, 20]), "20 folds need 21 rows", "has 20")
+    read = settings("--method", "head", "--data", tmp_path, "--fold", "2/4")
+    assert read["fold"] == [2, 4] and "fold" not in settings("--method", "head")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--task", "sst2"], ["sst2", "given", "movies"]),
+    (["--task", "ag_news"], ["ag_news", "given"]),
+    (["--task", "synthetic"], ["run_grid.sh"]),
+    (["--data", "HERE"], ["dev.tsv", "one pool"]),
+    (["--fold", "1/5"], ["--fold"]),
+    (["--targets", "all"], ["--targets"])])
+def test_what_has_no_folds_is_refused_before_anything_runs(flags, words, tmp_path):
+    write_splits(tmp_path / "mine", {"train": 80, "dev": 12},
+                 lambda i, split: f"{split} {i}\t{i % 2}")
+    flags = [tmp_path / "mine" if flag == "HERE" else flag for flag in flags]
+    one_line_error(run(sys.executable, ROOT / "compare.py", "--list", "--folds", 5, *flags), *words)
+
+
+@pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "2", "a/b", "1/5/2", "-1/5"])
+def test_a_fold_that_is_none(fold):
+    one_line_error(train("--method", "head", f"--fold={fold}"), repr(fold), "2/5")
+
+
+@pytest.mark.parametrize("folds", [1, "x"])
+def test_a_number_of_folds_that_is_none(folds):
+    one_line_error(run(sys.executable, ROOT / "compare.py", "--folds", folds), "--folds")
+
+
+def test_a_fold_is_trained_tested_and_skipped_when_finished(tmp_path):
+    (tmp_path / "pool").mkdir()
+    rows = "".join(f"a {'good' if i % 2 else 'bad'} film {i}\t{i % 2}\n" for i in range(90))
+    (tmp_path / "pool" / "train.tsv").write_text("sentence\tlabel\n" + rows)
+    flags = ["--method", "bitfit", "--data", tmp_path / "pool", "--fold", "3/3", "--max-steps", 2,
+             "--output", tmp_path / "out"]
+    done = train(*flags)
+    assert done.returncode == 0 and "fold 3 of 3 tests" in done.stdout, done.stderr
+    path, = (tmp_path / "out" / "metrics" / "runs").iterdir()
+    result = json.loads(path.read_text())
+    assert path.name.startswith("pool_bitfit_fold3of3_seed42_")
+    assert result["rows"] == {"train": 51, "validation": 9, "test": 30}
+    labels, probabilities = np.array(result["test_predictions"])[:, 0], result["test_probabilities"]
+    assert np.sum(probabilities, axis=1) == pytest.approx(1)
+    assert result["nll"] == pytest.approx(log_loss(labels, probabilities))
+    assert "finished already" in train(*flags).stdout
+
+
+# --- a whole study of made-up runs ---------------------------------------------------------------
+
+N_FOLDS, ROWS, SEEDS = 3, 40, (42, 7)
+
+
+def make_run(flags, labels, right, rng):
+    """Leave the result of a run that is `right` about a share of its test rows, and sure of it."""
+    args = read_flags([str(flag) for flag in flags])
+    predicted = np.where(rng.random(len(labels)) < right, labels, 1 - labels)
+    sure = rng.uniform(0.5, 1, len(labels))
+    one = np.where(predicted == 1, sure, 1 - sure)
+    result = {
+        "trainable_params": 5, "trainable_by_kind": {}, "total_params": 10, "trainable_pct": 50.0,
+        "f1_macro": f1_score(labels, predicted, average="macro"),
+        "accuracy": float(np.mean(labels == predicted)), "nll": 0.5, "ece": 0.1,
+        "peak_vram_gb": None, "peak_rss_gb": 1 + rng.random(), "best_epoch": 1,
+        "history": [{"seconds": 1 + rng.random()}], "settings": args.settings,
+        "rows": {"train": 70, "validation": 10, "test": len(labels)},
+        "environment": {"device": "CPU, 2 threads", "amp": "off"},
+        "test_predictions": np.stack([labels, predicted], 1).tolist(),
+        "test_probabilities": np.stack([1 - one, one], 1).tolist()}
+    args.result.parent.mkdir(parents=True, exist_ok=True)
+    args.result.write_text(json.dumps(result))
+    return args.result
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """(folder, {(run, seed, fold): result path})."""
+    folder, rng, paths = tmp_path_factory.mktemp("folds"), np.random.default_rng(0), {}
+    for fold in range(1, N_FOLDS + 1):
+        labels = rng.integers(0, 2, ROWS)
+        for seed in SEEDS:
+            for i, (name, flags) in enumerate(FOLD_RUNS.items()):
+                part = ["--seed", seed, "--fold", f"{fold}/{N_FOLDS}", "--output", folder]
+                paths[name, seed, fold] = make_run([*flags.split(), *part], labels, 0.9 - 0.04 * i,
+                                                   rng)
+    return folder, paths
+
+
+def combined(folder):
+    return run(sys.executable, ROOT / "compare.py", "--folds", N_FOLDS, "--seeds", *SEEDS,
+               "--output", folder)
+
+
+def test_made_up_folds_are_pooled_and_compared(made_up):
+    folder, paths = made_up
+    done = combined(folder)
+    assert done.returncode == 0, done.stderr
+    entries = json.loads((folder / "metrics" / "crossvalidation.json").read_text())
+    assert list(entries) == list(FOLD_RUNS)
+    results = {key: json.loads(path.read_text()) for key, path in paths.items()}
+    scores = {}
+    for name, entry in entries.items():
+        pooled = [[pair for k in range(1, N_FOLDS + 1)
+                   for pair in results[name, seed, k]["test_predictions"]] for seed in SEEDS]
+        scores[name] = np.mean([f1_score(*zip(*pairs), average="macro") for pairs in pooled])
+        likely = [[row for k in range(1, N_FOLDS + 1)
+                   for row in results[name, seed, k]["test_probabilities"]] for seed in SEEDS]
+        assert entry["f1_macro"] == pytest.approx(scores[name])
+        assert entry["nll"] == pytest.approx(np.mean(
+            [log_loss([label for label, _ in pairs], own) for pairs, own in zip(pooled, likely)]))
+        own = [results[name, seed, k]["f1_macro"] for seed in SEEDS for k in range(1, N_FOLDS + 1)]
+        assert entry["f1_macro_std"] == pytest.approx(np.std(own, ddof=1))
+        assert (entry["n"], entry["test_rows"], entry["seeds"]) == (6, 120, [42, 7])
+        assert 0 < entry["ece"] < 1 and "test_probabilities" not in entry["runs"][0]
+    assert entries["full_ft"]["vs_full"] is None
+    vs = entries["head"]["vs_full"]
+    assert vs["points"] == pytest.approx(100 * (scores["head"] - scores["full_ft"]))
+    assert vs["low"] < vs["points"] < vs["high"] < 0
+    # n to resolve a difference: half the interval's width shrinks to it
+    half = (vs["high"] - vs["low"]) / 2
+    assert entries["head"]["rows_to_resolve"] == round(120 * (half / vs["points"]) ** 2)
+    for figure in "pareto.png", "crossvalidation.png":
+        assert (folder / "figures" / figure).stat().st_size > 10_000
+    table = (folder / "figures" / "crossvalidation.md").read_text()
+    assert table in done.stdout and "bash run_all.sh --folds 3 --seeds 42 7" in table
+    assert "3 folds, each 70 training" in table and "(n = 6)" in table
+
+    with open(folder / "metrics" / "crossvalidation_predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 120 and [row["fold"] for row in rows[::ROWS]] == ["1", "2", "3"]
+    for seed in SEEDS:
+        predicted = [int(row[f"bitfit_seed{seed}"]) for row in rows]
+        assert predicted == [p for k in (1, 2, 3)
+                             for _, p in results["bitfit", seed, k]["test_predictions"]]
+
+
+def test_a_missing_fold_is_named(made_up):
+    folder, paths = made_up
+    path = paths["bitfit", 7, 2]
+    text = path.read_text()
+    path.unlink()
+    one_line_error(combined(folder), "not finished", "seed 7", "fold 2/3", "bitfit")
+    path.write_text(text)
