@@ -1,8 +1,9 @@
 """Many tasks on one base: for each of the four rated tasks a LoRA and an adapter, all in memory,
 one at a time in use.
 
-    python multitask.py        trains what is missing (also full fine-tuning, to compare with),
-                               measures, draws
+    python multitask.py                          trains what is missing (also full fine-tuning, to
+                                                 compare with), measures, draws
+    python multitask.py --methods bitfit head    the same with others of methods.CASES
 
 A task is a dict of the tensors that were trained for it, its head included. To switch, the model's
 parameters are pointed at another task's tensors: nothing is copied, and the frozen base is there
@@ -19,11 +20,11 @@ import sys
 
 from files import check_writable, read_json, write_json
 from methods import CASES
-from settings import RATED_TASKS, case_label, model_of, read_flags
+from settings import RATED_TASKS, Parser, case_label, model_of, read_flags
 from start import command, fail, start
 from studies import commands, explain, refuse
 
-METHODS = ("full", "lora_r8", "adapter")
+METHODS = ("lora_r8", "adapter")
 COUNTS = (1, 2, 4, 10, 20, 30, 40, 50)  # tasks in memory
 SWITCHES = 200  # to take the median of
 TURN = [*RATED_TASKS, *reversed(RATED_TASKS)]  # the order in which the tasks are used
@@ -35,11 +36,15 @@ def parse_args(argv):
     explain(__doc__, argv)
     fixed = ["--method", "--task", "--data", "--r", "--alpha", "--placement", "--bottleneck",
              "--reduction"]
-    refuse(fixed, argv,
+    refuse([*fixed, "--targets", "--fold"], argv,
            "is what the runs of multitask.py differ in; for one run of your own use train.py")
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--methods", nargs="+", default=METHODS,
+                        choices=[name for name in CASES if name != "full"])
+    known, argv = parser.parse_known_args(argv)
     runs = {method: {task: read_flags([*argv, "--task", task, *CASES[method].flags.split()])
                      for task in RATED_TASKS}
-            for method in METHODS}
+            for method in ["full", *known.methods]}
     check_writable(runs["full"]["movies"].output / "metrics")
     return runs, argv
 
@@ -183,7 +188,7 @@ def main(runs, argv):
     table = {task: {"test_rows": split.n, "full": {"f1_macro": results["full"][task]["f1_macro"]}}
              for task, split in splits.items()}
     methods = {}
-    for method in METHODS:
+    for method in runs:
         files = [runs[method][task].checkpoint for task in RATED_TASKS]
         model, about = attach(base, base_hash, files[0], dtype or torch.float32)
         check_tokenizer(files[0], about, tokenizer)

@@ -17,6 +17,7 @@ from methods import (
     METHODS,
     PLACEMENTS,
     TARGETS,
+    WIDE_RATE,
     is_qa,
     label_of,
 )
@@ -93,9 +94,10 @@ def add_method_flags(g):
 def add_training_flags(g):
     count, positive = number(int, 1), number(float, 1e-12)
     g.add_argument("--lr", type=positive, metavar="X",
-                   help="peak learning rate (default: full 2e-5, others 1e-4; rated tasks with "
-                        f"{DEFAULT_MODEL}: full 2e-4, others 1e-3; questions: full 4.25e-5, others "
-                        "2e-4)")
+                   help="peak learning rate (default: full 2e-5, bitfit, head 1e-3, others 1e-4; "
+                        f"rated tasks with {DEFAULT_MODEL}: full 2e-4, bitfit 5e-3, head 1e-2, "
+                        "more --targets 5e-4, others 1e-3; questions: full 4.25e-5, bitfit, head "
+                        "1e-3, others 2e-4)")
     g.add_argument("--epochs", type=count, default=3, metavar="N",
                    help="passes over the training rows (default: 3)")
     g.add_argument("--batch-size", type=count, metavar="N",
@@ -157,8 +159,8 @@ def make_parser():
     p = Parser(description="Fine-tune BERT one way and measure it.", allow_abbrev=False,
                formatter_class=formatter)
     p.add_argument("--method", required=True, choices=CHOICES,
-                   help="what trains: all of BERT, LoRA or DoRA, the two on a 4-bit base, or "
-                        "bottleneck adapters")
+                   help="what trains: all of BERT, LoRA or DoRA, the two on a 4-bit base, its "
+                        "biases (bitfit), nothing but the head, or bottleneck adapters")
     add_method_flags(p.add_argument_group("the method"))
     add_training_flags(p.add_argument_group("training"))
     add_data_flags(p.add_argument_group("model, data and results"))
@@ -234,7 +236,9 @@ def settings_of(args):
     targets = " ".join(args.targets)
     if targets not in TARGETS:
         fail(f"--targets {targets}: choose from {', '.join(TARGETS)}")
-    rate = ("questions" if has_questions else "rated" if is_rated else "sentences")
+    is_wide = "targets" in row.flags and targets != DEFAULT_TARGETS
+    rate = "questions" if has_questions else "rated" if is_rated else "sentences"
+    lr = WIDE_RATE if is_wide and is_rated else getattr(row.rates, rate)
 
     without = set(args.without)
     if row.trains == ("",):
@@ -244,12 +248,12 @@ def settings_of(args):
     return {
         "method": args.method,
         **method_settings(args, row),
-        "lr": args.lr or getattr(row.rates, rate),
+        "lr": args.lr or lr,
         "epochs": args.epochs, "accumulation": args.accumulation,
         **(question_settings if has_questions else sentence_settings)(args),
         "warmup": args.warmup, "seed": args.seed, "amp": args.amp, "max_steps": args.max_steps,
         **({"without": sorted(without)} if without else {}),
-        **({"targets": targets} if "targets" in row.flags and targets != DEFAULT_TARGETS else {}),
+        **({"targets": targets} if is_wide else {}),
         **({"fold": args.fold} if args.fold else {}),
         "task": args.data.resolve().name if args.data else args.task,
         "data_sha256": fingerprint(files.values()) if args.data else None,

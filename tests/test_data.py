@@ -311,3 +311,12 @@ def test_tuned_learning_rates_are_for_the_default_study_only(tmp_path):
         assert settings("--method", method)["lr"] == tuned
         assert [settings("--method", method, *flags)["lr"] for flags in full_size] == [usual] * 3
         assert settings("--method", method, "--lr", "3e-3")["lr"] == 3e-3
+    for targets, tuned in (["query", "value"], 1e-3), (["query value"], 1e-3), (["all"], 5e-4):
+        wide = ["--targets", *targets]
+        assert settings("--method", "lora", *wide)["lr"] == tuned
+        assert settings("--method", "lora", *wide, *full_size[0])["lr"] == 1e-4
+        # a flag of other methods changes nothing of these
+        assert settings("--method", "head", *wide) == settings("--method", "head")
+    assert settings("--method", "lora", *wide)["targets"] == "all"
+    assert settings("--method", "lora", "--targets", "query", "value") == settings(
+        "--method", "lora")

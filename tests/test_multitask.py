@@ -3,7 +3,7 @@ what was trained."""
 import json
 
 import pytest
-from conftest import save_small_bert
+from conftest import one_line_exit, save_small_bert
 
 import multitask
 import train as train_module
@@ -19,7 +19,7 @@ def eleven_runs(tmp_path_factory):
     flags = ["--model", save_small_bert(base / "model"), "--output", base / "out", "--epochs", 1,
              "--max-steps", 8, "--max-length", 12, "--lr", 0.02, "--seed", 5]
     flags = [str(flag) for flag in flags]
-    for method in multitask.METHODS:
+    for method in "full", *multitask.METHODS:
         for task in RATED_TASKS:
             if (method, task) != ("lora_r8", "tweets"):
                 own = CASES[method].flags.split()
@@ -56,6 +56,22 @@ def test_without_switching_the_answers_would_be_others(eleven_runs, monkeypatch)
     multitask.main(*multitask.parse_args(flags))
     tasks = json.loads((output / "metrics" / "multitask.json").read_text())["tasks"]
     assert all(tasks[task]["lora_r8"]["changed_predictions"] > 0 for task in ("products", "tweets"))
+
+
+def test_other_methods_too(eleven_runs):
+    flags, output = eleven_runs
+    flags = [*flags[:2], "--methods", "bitfit", "head", *flags[2:]]
+    for method in "bitfit", "head":
+        for task in RATED_TASKS:
+            own = CASES[method].flags.split()
+            train_module.main(parse_args([*flags[:2], *flags[5:], "--task", task, *own]))
+    multitask.main(*multitask.parse_args(flags))
+    result = json.loads((output / "metrics" / "multitask.json").read_text())
+    assert list(result["methods"]) == ["full", "bitfit", "head"]
+    for row in result["tasks"].values():
+        assert row["bitfit"]["changed_predictions"] == row["head"]["changed_predictions"] == 0
+    assert result["methods"]["head"]["trained_bytes"] == 4 * (2 * 48 + 2)
+    one_line_exit(lambda: multitask.parse_args(["--methods", "bert"]), "--methods", "bitfit")
 
 
 def test_a_deleted_checkpoint_is_said_and_its_result_kept(eleven_runs):
