@@ -193,9 +193,9 @@ def forward(model, batch_size, max_length, dtype, **inputs):
 
 
 def predict(config, flags, batch_size, max_length, dtype, gb=()):
-    """{weights, gradients, optimizer, kept: bytes; fits: {GB: largest batch}} of one method, from
-    fake tensors: those have shape, type and device, but no memory. dtype: autocast's, or None; gb:
-    memory sizes in 1e9 bytes."""
+    """{weights, gradients, optimizer, kept: bytes; fits: {GB: largest batch, None where this
+    cannot tell}} of one method, from fake tensors: those have shape, type and device, but no
+    memory. dtype: autocast's, or None; gb: memory sizes in 1e9 bytes."""
     with torch.device("meta"):  # trunc_normal_ does not know fake tensors
         model = make_model(config, flags, dtype, stand_in_encoder)
 
@@ -214,6 +214,9 @@ def predict(config, flags, batch_size, max_length, dtype, gb=()):
     k = kept_by_one_more - kept
     room = {f"{x:g}": x * 1e9 - sum(row.values()) for x in gb}
     fits = {x: max(0, batch_size + int((room[x] - kept) // k)) for x in room}
+    if k < 2 * max_length * config.hidden_size:
+        # not even one layer's output: it is temporaries that bound the batch
+        fits = dict.fromkeys(room)
     return {**row, "kept": kept, "fits": fits}
 
 
@@ -253,11 +256,11 @@ def markdown(ledger):
     header = ["method", *(f"{name} (MB)" for name in PARTS.values()), "sum (MB)",
               *(f"largest batch in {x} GB" for x in ledger["methods"]["full"]["fits"])]
     rows = [[row["label"], *(mb(row[c]) for c in PARTS), mb(sum(row[c] for c in PARTS)),
-             *(f"{n:,}" if n else "–" for n in row["fits"].values())]
+             *("*" if n is None else f"{n:,}" if n else "–" for n in row["fits"].values())]
             for row in ledger["methods"].values()]
     return markdown_table(header, rows) + (
         f"\n{ledger_caption(ledger)}. A batch fits if this sum does; temporaries and the CUDA "
-        "context come on top. – is not even one row.\n")
+        "context come on top. – is not even one row, * is as many as the temporaries allow.\n")
 
 
 def print_measured(config, batch, predicted):

@@ -317,7 +317,7 @@ def draw_ledger(output):
     name_rows(ax, [row["label"] for row in rows])
     ax.margins(x=0.08)
     ax.set_xlabel("memory in training (GB)")
-    ax.legend(fontsize=9, loc="lower right")
+    ax.legend(fontsize=9, loc="center right")
     fig.suptitle(ledger_caption(ledger), fontsize=9)
     save(fig, output / "figures" / "ledger.png")
 

@@ -85,8 +85,8 @@ def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES
     it is too narrow, since n resampled seeds vary (n - 1) / n times as much as new ones would.
 
     The interval of a cross-validation is about trainings on these rows. A fold brings a training of
-    its own, and drawing folds lets that count; but any two of five folds share about three quarters
-    of their training rows, so that they differ less than trainings on new rows would: see
+    its own, and drawing folds lets that count; but any two of five folds share about two thirds of
+    their training rows, so that they differ less than trainings on new rows would: see
     corrected_interval.
     """
     labels, method, baseline = (np.asarray(x) for x in (labels, method, baseline))

@@ -50,6 +50,11 @@ def test_prediction_equals_real_training_steps(method, dtype):
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
+def test_the_head_alone_keeps_next_to_nothing_so_that_no_batch_can_be_told():
+    row = memory.predict(BertConfig(**SMALL), flags("head"), 3, 24, None, [0.03])
+    assert row["fits"] == {"0.03": None} and 0 < row["kept"] < 3 * 2 * 24 * 64
+
+
 @pytest.mark.parametrize("method", ["dora", "qlora"])
 def test_prediction_equals_real_training_steps_on_more_layers(method, targets):
     wide = f"--method {method} --targets {targets}"

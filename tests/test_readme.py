@@ -37,9 +37,36 @@ def test_committed_comparison_is_the_five_default_runs_of_three_seeds():
     assert len(commits) == 1 and not commits.pop().endswith("-dirty")
 
 
-def test_readme_table_is_the_one_of_the_results():
+def test_committed_cross_validation_is_eight_methods_in_five_folds():
+    entries = json.loads(committed("metrics/crossvalidation.json"))
+    assert {name: [r["settings"] for r in entry["runs"]] for name, entry in entries.items()} == \
+        {name: [settings(*flags.split(), "--fold", f"{k}/5") for k in range(1, 6)]
+         for name, flags in studies.FOLD_RUNS.items()}
+    commits = {r["environment"]["git_commit"] for entry in entries.values() for r in entry["runs"]}
+    assert len(commits) == 1 and not commits.pop().endswith("-dirty")
+    for name, entry in entries.items():
+        if name != "full_ft":  # in points: enough to tell one from nothing
+            assert (entry["vs_full"]["high"] - entry["vs_full"]["low"]) / 2 <= 1.2, name
+
+
+def test_committed_predictions_of_the_folds_are_those_of_the_cross_validation():
+    entries = json.loads(committed("metrics/crossvalidation.json"))
+    rows = list(csv.DictReader(committed("metrics/crossvalidation_predictions.csv").splitlines()))
+    assert len(rows) == 10_070
+    labels = [row["label"] for row in rows]
+    for name, entry in entries.items():
+        predicted = [row[f"{name}_seed42"] for row in rows]
+        assert f1_score(labels, predicted, average="macro") == pytest.approx(entry["f1_macro"])
+        for k, r in enumerate(entry["runs"], 1):
+            own = [(row["label"], row[f"{name}_seed42"]) for row in rows if row["fold"] == str(k)]
+            assert f1_score(*zip(*own), average="macro") == pytest.approx(r["f1_macro"])
+
+
+def test_readme_tables_are_those_of_the_results():
+    folds = studies.fold_markdown(json.loads(committed("metrics/crossvalidation.json")))
+    assert committed("figures/crossvalidation.md") == folds and folds in committed("README.md")
     table = plots.markdown(json.loads(committed("metrics/comparison.json")))
-    assert committed("figures/summary.md") == table and table in committed("README.md")
+    assert committed("figures/summary.md") == table and table in committed("docs/measuring.md")
 
 
 def test_committed_grid_is_the_twenty_default_runs():
@@ -117,7 +144,8 @@ def leaves(value):
 def generated():
     """The tables that are made by code, and compared as a whole above."""
     read = lambda name: json.loads(committed(f"metrics/{name}.json"))
-    return [studies.markdown(read("comparison")), studies.grid_markdown(read("grid")),
+    return [studies.markdown(read("comparison")), studies.fold_markdown(read("crossvalidation")),
+            studies.grid_markdown(read("grid")),
             bench.markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
             memory.markdown(read("memory")), studies.multitask_markdown(read("multitask")),
             merge.markdown(read("requantized"))]
