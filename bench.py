@@ -46,8 +46,8 @@ def parse_args(argv):
     tricks)."""
     start()
     explain(__doc__, argv)
-    fixed = ["--method", "--r", "--without", "--accumulation", "--lr", "--epochs", "--warmup",
-             "--max-steps"]
+    fixed = ["--method", "--r", "--targets", "--without", "--accumulation", "--lr", "--epochs",
+             "--warmup", "--max-steps", "--fold"]
     refuse(fixed, argv, "is not for bench.py, which times some steps of every method, with and "
                         "without its tricks")
 

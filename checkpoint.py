@@ -28,9 +28,8 @@ from start import fail
 PROBE = ("The caf\u00e9 and the CAFE\u0301 isn't \u00dcn\u00efc\u00f8de, I\u0307stanbul\u200b "
          "stra\u00dfe; \u4e2d\u6587 don\u2019t\x00 re-do "
          "\u0939\u093f\u0928\u094d\u0926\u0940 [MASK] <s> 1,000.5%\u00a0")
-# settings that decide what the tensors do
+# settings that decide what the tensors do; "targets", which only some runs have, is one more
 MEANING = ("method", "r", "alpha", "placement", "bottleneck", "reduction")
-# and "targets", which only some have
 
 
 def hash_base(model):

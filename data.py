@@ -47,8 +47,8 @@ def carve(rows, n, seed=SPLIT_SEED):
         rest_x, out_x, rest_y, out_y = train_test_split(
             rows.sentences, rows.labels, test_size=n, stratify=rows.labels, random_state=seed)
     except ValueError as e:
-        fail(f"cannot split {len(rows.sentences)} training rows: {e}. Give validation and test "
-             "files of your own.")
+        fail(f"cannot split {len(rows.sentences)} training rows: {e}. Give more rows of each "
+             "label, or validation and test files of your own.")
     return Rows(rest_x, rest_y), Rows(out_x, out_y)
 
 
@@ -59,8 +59,9 @@ def take_fold(rows, fold):
     trains."""
     k, n = fold
     label, least = min(Counter(rows.labels).items(), key=lambda item: item[1])
-    if least < n + 1:  # one in each fold, and one more to validate
-        fail(f"{n} folds need {n + 1} rows of every label; {label!r} has {least}")
+    # one in each fold, and two beside it, of which the split into train and validation makes sure
+    if least < (needed := max(n + 1, 4)):
+        fail(f"{n} folds need {needed} rows of every label; {label!r} has {least}")
     parts = StratifiedKFold(n, shuffle=True, random_state=FOLD_SEED)
     others, own = list(parts.split(rows.labels, rows.labels))[k - 1]
     others, test = (Rows([rows.sentences[i] for i in part], [rows.labels[i] for i in part])

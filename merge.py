@@ -147,7 +147,7 @@ def requantize(path, model_name, folder):
 
     def norm(a, b):
         return float(torch.stack([(a[name] - b[name]).norm() for name in a]).norm())
-    # Frobenius norms over all query and value weights: of the update W - W0, and of the error of
+    # Frobenius norms over all weights that LoRA is on: of the update W - W0, and of the error of
     # rounding W
     return result | {"update_norm": norm(merged, before), "rounding_norm": norm(rounded, merged)}
 

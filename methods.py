@@ -82,12 +82,12 @@ CHOICES = [name for name in METHODS if name not in PLACEMENTS] + ["adapter"]
 
 class Case(NamedTuple):
     flags: str  # of train.py
-    color: str  # Okabe and Ito's colour-blind safe palette; colour and marker are its own
+    # colour-blind safe: Okabe and Ito's, the last three Paul Tol's; colour and marker are its own
+    color: str
     marker: str  # in every figure
 
 
-# The methods as they are measured: bench.py and memory.py take all, run_all.sh takes STUDY. The
-# colours of the last three are Paul Tol's.
+# The methods as they are measured: bench.py and memory.py take all, run_all.sh takes STUDY.
 CASES = {
     "full": Case("--method full", "#000000", "o"),
     "lora_r8": Case("--method lora --r 8", "#56B4E9", "s"),
@@ -99,7 +99,7 @@ CASES = {
     "pfeiffer": Case("--method adapter --placement pfeiffer", "#999999", "<"),
     "lora_r16_all": Case("--method lora --r 16 --targets all", "#332288", "p"),
     "bitfit": Case("--method bitfit", "#882255", "h"),
-    "head": Case("--method head", "#8B7D3A", "d"),
+    "head": Case("--method head", "#999933", "d"),
 }
 STUDY = ("full", "lora_r8", "lora_r16", "qlora", "adapter")
 FOLD_STUDY = (*STUDY, "lora_r16_all", "bitfit", "head")  # and these with --folds

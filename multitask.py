@@ -39,8 +39,9 @@ def parse_args(argv):
     refuse([*fixed, "--targets", "--fold"], argv,
            "is what the runs of multitask.py differ in; for one run of your own use train.py")
     parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--methods", nargs="+", default=METHODS,
-                        choices=[name for name in CASES if name != "full"])
+    # 4-bit methods do not share the base's weights
+    choices = [name for name in CASES if name not in ("full", "qlora", "qdora")]
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=choices)
     known, argv = parser.parse_known_args(argv)
     runs = {method: {task: read_flags([*argv, "--task", task, *CASES[method].flags.split()])
                      for task in RATED_TASKS}

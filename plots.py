@@ -206,9 +206,11 @@ def pareto(entries, path):
         top.tick_params(axis="x", which="both", length=0)
         bottom.set_xlabel(label)
 
-    room = 0.1 * (max(above) - min(above))
+    room = max(0.1 * (max(above) - min(above)), 0.002)
     axes[0, 0].set(ylim=(min(above) - room, max(above) + room), ylabel="macro-F1")
-    axes[1, 0].set(ylim=(floor - 0.025, floor + 0.025), yticks=[round(floor, 3)])
+    low, high = ends["head"]
+    axes[1, 0].set(ylim=(min(low, floor - 0.02) - 0.005, max(high, floor + 0.02) + 0.005),
+                   yticks=[round(floor, 3)])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(entries), fontsize=9,
                columnspacing=1.2, handletextpad=0.3)
@@ -295,7 +297,7 @@ def draw_grid(output):
     print(text + f"\nfigures are in {figures}")
 
 
-# Tol's muted colours for the parts of a ledger, which no method has
+# Tol's muted colours, for the parts of a ledger
 PART_COLORS = dict(zip(PARTS, ("#332288", "#88CCEE", "#44AA99", "#DDCC77")))
 
 
@@ -331,7 +333,8 @@ def draw_multitask(output):
     for i, name in enumerate(names):
         method, (_, color, marker) = study["methods"][name], STYLE[name]
         f1 = [study["tasks"][task][name]["f1_macro"] for task in tasks]
-        scores.plot(np.arange(len(tasks)) + 0.18 * (i - 1), f1, marker, color=color, markersize=8,
+        at = np.arange(len(tasks)) + 0.54 / len(names) * (i - (len(names) - 1) / 2)
+        scores.plot(at, f1, marker, color=color, markersize=8,
                     label=method["label"])
         counts, measured = np.array(method["memory"]).T
         every = np.arange(1, 51)

@@ -154,7 +154,8 @@ def study(runs):
     size = f"{rows['train']:,} training, {rows['test']:,} test {what}"
     if "fold" in s:
         n_folds = s["fold"][1]
-        size, n = f"{n_folds} folds, each {size}", n * n_folds
+        about = "" if all(r["rows"] == rows for r in runs) else "about "
+        size, n = f"{n_folds} folds, each {about}{size}", n * n_folds
     return (f"{s['model']} on {task} ({size}), seed{'s' if len(seeds) > 1 else ''} {numbers} (n = "
             f"{n}), {devices}, amp {run['environment']['amp']}")
 
@@ -228,7 +229,7 @@ def fold_caption(entries):
             "calibration error, 15 bins) are of all of them together; ± is the standard deviation "
             "over the folds, for the time over all epochs; [ ] is a 95 % interval, by a paired "
             "bootstrap over folds and sentences, and, for trainings on new rows, Nadeau and "
-            "Bengio's; made by "
+            "Bengio's, around the mean of the folds; made by "
             f"`{command_of('run_all.sh', full['runs'][0], full['seeds'])}`")
 
 
@@ -350,7 +351,7 @@ def multitask_markdown(study):
     computed = "; * computed" if any("*" in cell for row in cost for cell in row) else ""
     caption = (f"{multitask_caption(study)}; [ ] is a 95 % interval, by a paired bootstrap over "
                "test sentences. Memory is measured in a fresh process, beyond Python and its "
-               "libraries; for LoRA and adapter with the base and its tokenizer"
+               "libraries; for all but full fine-tuning with the base and its tokenizer"
                f"{computed}.")
     return (markdown_table(header, rows) + "\n" + markdown_table(header_cost, cost)
             + f"\n{caption}\n")

@@ -11,7 +11,9 @@ from sklearn.metrics import f1_score, log_loss
 
 import compare
 import data
+import plots
 from settings import read_flags
+from spread import corrected_interval, ece, paired_bootstrap
 from studies import FOLD_RUNS
 
 
@@ -68,6 +70,8 @@ def test_a_pool_of_one_s_own_and_of_few_rows(tmp_path):
     assert [len(task.validation.labels) for task in tasks] == [6] * 4
     assert all(task.label_names == ["a", "b", "c"] for task in tasks)
     one_line_exit(lambda: data.load_folder(tmp_path, [1, 20]), "20 folds need 21 rows", "has 20")
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + rows + "x\td\n" * 3)
+    one_line_exit(lambda: data.load_folder(tmp_path, [2, 2]), "2 folds need 4 rows", "'d' has 3")
     read = settings("--method", "head", "--data", tmp_path, "--fold", "2/4")
     assert read["fold"] == [2, 4] and "fold" not in settings("--method", "head")
 
@@ -179,14 +183,28 @@ def test_made_up_folds_are_pooled_and_compared(made_up):
         own = [results[name, seed, k]["f1_macro"] for seed in SEEDS for k in range(1, N_FOLDS + 1)]
         assert entry["f1_macro_std"] == pytest.approx(np.std(own, ddof=1))
         assert (entry["n"], entry["test_rows"], entry["seeds"]) == (6, 120, [42, 7])
-        assert 0 < entry["ece"] < 1 and "test_probabilities" not in entry["runs"][0]
+        assert entry["ece"] == pytest.approx(np.mean(
+            [ece([label for label, _ in pairs], own) for pairs, own in zip(pooled, likely)]))
+        assert "test_probabilities" not in entry["runs"][0]
     assert entries["full_ft"]["vs_full"] is None
     vs = entries["head"]["vs_full"]
     assert vs["points"] == pytest.approx(100 * (scores["head"] - scores["full_ft"]))
     assert vs["low"] < vs["points"] < vs["high"] < 0
-    # n to resolve a difference: half the interval's width shrinks to it
-    half = (vs["high"] - vs["low"]) / 2
-    assert entries["head"]["rows_to_resolve"] == round(120 * (half / vs["points"]) ** 2)
+    by_fold = [100 * np.mean([results["head", seed, k]["f1_macro"]
+                              - results["full_ft", seed, k]["f1_macro"] for seed in SEEDS])
+               for k in range(1, N_FOLDS + 1)]
+    assert entries["head"]["vs_full_new_rows"] == pytest.approx(
+        corrected_interval(by_fold, 40, 70))
+    # an interval over this many sentences would just reach 0; this many times those that there are
+    labels = [label for label, _ in pooled[0]]
+    predicted = {name: [[p for k in range(1, N_FOLDS + 1)
+                         for _, p in results[name, seed, k]["test_predictions"]]
+                        for seed in SEEDS] for name in ("head", "full_ft", "lora_r8")}
+    for name in "head", "lora_r8":
+        flat = paired_bootstrap(labels, predicted[name], predicted["full_ft"], replicates=2000)
+        times = ((flat["high"] - flat["low"]) / 2 / flat["points"]) ** 2
+        assert entries[name]["rows_to_resolve"] == round(120 * times)
+    assert entries["head"]["rows_to_resolve"] < 120 < entries["lora_r8"]["rows_to_resolve"]
     for figure in "pareto.png", "crossvalidation.png":
         assert (folder / "figures" / figure).stat().st_size > 10_000
     table = (folder / "figures" / "crossvalidation.md").read_text()
@@ -200,6 +218,13 @@ def test_made_up_folds_are_pooled_and_compared(made_up):
         predicted = [int(row[f"bitfit_seed{seed}"]) for row in rows]
         assert predicted == [p for k in (1, 2, 3)
                              for _, p in results["bitfit", seed, k]["test_predictions"]]
+
+
+def test_the_frontier_is_what_nothing_beats_in_both():
+    # cheap to dear: the best; beaten by it; better; as dear and worse; as good and dearer; better
+    costs, scores = [1, 2, 3, 3, 4, 5], [0.6, 0.5, 0.7, 0.65, 0.7, 0.8]
+    assert plots.frontier(costs, scores) == [(1, 0.6), (3, 0.7), (5, 0.8)]
+    assert plots.frontier([5, 1], [0.5, 0.9]) == [(1, 0.9)]
 
 
 def test_a_missing_fold_is_named(made_up):

@@ -71,7 +71,8 @@ def test_other_methods_too(eleven_runs):
     for row in result["tasks"].values():
         assert row["bitfit"]["changed_predictions"] == row["head"]["changed_predictions"] == 0
     assert result["methods"]["head"]["trained_bytes"] == 4 * (2 * 48 + 2)
-    one_line_exit(lambda: multitask.parse_args(["--methods", "bert"]), "--methods", "bitfit")
+    for name in "bert", "full", "qlora":  # 4-bit methods have encoder weights of their own
+        one_line_exit(lambda: multitask.parse_args(["--methods", name]), "--methods", "bitfit")
 
 
 def test_a_deleted_checkpoint_is_said_and_its_result_kept(eleven_runs):
@@ -89,7 +90,7 @@ def test_a_process_that_dies_is_said(tmp_path):
         multitask.memory_of([tmp_path / "nothing"], None, None, False)
 
 
-@pytest.mark.parametrize("flag", ["--task", "--data", "--method", "--r"])
+@pytest.mark.parametrize("flag", ["--task", "--data", "--method", "--r", "--targets", "--fold"])
 def test_what_the_runs_differ_in_is_refused(flag):
     with pytest.raises(SystemExit, match=f"error: {flag} is what the runs"):
         multitask.parse_args([flag, "x"])
