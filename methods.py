@@ -61,7 +61,7 @@ METHODS = {
     "pfeiffer": Method("adapter Pfeiffer {size}", ADAPTER, "adapters.put_pfeiffer", (".adapter.",),
                        (), False, False, NEW),
     "bitfit": Method("BitFit", (), None, (), (".bias",), False, True, Rates(5e-3, 1e-3, 1e-3)),
-    "head": Method("head only", (), None, (), (), False, True, Rates(1e-2, 1e-3, 1e-3)),
+    "head": Method("head only", (), None, (), (), False, True, Rates(1e-1, 1e-3, 1e-3)),
 }
 HEAD = ("classifier.", "qa_outputs.")  # how the names of its parameters start; it trains always
 

@@ -95,7 +95,7 @@ def add_training_flags(g):
     count, positive = number(int, 1), number(float, 1e-12)
     g.add_argument("--lr", type=positive, metavar="X",
                    help="peak learning rate (default: full 2e-5, bitfit, head 1e-3, others 1e-4; "
-                        f"rated tasks with {DEFAULT_MODEL}: full 2e-4, bitfit 5e-3, head 1e-2, "
+                        f"rated tasks with {DEFAULT_MODEL}: full 2e-4, bitfit 5e-3, head 1e-1, "
                         "more --targets 5e-4, others 1e-3; questions: full 4.25e-5, bitfit, head "
                         "1e-3, others 2e-4)")
     g.add_argument("--epochs", type=count, default=3, metavar="N",
