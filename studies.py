@@ -251,7 +251,7 @@ def fold_table(entries):
             f"[{new['low']:+.1f}, {new['high']:+.1f}]" if new else "",
             plus_minus(entry, "nll", 3), plus_minus(percent, "ece", 1),
             plus_minus(entry, "epoch_time_s", 1), plus_minus(entry, key, 2),
-            "–" if mb is None else f"{mb:.2f}"])
+            "–" if mb is None else f"{mb:.2f}" if mb >= 0.01 else f"{mb:.2g}"])
     return header, rows
 
 
