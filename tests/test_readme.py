@@ -122,10 +122,11 @@ def test_readme_tables_of_many_tasks_and_of_requantizing_are_those_of_the_result
 # them, or they are another project's, with its name beside them.
 ELSEWHERE = {
     "README.md": {"10,000", "2014"},  # resamples; a year
-    "docs/choices.md": {"0.10001", "2021", "2023", "2024", "2019"},
+    "docs/choices.md": {"0.10001", "2019", "2021", "2022", "2023", "2024", "2025",
+                        "102,912", "102,144", "9,216"},
     "docs/full-size.md": {"1.75", "7,600", "87,000", "119,000"},
-    "docs/measuring.md": {"10,000", "109,483,778", "294,912", "1,538", "589,824", "313,344",
-                          "2,379,264", "38,400"},
+    "docs/measuring.md": {"10,000", "2003", "2017", "109,483,778", "294,912", "1,538", "589,824",
+                          "313,344", "2,379,264", "38,400"},
     "docs/speed.md": {"1.16"},  # DoRA's step over LoRA r=16's, from their rounds
     "docs/use.md": {"8888", "29400"},
 }
