@@ -67,31 +67,20 @@ def summarise(runs):
     return entry
 
 
-def columns(runs):
-    """(labels, predicted labels) of each of some runs: (runs, sentences) ints both."""
-    pairs = np.array([run["test_predictions"] for run in runs])
-    return pairs[..., 0], pairs[..., 1]
+def joined(runs, n_folds, what):
+    """What the runs of each seed left of their test rows, its folds one after the other: (seeds,
+    sentences, 2) ints of test_predictions, (seeds, sentences, labels) of test_probabilities."""
+    return np.array([[row for run in runs[i:i + n_folds] for row in run[what]]
+                     for i in range(0, len(runs), n_folds)])
 
 
 def combine(runs, baseline):
     """One method's entry of comparison.json: means and standard deviations over its runs (one a
     seed), and its macro-F1 against that of full fine-tuning, the `baseline` runs of the same
     seeds."""
-    labels, predicted = columns(runs)
-    vs = None if runs is baseline else paired_bootstrap(labels[0], predicted, columns(baseline)[1])
+    pairs, full = (joined(own, 1, "test_predictions") for own in (runs, baseline))
+    vs = None if runs is baseline else paired_bootstrap(pairs[0, :, 0], pairs[..., 1], full[..., 1])
     return summarise(runs) | {"vs_full": vs}
-
-
-def pool(runs, n_folds):
-    """The folds of each seed as one set of sentences: labels (sentences,), predicted labels
-    (seeds, sentences), probabilities (seeds, sentences, labels), fold (sentences,)."""
-    seeds = [runs[i:i + n_folds] for i in range(0, len(runs), n_folds)]
-    pairs = np.array([[pair for run in folds for pair in run["test_predictions"]]
-                      for folds in seeds])
-    probabilities = np.array([[row for run in folds for row in run["test_probabilities"]]
-                              for folds in seeds])
-    fold = [k for k, run in enumerate(runs[:n_folds]) for _ in run["test_predictions"]]
-    return pairs[0, :, 0], pairs[..., 1], probabilities, np.array(fold)
 
 
 def combine_folds(runs, baseline, n_folds):
@@ -100,7 +89,9 @@ def combine_folds(runs, baseline, n_folds):
     like all else. vs_full and vs_full_new_rows: see spread.py. rows_to_resolve: how many test
     sentences would have shown the difference to full fine-tuning, had it been as large as here and
     the trainings these."""
-    labels, predicted, probabilities, fold = pool(runs, n_folds)
+    pairs, full = (joined(own, n_folds, "test_predictions") for own in (runs, baseline))
+    labels, predicted, full = pairs[0, :, 0], pairs[..., 1], full[..., 1]
+    probabilities = joined(runs, n_folds, "test_probabilities")
     everything = np.ones((1, len(labels)))
     entry = summarise(runs) | {
         "test_rows": len(labels), "folds": n_folds,
@@ -111,7 +102,7 @@ def combine_folds(runs, baseline, n_folds):
     if runs is baseline:
         return entry
 
-    full = pool(baseline, n_folds)[1]
+    fold = np.repeat(range(n_folds), [len(r["test_predictions"]) for r in runs[:n_folds]])
     vs = paired_bootstrap(labels, predicted, full, fold)
     # an interval over sentences alone is as wide as 1 / sqrt(rows)
     of_sentences = paired_bootstrap(labels, predicted, full, replicates=2000)
@@ -135,11 +126,9 @@ def prediction_rows(runs, n_folds=None):
     rows = [{"label": label} | ({"fold": k} if n_folds else {})
             for k, run in enumerate(first, 1) for label, _ in run["test_predictions"]]
     for name, own in runs.items():
-        for i in range(0, len(own), size):
-            column = f"{name}_seed{own[i]['settings']['seed']}"
-            predicted = [p for run in own[i:i + size] for _, p in run["test_predictions"]]
-            for row, label in zip(rows, predicted, strict=True):
-                row[column] = label
+        for run, pairs in zip(own[::size], joined(own, size, "test_predictions"), strict=True):
+            for row, (_, label) in zip(rows, pairs, strict=True):
+                row[f"{name}_seed{run['settings']['seed']}"] = label
     return rows
 
 

@@ -52,11 +52,10 @@ def carve(rows, n, seed=SPLIT_SEED):
     return Rows(rest_x, rest_y), Rows(out_x, out_y)
 
 
-def take_fold(rows, fold):
-    """(train, validation, test, a note) of a pool of rows. fold: (k, n), the k-th of n folds, drawn
-    with FOLD_SEED and the same share of every label in each, so that every row tests in exactly
-    one. Of the others 1,000 validate (of a small pool as many as a tenth of it), the rest
-    trains."""
+def fold_task(rows, fold):
+    """The Task of a pool of rows. fold: (k, n), the k-th of n folds tests, drawn with FOLD_SEED and
+    the same share of every label in each, so that every row tests in exactly one. Of the others
+    1,000 validate (of a small pool as many as a tenth of it), the rest trains."""
     k, n = fold
     label, least = min(Counter(rows.labels).items(), key=lambda item: item[1])
     # one in each fold, and two beside it, of which the split into train and validation makes sure
@@ -67,7 +66,8 @@ def take_fold(rows, fold):
     others, test = (Rows([rows.sentences[i] for i in part], [rows.labels[i] for i in part])
                     for part in (others, own))
     train, validation = carve(others, min(1000, len(rows.labels) // 10), FOLD_SEED + k)
-    return train, validation, test, f"fold {k} of {n} tests (seed {FOLD_SEED})"
+    note = f"fold {k} of {n} tests (seed {FOLD_SEED})"
+    return make_task(train, validation, test)._replace(note=note)
 
 
 def make_task(train, validation=None, test=None):
@@ -113,13 +113,12 @@ def load_rated(name, fold=None):
             ratings.setdefault(sentence.strip(), float(rating))
     n = min(1000, len(ratings) // 10)
     labels = ["positive" if r > 0 else "negative" for r in ratings.values()]
-    rows, note = Rows(list(ratings), labels), f"stratified with seed {SPLIT_SEED}"
+    rows = Rows(list(ratings), labels)
     if fold:
-        train, validation, test, note = take_fold(rows, fold)
-    else:
-        train, test = carve(rows, n)
-        train, validation = carve(train, n)
-    return make_task(train, validation, test)._replace(note=note)
+        return fold_task(rows, fold)
+    train, test = carve(rows, n)
+    train, validation = carve(train, n)
+    return make_task(train, validation, test)._replace(note=f"stratified with seed {SPLIT_SEED}")
 
 
 def from_hub(name, config, revision, offline_task):
@@ -238,11 +237,8 @@ def load_folder(folder, fold=None):
     """The user's own train, validation and test files (files.files_to_read), .tsv or .csv; only
     train must be there. A label is the text in the file."""
     splits = {split: read_file(path) for split, path in files_to_read(folder).items()}
-    if fold:  # settings.py has seen to it that there are training rows alone
-        train, validation, test, note = take_fold(splits["train"], fold)
-        task = make_task(train, validation, test)._replace(note=note)
-    else:
-        task = make_task(**splits)
+    # with a fold, settings.py has seen to it that there are training rows alone
+    task = fold_task(splits["train"], fold) if fold else make_task(**splits)
     warn_labels(task.label_names)
     return task
 

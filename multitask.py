@@ -19,8 +19,8 @@ import subprocess
 import sys
 
 from files import check_writable, read_json, write_json
-from methods import CASES
-from settings import RATED_TASKS, Parser, case_label, model_of, read_flags
+from methods import CASES, is_4bit
+from settings import RATED_TASKS, Parser, case_label, case_settings, model_of, read_flags
 from start import command, fail, start
 from studies import commands, explain, refuse
 
@@ -40,7 +40,7 @@ def parse_args(argv):
            "is what the runs of multitask.py differ in; for one run of your own use train.py")
     parser = Parser(add_help=False, allow_abbrev=False)
     # 4-bit methods do not share the base's weights
-    choices = [name for name in CASES if name not in ("full", "qlora", "qdora")]
+    choices = [name for name in CASES if name != "full" and not is_4bit(case_settings(name))]
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=choices)
     known, argv = parser.parse_known_args(argv)
     runs = {method: {task: read_flags([*argv, "--task", task, *CASES[method].flags.split()])

@@ -262,9 +262,14 @@ def settings_of(args):
     }
 
 
+def case_settings(name):
+    """The settings of one of methods.CASES, with train.py's defaults."""
+    return settings_of(make_parser().parse_args(CASES[name].flags.split()))
+
+
 def case_label(name):
     """What tables and figures call one of methods.CASES."""
-    return label_of(settings_of(make_parser().parse_args(CASES[name].flags.split())))
+    return label_of(case_settings(name))
 
 
 def short(lr):

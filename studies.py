@@ -192,9 +192,10 @@ def memory_key(entries):
     return "peak_rss_gb", "peak resident memory (GB)"
 
 
-def plus_minus(entry, key, digits):
+def plus_minus(entry, key, digits, scale=1):
     std = entry[f"{key}_std"]
-    return f"{entry[key]:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
+    return f"{scale * entry[key]:.{digits}f}{spread}"
 
 
 def points(vs):
@@ -241,15 +242,13 @@ def fold_table(entries):
     rows = []
     for entry in entries.values():
         new, mb = entry["vs_full_new_rows"], entry["checkpoint_mb"]
-        percent = {k: v if v is None else 100 * v
-                   for k, v in entry.items() if k in ("ece", "ece_std")}
         rows.append([
             entry_label(entry), short(entry["runs"][0]["settings"]["lr"]),
             f"{entry['trainable_params']:,}", f"{entry['trainable_pct']:.2g}"
             if entry["trainable_pct"] < 1 else f"{entry['trainable_pct']:.1f}", f"{entry['n']}",
             plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]),
             f"[{new['low']:+.1f}, {new['high']:+.1f}]" if new else "",
-            plus_minus(entry, "nll", 3), plus_minus(percent, "ece", 1),
+            plus_minus(entry, "nll", 3), plus_minus(entry, "ece", 1, 100),
             plus_minus(entry, "epoch_time_s", 1), plus_minus(entry, key, 2),
             "–" if mb is None else f"{mb:.2f}" if mb >= 0.01 else f"{mb:.2g}"])
     return header, rows
