@@ -22,6 +22,7 @@ from spread import ece, nll
 from start import fail, warn
 
 NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is one
+MOST_WORDS = 200  # of a row whose parts are looked for: it has half the square of that many
 FOLD_SEED = 2003  # the folds' own: the same for every method, --seed and machine
 WRITTEN_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"  # in any writing
 
@@ -52,6 +53,30 @@ def carve(rows, n, seed=SPLIT_SEED):
     return Rows(rest_x, rest_y), Rows(out_x, out_y)
 
 
+def carve_whole(rows, n):
+    """As carve, for rows that are parts of one another, such as SST-2's phrases: n whole sentences,
+    which are parts of no other row, and a rest without what stands in no sentence but these."""
+    texts = [" ".join(sentence.split()) for sentence in rows.sentences]
+    if (longest := max(len(text.split()) for text in texts)) > MOST_WORDS:
+        fail(f"--whole-sentences is for sentences; one row has {longest:,} words, more than "
+             f"{MOST_WORDS}")
+    known, wholes = set(texts), {}  # wholes: of each text the whole sentences that it stands in
+    for text in sorted(known, key=len, reverse=True):
+        if text not in wholes:
+            words = text.split()
+            pieces = {" ".join(words[i:j + 1]) for i in range(len(words))
+                      for j in range(i, len(words))}
+            for piece in pieces & known:
+                wholes.setdefault(piece, set()).add(text)
+
+    at = [i for i, text in enumerate(texts) if wholes[text] == {text}]
+    whole = Rows([rows.sentences[i] for i in at], [rows.labels[i] for i in at])
+    _, out = carve(whole, n)
+    held = {" ".join(sentence.split()) for sentence in out.sentences}
+    rest = [i for i, text in enumerate(texts) if not wholes[text] <= held]
+    return Rows([rows.sentences[i] for i in rest], [rows.labels[i] for i in rest]), out
+
+
 def fold_task(rows, fold):
     """The Task of a pool of rows. fold: (k, n), the k-th of n folds tests, drawn with FOLD_SEED and
     the same share of every label in each, so that every row tests in exactly one. Of the others
@@ -70,10 +95,10 @@ def fold_task(rows, fold):
     return make_task(train, validation, test)._replace(note=note)
 
 
-def make_task(train, validation=None, test=None):
+def make_task(train, validation=None, test=None, whole=False):
     """Fill in what is missing, aloud: labelled validation rows become the test rows where there are
-    none, and slices of train (1,000 rows, or a tenth of a small set) take the empty places. Labels
-    become positions."""
+    none, and slices of train (1,000 rows, or a tenth of a small set) take the empty places, by
+    whole sentences if asked. Labels become positions."""
     names = sorted(set(train.labels), key=str)
     if all(re.fullmatch(NUMBER, str(name)) for name in names):
         names.sort(key=float)  # 10 comes after 9
@@ -86,17 +111,21 @@ def make_task(train, validation=None, test=None):
         rows and Rows(rows.sentences, [names.index(label) for label in rows.labels])
         for rows in (train, validation, test))
 
-    n, notes = min(1000, len(train.sentences) // 10), []
+    n, notes, n_given = min(1000, len(train.sentences) // 10), [], len(train.sentences)
+    cut, what = (carve_whole, " whole sentences") if whole else (carve, "")
     if test is None and validation is not None:
         test, validation = validation, None
         notes.append(f"no test rows: the {len(test.sentences):,} labelled validation rows are the "
                      "test")
     if test is None:
-        train, test = carve(train, n)
-        notes.append(f"no test rows: {n:,} of train are the test (seed {SPLIT_SEED})")
+        train, test = cut(train, n)
+        notes.append(f"no test rows: {n:,}{what} of train are the test (seed {SPLIT_SEED})")
     if validation is None:
-        train, validation = carve(train, n)
-        notes.append(f"{n:,} of train validate (seed {SPLIT_SEED})")
+        train, validation = cut(train, n)
+        notes.append(f"{n:,}{what} of train validate (seed {SPLIT_SEED})")
+    if whole and len(train.sentences) < n_given:
+        notes.append(f"{len(train.sentences):,} of {n_given:,} rows are left to train on, the "
+                     "parts of these sentences being left out")
     note = "; ".join(notes) or "splits as given"
     return Task([str(name) for name in names], train, validation, test, note, Sentences)
 
@@ -131,7 +160,7 @@ def from_hub(name, config, revision, offline_task):
              f"offline: --task {offline_task}, or your own files with --data DIR")
 
 
-def load_hub(task):
+def load_hub(task, whole=False):
     """sst2: GLUE hides its test labels, so its 872 labelled validation rows are the test and 1,000
     rows of train validate. ag_news: the 7,600 test rows are the test and 1,000 of the 120,000
     training rows validate."""
@@ -141,7 +170,8 @@ def load_hub(task):
     rows = {split: Rows([text.strip() for text in part[column]], list(part["label"]))
             for split, part in splits.items()}
     labelled = {split: r for split, r in rows.items() if -1 not in r.labels}
-    return make_task(**labelled)._replace(label_names=splits["train"].features["label"].names)
+    names = splits["train"].features["label"].names
+    return make_task(**labelled, whole=whole)._replace(label_names=names)
 
 
 def looks_quoted(text):
@@ -233,21 +263,47 @@ def warn_labels(names):
             break
 
 
-def load_folder(folder, fold=None):
+def load_folder(folder, fold=None, whole=False):
     """The user's own train, validation and test files (files.files_to_read), .tsv or .csv; only
     train must be there. A label is the text in the file."""
     splits = {split: read_file(path) for split, path in files_to_read(folder).items()}
     # with a fold, settings.py has seen to it that there are training rows alone
-    task = fold_task(splits["train"], fold) if fold else make_task(**splits)
+    task = fold_task(splits["train"], fold) if fold else make_task(**splits, whole=whole)
     warn_labels(task.label_names)
     return task
 
 
-def load_task(task, folder=None, fold=None):
-    """The Task of that name, or of the user's own folder; fold: (k, n) of a cross-validation."""
-    if folder:
-        return load_folder(folder, fold)
-    return load_rated(task, fold) if task in RATED_TASKS else load_hub(task)
+def spread_order(labels):
+    """All row numbers in an order whose first n have the labels' shares, whatever n is, drawn with
+    SPLIT_SEED: (rows,) ints."""
+    rng, place = np.random.default_rng(SPLIT_SEED), np.empty(len(labels))
+    for label in sorted(set(labels)):
+        own = rng.permutation(np.flatnonzero(np.asarray(labels) == label))
+        # the k-th row of a label with m rows stands at (k - 1/2) / m of the way
+        place[own] = (np.arange(len(own)) + 0.5) / len(own)
+    return np.argsort(place, kind="stable")
+
+
+def train_on(task, n):
+    """The Task with n of its training rows: a small n's are among a larger n's."""
+    if n > (n_all := len(task.train.labels)):
+        fail(f"--train-rows {n}: there are {n_all:,} training rows")
+    chosen = np.sort(spread_order(task.train.labels)[:n])
+    train = Rows(*([column[i] for i in chosen] for column in task.train))
+    if lost := set(task.train.labels) - set(train.labels):
+        fail(f"--train-rows {n} leaves no row of the label {task.label_names[min(lost)]!r}")
+    note = f"{task.note}; trained on {n:,} of {n_all:,} training rows (seed {SPLIT_SEED})"
+    return task._replace(train=train, note=note)
+
+
+def load_task(task, folder=None, s=None):
+    """The Task of that name, or of the user's own folder; s: the settings of a run, whose "fold",
+    "train_rows" and "whole_sentences" say which rows train, validate and test."""
+    s = s or {}
+    fold, whole = s.get("fold"), s.get("whole_sentences", False)
+    task = (load_folder(folder, fold, whole) if folder
+            else load_rated(task, fold) if task in RATED_TASKS else load_hub(task, whole))
+    return train_on(task, s["train_rows"]) if "train_rows" in s else task
 
 
 class Encoded:

@@ -8,18 +8,23 @@ are train.py's.
 import contextlib
 import sys
 
+import numpy as np
+
 from fetch import model_folder
 from files import read_json, write_csv, write_json
 from methods import is_qa
 from settings import DEFAULT_MODEL, make_parser, model_of, settings_of
+from spread import mean_interval
 from start import fail, start, warn
-from studies import GRID_RUNS as RUNS
 from studies import (
+    GRID_RUNS,
+    SYNTHETIC_RUNS,
     best_of,
     collect,
     commands,
     explain,
     given,
+    grid_runs,
     mixed_hardware,
     print_commands,
     refuse,
@@ -28,20 +33,39 @@ from studies import (
 )
 
 
-def check_same_study(path, argv):
+def check_same_study(path, argv, runs):
     """End if grid.json at `path` is of another task, model, seed or setting than the flags: it
     would be overwritten."""
     there = read_json(path) if path.exists() else {}
-    if not isinstance(there, dict) or not all(name in RUNS and "settings" in there[name]
-                                              for name in there):
+    if not isinstance(there, dict) or not all(
+            name in GRID_RUNS | SYNTHETIC_RUNS and "settings" in there[name] for name in there):
         fail(f"{path} is damaged (not runs of the grid); delete it")
     for name in there:
         held = there[name]["settings"]
-        asked = settings_of(make_parser().parse_args(argv + RUNS[name].split()))
+        if name not in runs:
+            fail(f"{path} holds results of another study ({name}); give this one an --output of "
+                 "its own")
+        asked = settings_of(make_parser().parse_args(argv + runs[name].split()))
         for key in asked | held:
             if held.get(key) != asked.get(key):
                 fail(f"{path} holds results of another study ({key} {held.get(key)}, here "
                      f"{asked.get(key)}); give this one an --output of its own")
+
+
+def add_scores(results):
+    """Give every result `f1_by_level`, where its questions have levels, and `vs_full`: its F1 minus
+    that of full fine-tuning's run with the best validation F1, question by question. Their answers
+    stay in the runs' own files."""
+    import qa  # torch is slow to import
+    f1 = {name: np.array(qa.question_scores(result.pop("test_predictions"))["f1"])
+          for name, result in results.items()}
+    full = next((row["run"] for row in best_of(rows_of(results)) if row["method"] == "full"), None)
+    for name, result in results.items():
+        if levels := result.pop("test_levels", None):
+            result["f1_by_level"] = {level: float(f1[name][np.array(levels) == level].mean())
+                                     for level in dict.fromkeys(levels)}
+        if full and name != full:
+            result["vs_full"] = mean_interval(f1[name] - f1[full])
 
 
 def main(argv):
@@ -56,23 +80,23 @@ def main(argv):
         argv = ["--task", "synthetic", *argv]
     # a bad flag ends here, not in the first run
     args = make_parser().parse_args(argv + ["--method", "full"])
-    if not is_qa(settings_of(args)):
+    settings = settings_of(args)
+    if not is_qa(settings):
         fail("run_grid.sh is for question answering (with --data, a folder with train.json); for "
              "sentences there is run_all.sh")
-    merged = args.output / "metrics" / "grid.json"
-    check_same_study(merged, argv)
+    merged, runs = args.output / "metrics" / "grid.json", grid_runs(settings)
+    check_same_study(merged, argv, runs)
     if to_list:
         if model_of(args) == DEFAULT_MODEL:  # before several runs start at once and all download it
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the commands
                 model_folder()
-        print_commands(commands(RUNS, argv))
+        print_commands(commands(runs, argv))
         return
 
-    results, missing, output = collect(RUNS, argv)
+    results, missing, output = collect(runs, argv)
     if not results:
         fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
-    for result in results.values():
-        result.pop("test_predictions", None)  # they stay in the runs' own files
+    add_scores(results)
     write_json(merged, results)
     rows = rows_of(results)
     write_csv(output / "metrics" / "grid_results.csv", rows)
@@ -83,7 +107,7 @@ def main(argv):
     if line := mixed_hardware(results.values()):
         warn(f"the minutes do not compare: {line}")
     if missing:
-        print(f"{len(missing)} of {len(RUNS)} runs are missing: {', '.join(missing)}")
+        print(f"{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

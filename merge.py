@@ -108,8 +108,7 @@ def load_test(s, tokenizer, folder):
         fail(f"it was trained on the folder {s['task']}; --data DIR says where that is")
     if folder and fingerprint(data_files(folder)[0].values()) != s["data_sha256"]:
         fail(f"{folder} is not what it was trained on, which is {s['task']}")
-    task = (qa.load_task(s["task"], folder) if is_qa(s)
-            else data.load_task(s["task"], folder, s.get("fold")))
+    task = (qa if is_qa(s) else data).load_task(s["task"], folder, s)
     return task.encode(task.test, tokenizer, s)
 
 

@@ -1,5 +1,5 @@
-"""Figures and tables from comparison.json, crossvalidation.json, grid.json, memory.json and
-multitask.json in metrics/, nothing else.
+"""Figures and tables from comparison.json, crossvalidation.json, grid.json, memory.json,
+multitask.json and sweep_*.json in metrics/, nothing else.
 
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/
                                   (default: beside this file)
@@ -16,7 +16,7 @@ import numpy as np
 
 from files import read_json
 from methods import CASES, label_of
-from settings import short
+from settings import case_label, short
 from start import fail, start
 from studies import (
     GRID_METHODS,
@@ -26,6 +26,7 @@ from studies import (
     entry_label,
     fold_markdown,
     grid_markdown,
+    is_synthetic,
     ledger_caption,
     markdown,
     memory_key,
@@ -34,8 +35,11 @@ from studies import (
     rows_of,
     study,
     study_of,
+    sweep_caption,
+    sweep_markdown,
     table,
 )
+from synthetic import CHANCE
 
 # What a method is called in a study's JSON, for its colour and marker
 STYLE = CASES | {"full_ft": CASES["full"], "lora": CASES["lora_r16"]}
@@ -239,6 +243,9 @@ def grid_bars(runs, path):
     fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
     ax.barh(range(len(rows)), [row["f1"] for row in rows],
             color=[STYLE[row["method"]].color for row in rows], height=0.7)
+    if is_synthetic(next(iter(runs.values()))["settings"]):
+        ax.axvline(CHANCE, color="#AA3377", linestyle="--", label="one of four at random")
+        ax.legend(fontsize=9, loc="lower right")
     for y, row in enumerate(rows):
         ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0),
                     textcoords="offset points", va="center")
@@ -271,13 +278,15 @@ def grid_time(runs, path):
     rows = rows_of(runs)
     fig, ax = plt.subplots(figsize=(8, 4.5))
     for method in GRID_METHODS:
-        for lr in sorted({row["lr"] for row in rows}):
-            own = [row for row in rows if row["method"] == method and row["lr"] == lr]
+        of_method = [row for row in rows if row["method"] == method]
+        rates = sorted({row["lr"] for row in of_method})
+        for lr in rates:
+            own = [row for row in of_method if row["lr"] == lr]
             _, color, marker = STYLE[method]
-            name = own and label_of(runs[own[0]["run"]]["settings"])
+            name = label_of(runs[own[0]["run"]]["settings"])
             ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker,
-                    color=color, markersize=8, fillstyle="full" if lr > 1e-4 else "none",
-                    label=f"{name}, {short(lr)}" if own else None)
+                    color=color, markersize=8, fillstyle="full" if lr == rates[-1] else "none",
+                    label=f"{name}, {short(lr)}")
     ax.set(xlabel="training time (min, evaluation excluded)", ylabel="test F1 (%)", xlim=(0, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
     fig.suptitle(study(list(runs.values())), fontsize=9)
@@ -295,6 +304,42 @@ def draw_grid(output):
     text = grid_markdown(runs)
     (figures / "grid.md").write_text(text, encoding="utf-8")
     print(text + f"\nfigures are in {figures}")
+
+
+def draw_sweep(output, name):
+    """Draw output/metrics/NAME.json into output/figures/: scores, and differences to full
+    fine-tuning with their intervals, against the number of training rows; and print the table."""
+    sweep = read_json(output / "metrics" / f"{name}.json")
+    entries, style = sweep["entries"].values(), {case_label(key): STYLE[key] for key in CASES}
+    fig, (scores, differences) = plt.subplots(1, 2, figsize=(12, 4.5))
+    labels = list(dict.fromkeys(e["label"] for e in entries))
+
+    for i, label in enumerate(labels):
+        own = sorted((e for e in entries if e["label"] == label), key=lambda e: e["rows"]["train"])
+        _, color, marker = style.get(label, ("", "#777777", "*"))
+        # beside one another, not on one another
+        x = np.array([e["rows"]["train"] for e in own]) * 1.04 ** (i - (len(labels) - 1) / 2)
+        look = {"color": color, "marker": marker, "capsize": 3, "linewidth": 1.2, "label": label}
+        scores.errorbar(x, [e["test"] for e in own], [e["test_std"] or 0 for e in own], **look)
+        if vs := [(at, e["vs_full"]) for at, e in zip(x, own) if e["vs_full"]]:
+            y = np.array([[v["points"], v["low"], v["high"]] for _, v in vs]).T
+            differences.errorbar([at for at, _ in vs], y[0], [y[0] - y[1], y[2] - y[0]], **look)
+
+    differences.axhline(0, color=STYLE["full"].color, linewidth=1)
+    sizes = sorted({e["rows"]["train"] for e in entries})
+    for ax in scores, differences:
+        ax.set_xscale("log")
+        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        ax.minorticks_off()
+        ax.set_xlabel("training rows")
+    scores.set_ylabel("test F1, ± standard deviation over seeds")
+    differences.set_ylabel("against full fine-tuning (points), 95 % interval")
+    scores.legend(fontsize=9)
+    fig.suptitle(textwrap.fill(sweep_caption(sweep), 150), fontsize=9)
+    save(fig, output / "figures" / f"{name}.png")
+    text = sweep_markdown(sweep)
+    (output / "figures" / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text + f"\nfigures are in {output / 'figures'}")
 
 
 # Tol's muted colours, for the parts of a ledger
@@ -416,9 +461,12 @@ if __name__ == "__main__":
                 "grid.json": draw_grid, "memory.json": draw_ledger,
                 "multitask.json": draw_multitask}
     found = [drawing for name, drawing in drawings.items() if (folder / "metrics" / name).exists()]
-    if not found:
+    sweeps = sorted(path.stem for path in folder.glob("metrics/sweep_*.json"))
+    if not found and not sweeps:
         fail(f"{folder / 'metrics'} holds none of {', '.join(drawings)}; run_all.sh, run_grid.sh, "
              "memory.py and multitask.py make them")
     for drawing in found:
         drawing(folder)
+    for name in sweeps:
+        draw_sweep(folder, name)
     draw_layers(folder / "figures" / "layers.png")

@@ -31,6 +31,7 @@ class Question(NamedTuple):
     # where the first answer that is aligned stands in the context, in characters; None: none is
     start: int | None
     end: int | None  # one past its last character
+    level: str | None = None  # how hard it is, where the data says so (synthetic.LEVELS)
 
 
 def make_question(q):
@@ -41,7 +42,8 @@ def make_question(q):
     if not q["answers"]["text"]:
         fail(f"question {q['id']!r} has no answer; SQuAD 2.0's unanswerable questions are not "
              "supported")
-    question = Question(q["context"], q["question"].strip(), q["answers"]["text"], None, None)
+    question = Question(q["context"], q["question"].strip(), q["answers"]["text"], None, None,
+                        q.get("level"))
     for text, start in zip(q["answers"]["text"], q["answers"]["answer_start"]):
         if text.strip() and start >= 0 and q["context"][start:start + len(text)] == text:
             start += len(text) - len(text.lstrip())  # no token stands on white space
@@ -108,16 +110,19 @@ def load_hub(task):
     return whole
 
 
+def shuffled_passages(questions):
+    """The passages of some questions in an order drawn with SPLIT_SEED."""
+    passages = sorted({q.context for q in questions})
+    np.random.default_rng(SPLIT_SEED).shuffle(passages)
+    return passages
+
+
 def carve(questions):
     """(rest, slice) of questions, drawn with SPLIT_SEED by whole passages: about a tenth, 1,000 at
     most."""
-    size = min(1000, len(questions) // 10)
-    passages = sorted({q.context for q in questions})
-    np.random.default_rng(SPLIT_SEED).shuffle(passages)
+    size, by_passage = min(1000, len(questions) // 10), Counter(q.context for q in questions)
     chosen, n = set(), 0
-    by_passage = Counter(q.context for q in questions)
-
-    for passage in passages:
+    for passage in shuffled_passages(questions):
         if n >= size:
             break
         chosen.add(passage)
@@ -125,9 +130,21 @@ def carve(questions):
     rest, out = ([q for q in questions if (q.context in chosen) is is_out]
                  for is_out in (False, True))
     if not rest or not out:
-        fail(f"cannot split {len(questions)} questions on {len(passages)} passages; give "
+        fail(f"cannot split {len(questions)} questions on {len(by_passage)} passages; give "
              "validation and test files")
     return rest, out
+
+
+def train_on(task, n):
+    """The Task with n of its training questions, by passages drawn with SPLIT_SEED: as few passages
+    as hold n, so that a small n's questions are among a larger n's."""
+    if n > len(task.train):
+        fail(f"--train-rows {n}: there are {len(task.train):,} training questions")
+    place = {passage: i for i, passage in enumerate(shuffled_passages(task.train))}
+    train = sorted(task.train, key=lambda q: place[q.context])[:n]
+    note = (f"{task.note}; trained on {n:,} of {len(task.train):,} training questions, on "
+            f"{len({q.context for q in train}):,} of {len(place):,} passages (seed {SPLIT_SEED})")
+    return task._replace(train=train, note=note)
 
 
 def load_raw(task, folder):
@@ -139,9 +156,10 @@ def load_raw(task, folder):
     return load_hub(task)
 
 
-def load_task(task, folder=None):
+def load_task(task, folder=None, s=None):
     """The question-answering Task of that name, or of the user's own folder. What is missing is
-    filled in as for sentences (data.make_task).
+    filled in as for sentences (data.make_task). s: the settings of a run, whose "train_rows" says
+    how many questions train.
 
     Answers that do not stand where the data says (answer_start) cannot be trained on: those
     questions are left out of train and validation, counted and said. In test they stay, because
@@ -173,7 +191,8 @@ def load_task(task, folder=None):
         notes.append(f"{n_misaligned:,} questions left out of train and validation, their answers "
                      "do not stand at answer_start")
     note = "; ".join(notes) or "splits as given"
-    return Task(None, splits["train"], splits["validation"], splits["test"], note, Windows)
+    task = Task(None, splits["train"], splits["validation"], splits["test"], note, Windows)
+    return train_on(task, s["train_rows"]) if s and "train_rows" in s else task
 
 
 def normalize(text):
@@ -193,6 +212,14 @@ def f1(answer, reference):
     a, b = normalize(answer).split(), normalize(reference).split()
     shared = sum((Counter(a) & Counter(b)).values())
     return 2 * shared / (len(a) + len(b)) if shared else 0.0
+
+
+def question_scores(predictions):
+    """{f1, exact_match} of [(references, answer)], in percent, one a question; the reference that
+    fits best counts."""
+    return {name: [100 * max(measure(answer, reference) for reference in references)
+                   for references, answer in predictions]
+            for name, measure in (("f1", f1), ("exact_match", exact_match))}
 
 
 def reach(context, spans):
@@ -337,17 +364,15 @@ class Windows(Encoded):
 
     def outcome(self, predictions):
         """predictions: [(references, answer)], one a question, from one (score, answer) a window:
-        the best window answers."""
+        the best window answers. levels: of each question, where the data says them."""
         best = {}
         for question, prediction in zip(self.question, predictions):
             best[question] = max(best.get(question, prediction), prediction)
-        return {"predictions": [(q.answers, best[i][1]) for i, q in enumerate(self.questions)]}
+        levels = [q.level for q in self.questions]
+        return {"predictions": [(q.answers, best[i][1]) for i, q in enumerate(self.questions)],
+                **({"levels": levels} if any(levels) else {})}
 
     def score(self, outcome):
-        """{f1, exact_match} in percent; the reference that fits best counts."""
-        scores = {}
-        for name, measure in (("f1", f1), ("exact_match", exact_match)):
-            best = [max(measure(answer, reference) for reference in references)
-                    for references, answer in outcome["predictions"]]
-            scores[name] = 100 * float(np.mean(best))
-        return scores
+        """{f1, exact_match} in percent, means over the questions."""
+        scores = question_scores(outcome["predictions"])
+        return {name: float(np.mean(values)) for name, values in scores.items()}

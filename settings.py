@@ -28,6 +28,7 @@ DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; other names are a fold
 PORTUGUESE_MODEL = "neuralmind/bert-base-portuguese-cased"  # BERTimbau
 RATED_TASKS = ["movies", "products", "tweets", "editorials"]  # fetch.py brings them, too
 HUB_TASKS = ["sst2", "ag_news"]
+GENERATOR = 2  # synthetic.py's questions: another number, other questions
 QA_TASKS = ["synthetic", "squad", "squad_pt"]
 
 # What makes training fast, each with the file it is in; --without NAME leaves it out.
@@ -144,6 +145,13 @@ def add_data_flags(g):
     task.add_argument("--data", type=Path, metavar="DIR",
                       help="your own train, validation and test files instead: .tsv or .csv with "
                            "the columns sentence and label, or SQuAD-format .json (default: none)")
+    g.add_argument("--train-rows", type=number(int, 1), metavar="N",
+                   help="train on N of the training rows, with the labels' shares, or questions, "
+                        "by passage; a smaller N's are among a larger N's (default: all)")
+    g.add_argument("--whole-sentences", action="store_true",
+                   help="rows that are parts of one another, as SST-2's: what train gives up for "
+                        "validation (or test) are whole sentences, and their parts are left out "
+                        "(default: rows, whatever they are part of)")
     g.add_argument("--fold", type=fold, metavar="K/N",
                    help="cross-validation: of N parts of all rows, the K-th tests and the others "
                         "train and validate; for tasks without test rows of their own (default: "
@@ -192,7 +200,8 @@ def question_settings(args):
     is_synthetic = args.task == "synthetic" and not args.data
     s = {"batch_size": args.batch_size or (4 if is_synthetic else 8),
          "max_length": args.max_length or 384, "stride": args.stride or 128,
-         "max_answer_length": args.max_answer_length or 30}
+         "max_answer_length": args.max_answer_length or 30,
+         **({"generator": GENERATOR} if is_synthetic else {})}
     if s["max_length"] < s["stride"] + 70:  # 64 tokens of question, 3 special ones, and some way on
         fail(f"--max-length {s['max_length']} leaves no room beside a question and --stride "
              f"{s['stride']}; at least stride + 70")
@@ -222,7 +231,8 @@ def check_fold(args, files, has_questions):
 def settings_of(args):
     """All that decides a run's result, as a dict for JSON. Only a run that leaves out a trick has
     "without", only one with other targets than query and value "targets", only one of a
-    cross-validation "fold"."""
+    cross-validation "fold", only one on a part of the training rows "train_rows", only one that
+    validates by whole sentences "whole_sentences"."""
     model = model_of(args)
     is_local = model != DEFAULT_MODEL and Path(model).is_dir()
     if not is_local and (model.startswith((".", "/", "~")) or model.count("/") > 1):
@@ -232,6 +242,10 @@ def settings_of(args):
     is_rated = model == DEFAULT_MODEL and args.task in RATED_TASKS and not args.data
     if args.fold:
         check_fold(args, files, has_questions)
+    if args.whole_sentences and (has_questions or args.fold or
+                                 not args.data and args.task in RATED_TASKS):
+        fail("--whole-sentences is for sst2, ag_news and --data, without folds: no row of the "
+             "others is a part of another, and questions are held out by passage")
     row = METHODS[args.placement if args.method == "adapter" else args.method]
     targets = " ".join(args.targets)
     if targets not in TARGETS:
@@ -255,6 +269,8 @@ def settings_of(args):
         **({"without": sorted(without)} if without else {}),
         **({"targets": targets} if is_wide else {}),
         **({"fold": args.fold} if args.fold else {}),
+        **({"train_rows": args.train_rows} if args.train_rows else {}),
+        **({"whole_sentences": True} if args.whole_sentences else {}),
         "task": args.data.resolve().name if args.data else args.task,
         "data_sha256": fingerprint(files.values()) if args.data else None,
         "model": Path(model).resolve().name if is_local else model,
@@ -286,7 +302,8 @@ def run_name(s):
     grid_name = f"{s['method']}_epoch-{s['epochs']}_lr_{short(s['lr'])}"
     first = [grid_name, s["task"]] if is_qa(s) else [s["task"], s["method"]]
     fold = "fold{}of{}".format(*s["fold"]) if "fold" in s else None
-    parts = [*first, s["placement"], size, s.get("targets"), fold, f"seed{s['seed']}", tag]
+    n_rows = f"n{s['train_rows']}" if "train_rows" in s else None
+    parts = [*first, s["placement"], size, s.get("targets"), fold, n_rows, f"seed{s['seed']}", tag]
     return "_".join(str(part) for part in parts if part)
 
 

@@ -110,6 +110,18 @@ def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES
             "high": float(high)}
 
 
+def mean_interval(differences, replicates=REPLICATES, seed=0):
+    """{points, low, high}: the mean of one difference a question (questions,), and the 2.5 and
+    97.5 % percentiles of the means of resamples of the questions (Efron & Tibshirani 1993, chapter
+    13). About these trainings: another seed is not in it."""
+    differences, rng = np.asarray(differences), np.random.default_rng(seed)
+    n = len(differences)
+    means = np.concatenate([differences[rng.integers(n, size=(min(CHUNK, replicates - start), n))]
+                            .mean(1) for start in range(0, replicates, CHUNK)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"points": float(differences.mean()), "low": float(low), "high": float(high)}
+
+
 def corrected_interval(differences, n_test, n_train):
     """{points, low, high}: the mean of one difference a fold (folds,) and its 95 % interval, had
     each fold been trained on rows of its own.

@@ -1,13 +1,17 @@
-"""Synthetic questions and answers, made here so that nothing has to be fetched.
+"""Synthetic questions and answers of five levels, made here so that nothing has to be fetched.
 
-A passage states four facts about four invented people, two facts of one kind and two of another, in
-any order and in several wordings:
+Every passage holds four facts, so that one of them taken blindly is right one time in four
+(CHANCE). What else is needed to find the right one is the question's level:
 
-    Ada Fischer works for Carlton Motors. 41 books were written by Omar Reed. Royal Bank has hired
-    Rosa Lind. Hugo Vega wrote 36 books.            Who employs Rosa Lind? -> Royal Bank
+    match       four people, four kinds of fact: the kind is enough
+    distractor  two kinds of fact about four people: also the name
+    pronoun     two people, two facts each, the second of "she" or "he": also the sentence before
+    join        the same four facts in any order, but the question has no name: it tells the
+                person by one fact and asks for the other
+    number      two people, two numbers each in one sentence: also what was counted
 
-So there is always a wrong answer of the right type: to pick one of the four facts at random is
-right one time in four, to pick one of the right type one time in two.
+    Ada Fischer comes from Lisbon. She works for Carlton Motors. Omar Reed was born in Oslo. He is
+    employed by Royal Bank.       Which company does Omar Reed work for? -> Royal Bank   (pronoun)
 
 Train, validation and test share no name, place, company, year, number or date, and no wording: a
 model that learned the training sentences by heart knows nothing of the test. `python synthetic.py`
@@ -17,51 +21,70 @@ import random
 
 from settings import SPLIT_SEED
 
-SIZES = {"train": 1000, "validation": 200, "test": 300}  # questions, each with a passage of its own
+SIZES = {"train": 1500, "validation": 300, "test": 2000}  # questions, each with its own passage
+LEVELS = ("match", "distractor", "pronoun", "join", "number")  # as many questions of each
+CHANCE = 25.4  # F1 in percent of one of the four answers at random, on the test questions
 
-# (statements, questions) of every relation, x being a person and y the answer. Of the statements
-# the last two wordings are for the test, the two before them for validation, the others for
-# training; of the questions the last one and the one before it.
+# Of every relation the statements, the questions and what tells a person by the fact; x is a
+# person, y the answer. The last two statements are for the test, the two before them for
+# validation, the others for training; of questions and descriptions the last one and the one
+# before it. Each split has a statement that starts with x, for the pronouns.
 RELATIONS = {
     "town": (["{x} was born in {y}.", "{x} comes from {y}.", "{y} is the home town of {x}.",
               "{x} grew up in {y}.", "{y} is the place where {x} grew up.",
               "The early years of {x} were spent in {y}.", "{x} spent the early years in {y}."],
              ["Where was {x} born?", "Where does {x} come from?",
-              "Which town did {x} grow up in?", "In which place did {x} spend the early years?"]),
+              "Which town did {x} grow up in?", "In which place did {x} spend the early years?"],
+             ["the person from {y}", "the one who was born in {y}",
+              "whoever grew up in {y}", "a certain child of {y}"]),
     "company": (["{x} works for {y}.", "{x} is employed by {y}.", "{y} has hired {x}.",
                  "{x} has a job at {y}.", "{y} has given a job to {x}.",
                  "{x} is on the staff of {y}.", "The staff of {y} includes {x}."],
                 ["Which company does {x} work for?", "Who employs {x}?",
-                 "At which company does {x} have a job?", "Whose staff does {x} belong to?"]),
+                 "At which company does {x} have a job?", "Whose staff does {x} belong to?"],
+                ["the person hired by {y}", "the one who works for {y}",
+                 "whoever has a job at {y}", "a certain member of the staff of {y}"]),
     "year": (["{x} graduated in {y}.", "In {y}, {x} finished university.",
               "{x} took a degree in {y}.", "{y} was the year of the graduation of {x}.",
               "{x} got a degree in {y}.",
               "{x} left university with a diploma in {y}.", "In {y}, {x} left university."],
              ["When did {x} graduate?", "In which year did {x} finish university?",
-              "In what year did {x} get a degree?", "When did {x} leave university?"]),
-    "number": (["{x} has written {y} books.", "{y} books were written by {x}.",
-                "{x} wrote {y} books.", "{x} is the author of {y} books.",
-                "There are {y} books of which {x} is the author.",
-                "There are {y} books that {x} has published.", "{x} has published {y} books."],
-               ["How many books has {x} written?", "How many books did {x} write?",
-                "How many books is {x} the author of?", "What number of books has {x} published?"]),
+              "In what year did {x} get a degree?", "When did {x} leave university?"],
+             ["the graduate of {y}", "the one who graduated in {y}",
+              "whoever got a degree in {y}", "a certain student who left university in {y}"]),
     "date": (["{x} gets married on {y}.", "The wedding of {x} is on {y}.",
               "On {y}, {x} will get married.", "{x} has planned a wedding for {y}.",
               "For {y}, {x} has planned a wedding.",
               "{y} is the day on which {x} will marry.", "{x} will marry on {y}."],
              ["When does {x} get married?", "What day is the wedding of {x}?",
-              "For when has {x} planned a wedding?", "On which day will {x} marry?"]),
+              "For when has {x} planned a wedding?", "On which day will {x} marry?"],
+             ["the person with a wedding on {y}", "the one who gets married on {y}",
+              "whoever has planned a wedding for {y}", "a certain guest who will marry on {y}"]),
     "person": (["{x} was taught by {y}.", "{y} was the teacher of {x}.",
                 "{x} took lessons from {y}.", "{y} gave lessons to {x}.",
                 "{x} was given lessons by {y}.", "{x} was a pupil of {y}.",
                 "{y} had {x} as a pupil."],
                ["Who taught {x}?", "Who was the teacher of {x}?",
-                "Who gave lessons to {x}?", "Of whom was {x} a pupil?"]),
+                "Who gave lessons to {x}?", "Of whom was {x} a pupil?"],
+               ["the person taught by {y}", "the one who took lessons from {y}",
+                "whoever was given lessons by {y}", "a certain pupil of {y}"]),
 }
-FIRST = {"train": ("Ada Omar Lena Victor Nina Hugo Clara Felix Irene Samuel Rosa Martin Julia "
-                   "Peter Emma David").split(),
-         "validation": "Alice Bruno Diana Edgar Fiona George Helen Ivan".split(),
-         "test": "Laura Simon Teresa Oscar Paula Walter Monica Adrian".split()}
+# The same for numbers of things: y of them, and z of another kind.
+COUNTS = (["{x} has written {y} {a} and {z} {b}.", "{y} {a} and {z} {b} were written by {x}.",
+           "{x} wrote {y} {a} and {z} {b}.", "{x} is the author of {y} {a} and {z} {b}.",
+           "There are {y} {a} and {z} {b} of which {x} is the author.",
+           "There are {y} {a} and {z} {b} that {x} has published.",
+           "{x} has published {y} {a} and {z} {b}."],
+          ["How many {a} has {x} written?", "How many {a} did {x} write?",
+           "How many {a} is {x} the author of?", "What number of {a} has {x} published?"])
+THINGS = {"train": "books plays songs poems".split(), "validation": "letters essays".split(),
+          "test": "stories articles".split()}
+
+# (women, men)
+FIRST = {"train": ("Ada Lena Nina Clara Irene Rosa Julia Emma".split(),
+                   "Omar Victor Hugo Felix Samuel Martin Peter David".split()),
+         "validation": ("Alice Diana Fiona Helen".split(), "Bruno Edgar George Ivan".split()),
+         "test": ("Laura Teresa Paula Monica".split(), "Simon Oscar Walter Adrian".split())}
 LAST = {"train": ("Fischer Reed Silva Novak Grant Moreau Keller Santos Burke Lind Harper Costa "
                   "Weber Dunn Ross Vega").split(),
         "validation": "Abbott Blake Castro Duncan Evans Foster Garcia Holt".split(),
@@ -90,45 +113,108 @@ def share(split, numbers):
 
 
 def wordings(split, texts, held_out):
-    """A split's own wordings out of a list of RELATIONS: validation and test have `held_out`
-    each."""
+    """A split's own wordings out of a list: validation and test have `held_out` each."""
     return {"train": texts[:-2 * held_out], "validation": texts[-2 * held_out:-held_out],
             "test": texts[-held_out:]}[split]
 
 
-def two(kind, people, split, rng):
-    """Two different answers of one kind; if the kind is "person", `people`."""
+def draw_people(split, rng):
+    """Six people, (name, pronoun) each, of whom no two share a first or last name."""
+    women, men = FIRST[split]
+    return [(f"{first} {last}", "She" if first in women else "He")
+            for first, last in zip(rng.sample(women + men, 6), rng.sample(LAST[split], 6))]
+
+
+def two_answers(kind, people, split, rng):
+    """Two different answers of one kind; if the kind is "person", the first two `people`."""
     if kind == "person":
-        return people
+        return [name for name, _ in people[:2]]
     if kind == "company":
         brands, trades = rng.sample(BRANDS[split], 2), rng.sample(TRADES[split], 2)
         return [f"{a} {b}" for a, b in zip(brands, trades)]
     if kind == "date":
         days, months = rng.sample(share(split, range(1, 29)), 2), rng.choices(MONTHS[split], k=2)
         return [f"{a} {b}" for a, b in zip(days, months)]
-    if kind == "town":
-        return rng.sample(TOWNS[split], 2)
-    numbers = range(1950, 2020) if kind == "year" else range(11, 100)
-    return [str(n) for n in rng.sample(share(split, numbers), 2)]
+    numbers = share(split, range(1950, 2020) if kind == "year" else range(11, 100))
+    return rng.sample(TOWNS[split], 2) if kind == "town" else list(map(str, rng.sample(numbers, 2)))
+
+
+def draw_facts(level, split, rng):
+    """Four facts (kind, person, pronoun, answer), in the order in which the level states them."""
+    people = draw_people(split, rng)
+    kinds = rng.sample(list(RELATIONS), 4 if level == "match" else 2)
+    pairs = {kind: two_answers(kind, people, split, rng) for kind in kinds}
+    people = people[2:]
+    if level == "match":
+        return [(kind, *person, pairs[kind][0]) for kind, person in zip(kinds, people)]
+    if level == "distractor":
+        facts = [(kind, *people.pop(), answer) for kind in kinds for answer in pairs[kind]]
+        return rng.sample(facts, 4)
+    facts = []
+    for i in range(2):
+        facts += [(kind, *people[i], pairs[kind][i]) for kind in rng.sample(kinds, 2)]
+    return facts if level == "pronoun" else rng.sample(facts, 4)
+
+
+def state(kind, x, y, split, rng):
+    return rng.choice(wordings(split, RELATIONS[kind][0], 2)).format(x=x, y=y)
+
+
+def state_by_pronoun(kind, pronoun, y, split, rng):
+    """As state, in one of the wordings that start with the person."""
+    own = [text for text in wordings(split, RELATIONS[kind][0], 2) if text.startswith("{x}")]
+    return rng.choice(own).format(x=pronoun, y=y)
+
+
+def ask(kind, x, split, rng):
+    return rng.choice(wordings(split, RELATIONS[kind][1], 1)).format(x=x)
+
+
+def make_passage(level, split, rng):
+    """(sentences, question, answers, which of them is right): the four answers in the order of the
+    passage."""
+    if level == "number":
+        return make_counts(split, rng)
+    facts = draw_facts(level, split, rng)  # (kind, person, pronoun, answer)
+    sentences = [state(kind, x, y, split, rng) for kind, x, _, y in facts]
+    asked = rng.randrange(4)
+    if level == "pronoun":
+        for i in 1, 3:
+            kind, _, pronoun, y = facts[i]
+            sentences[i] = state_by_pronoun(kind, pronoun, y, split, rng)
+        asked = rng.choice((1, 3))
+    kind, person, _, _ = facts[asked]
+    if level == "join":
+        other, y = next((k, y) for k, x, _, y in facts if x == person and k != kind)
+        person = rng.choice(wordings(split, RELATIONS[other][2], 1)).format(y=y)
+    return sentences, ask(kind, person, split, rng), [fact[3] for fact in facts], asked
+
+
+def make_counts(split, rng):
+    """make_passage for the level of numbers: two sentences."""
+    people, things = draw_people(split, rng)[:2], rng.sample(THINGS[split], 2)
+    numbers = [str(n) for n in rng.sample(share(split, range(11, 100)), 4)]
+    sentences, order = [], []
+    for i, (x, _) in enumerate(people):
+        order.append(rng.sample(things, 2))
+        words = dict(zip("ayz", (order[i][0], *numbers[2 * i:2 * i + 2])), b=order[i][1], x=x)
+        sentences.append(rng.choice(wordings(split, COUNTS[0], 2)).format(**words))
+    asked = rng.randrange(4)
+    question = rng.choice(wordings(split, COUNTS[1], 1))
+    question = question.format(a=order[asked // 2][asked % 2], x=people[asked // 2][0])
+    return sentences, question, numbers, asked
 
 
 def make_question(split, number, rng):
-    """One SQuAD-style dict: id, context, question, answers {text: [str], answer_start: [int]}."""
-    people = [f"{a} {b}" for a, b in zip(rng.sample(FIRST[split], 6), rng.sample(LAST[split], 6))]
-    facts = []  # (relation, x, y, sentence)
-    for kind in rng.sample(list(RELATIONS), 2):
-        for y in two(kind, people[:2], split, rng):
-            x = people.pop()
-            statement = rng.choice(wordings(split, RELATIONS[kind][0], 2))
-            facts.append((kind, x, y, statement.format(x=x, y=y)))
-    rng.shuffle(facts)
-
-    asked = rng.randrange(len(facts))
-    kind, x, y, sentence = facts[asked]
-    question = rng.choice(wordings(split, RELATIONS[kind][1], 1)).format(x=x)
-    start = sum(len(fact[3]) + 1 for fact in facts[:asked]) + sentence.index(y)
-    return {"id": f"synthetic-{split}-{number}", "context": " ".join(fact[3] for fact in facts),
-            "question": question, "answers": {"text": [y], "answer_start": [start]}}
+    """One SQuAD-style dict: id, context, question, answers {text: [str], answer_start: [int]}, and
+    level and choices, the four answers of the passage."""
+    level = LEVELS[number % len(LEVELS)]
+    sentences, question, choices, asked = make_passage(level, split, rng)
+    own, answer = asked * len(sentences) // 4, choices[asked]  # its sentence: of 2 or of 4
+    start = sum(len(s) + 1 for s in sentences[:own]) + sentences[own].index(answer)
+    return {"id": f"synthetic-{split}-{number}", "level": level, "context": " ".join(sentences),
+            "question": question, "choices": choices,
+            "answers": {"text": [answer], "answer_start": [start]}}
 
 
 def make_questions(split):
@@ -139,5 +225,6 @@ def make_questions(split):
 
 if __name__ == "__main__":
     for split in SIZES:
-        for q in make_questions(split)[:3]:
-            print(f"{split}: {q['context']}\n  {q['question']} -> {q['answers']['text'][0]}")
+        for q in make_questions(split)[:len(LEVELS)]:
+            print(f"{split}, {q['level']}: {q['context']}\n  {q['question']} -> "
+                  f"{q['answers']['text'][0]}")

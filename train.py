@@ -103,8 +103,7 @@ def main(args):
     # data and model; the first process of a machine downloads what is missing while others wait
     if LOCAL_RANK > 0:
         distributed.wait()
-    task = (qa.load_task(args.task, args.data) if is_qa(s)
-            else data.load_task(args.task, args.data, s.get("fold")))
+    task = (qa if is_qa(s) else data).load_task(args.task, args.data, s)
     print(f"{s['task']}: {task.note}")
     transformers.set_seed(s["seed"])  # random, numpy and torch, CUDA included
     tokenizer, model = load_pretrained(model_of(args), task.label_names)

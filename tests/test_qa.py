@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import datasets
@@ -30,6 +31,7 @@ import fast
 import grid
 import merge
 import qa
+import studies
 import synthetic
 import train as train_module
 from fetch import model_folder
@@ -413,25 +415,78 @@ def test_files_that_are_not_json(tmp_path, content, words):
 
 # --- the generated questions ----------------------------------------------------------------------
 
+def parse(texts, sentence):
+    """{placeholder: text} of the one wording of `texts` that a sentence has, or None."""
+    patterns = [re.sub(r"\\{(\w)\\}", r"(?P<\1>.+)", re.escape(text)) for text in texts]
+    found = [m.groupdict() for pattern in patterns if (m := re.fullmatch(pattern, sentence))]
+    assert len(found) < 2, (sentence, found)
+    return found[0] if found else None
+
+
+def facts_of(context):
+    """[(kind, person or pronoun, answer)] of a passage, by the wordings."""
+    facts = []
+    for sentence in re.findall(r"[^.]+[.]", context):
+        read = [(kind, *map(match.get, "xy")) for kind, (statements, *_) in
+                synthetic.RELATIONS.items() if (match := parse(statements, sentence.strip()))]
+        assert len(read) == 1, sentence
+        facts += read
+    return facts
+
+
+def solve(q):
+    """The answer of a question by the rule of its level, from nothing but passage and question."""
+    if q["level"] == "number":
+        asked, facts = parse(synthetic.COUNTS[1], q["question"]), []
+        for sentence in re.findall(r"[^.]+[.]", q["context"]):
+            read = parse(synthetic.COUNTS[0], sentence.strip())
+            facts += [(read["x"], read["a"], read["y"]), (read["x"], read["b"], read["z"])]
+        answers = [n for x, thing, n in facts if (x, thing) == (asked["x"], asked["a"])]
+    else:
+        facts = facts_of(q["context"])
+        (kind, x), = [(kind, match["x"]) for kind, (_, questions, _) in
+                      synthetic.RELATIONS.items() if (match := parse(questions, q["question"]))]
+        assert len({f[0] for f in facts}) == (4 if q["level"] == "match" else 2)
+        if q["level"] == "match":
+            answers = [y for k, _, y in facts if k == kind]
+        if q["level"] == "distractor":
+            assert len({who for _, who, _ in facts}) == 4
+            answers = [y for k, who, y in facts if (k, who) == (kind, x)]
+        if q["level"] == "pronoun":
+            assert not any((k, who) == (kind, x) for k, who, _ in facts)
+            answers = [y for (_, before, _), (k, who, y) in zip(facts, facts[1:])
+                       if who in ("She", "He") and (k, before) == (kind, x)]
+        if q["level"] == "join":
+            (other, told), = [(k, match["y"]) for k, (_, _, descriptions) in
+                              synthetic.RELATIONS.items() if (match := parse(descriptions, x))]
+            person, = [who for k, who, y in facts if (k, y) == (other, told)]
+            answers = [y for k, who, y in facts if (k, who) == (kind, person)]
+    answer, = answers
+    return answer
+
+
 @pytest.mark.parametrize("split", synthetic.SIZES)
-def test_synthetic_answers_stand_where_they_say_among_distractors_of_their_type(split):
+def test_synthetic_questions_are_solved_by_the_rule_of_their_level(split):
     made = synthetic.make_questions(split)
     assert made == synthetic.make_questions(split) and len(made) == synthetic.SIZES[split]
-    years = 0
+    assert set(Counter(q["level"] for q in made).values()) == {len(made) // len(synthetic.LEVELS)}
     for q in made:
         answer, start = q["answers"]["text"][0], q["answers"]["answer_start"][0]
-        sentences = q["context"].split(". ")
-        assert q["context"][start:start + len(answer)] == answer and len(sentences) == 4
-        named = [s for s in sentences
-                 if any(" ".join(pair) in q["question"]
-                        for pair in zip(s.rstrip(".").split(), s.rstrip(".").split()[1:])
-                        if all(w[0].isupper() for w in pair))]
-        # the sentence with the name that the question has holds the answer
-        assert any(answer in s for s in named)
-        if re.fullmatch(r"\d{4}", answer):
-            years += 1
-            assert len(re.findall(r"\b\d{4}\b", q["context"])) == 2
-    assert 0.08 < years / len(made) < 0.3
+        assert solve(q) == answer and len(set(q["choices"])) == 4, q
+        # one of the four at random is right one time in four, wherever it stands
+        assert q["context"][start:start + len(answer)] == answer and answer in q["choices"]
+        assert not q["context"][start - 1:start].isalnum()  # "3 June" is not that of "13 June"
+    places = Counter((q["level"], q["choices"].index(q["answers"]["text"][0])) for q in made)
+    n = len(made) / len(synthetic.LEVELS)
+    for level in synthetic.LEVELS:
+        own = [places[level, i] for i in ((1, 3) if level == "pronoun" else range(4))]
+        assert sum(own) == n and min(own) > 0.5 * n / len(own), own
+
+
+def test_chance_is_the_mean_over_the_four_answers():
+    scores = [qa.f1(choice, q["answers"]["text"][0]) for q in synthetic.make_questions("test")
+              for choice in q["choices"]]
+    assert 100 * sum(scores) / len(scores) == pytest.approx(synthetic.CHANCE, abs=0.05)
 
 
 def test_synthetic_splits_share_no_name_and_no_wording():
@@ -442,13 +497,15 @@ def test_synthetic_splits_share_no_name_and_no_wording():
     for a, b in ("train", "validation"), ("train", "test"), ("validation", "test"):
         shared = words[a] & words[b]
         common = {"When", "Which", "What", "Who", "How", "In", "For", "On", "Where", "At", "There",
-                  "The"}
+                  "The", "She", "He"}
         assert not {w for w in shared if w[0].isupper()} - common, shared
         assert not {w for w in shared if w.isdigit()}
-    for statements, questions in synthetic.RELATIONS.values():
-        for texts, held_out in (statements, 2), (questions, 1):
-            parts = [synthetic.wordings(split, texts, held_out) for split in synthetic.SIZES]
-            assert sum(parts, []) == texts and all(parts) and len(set(texts)) == len(texts)
+        assert not words[a] & set(synthetic.THINGS[b])
+    lists = [wordings for relation in synthetic.RELATIONS.values()
+             for wordings in zip(relation, (2, 1, 1))] + list(zip(synthetic.COUNTS, (2, 1)))
+    for texts, held_out in lists:
+        parts = [synthetic.wordings(split, texts, held_out) for split in synthetic.SIZES]
+        assert sum(parts, []) == texts and all(parts) and len(set(texts)) == len(texts)
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -540,14 +597,16 @@ def test_portuguese_questions_take_the_portuguese_model():
 # --- the grid -------------------------------------------------------------------------------------
 
 def test_twenty_runs_with_the_names_of_the_study():
-    assert (len(grid.RUNS) == 20
-            and {"lora_epoch-3_lr_2e-4", "full_epoch-2_lr_4.25e-5", "qdora_epoch-2_lr_2e-4"}
-            <= grid.RUNS.keys())
-    for name, flags in grid.RUNS.items():
-        s = settings(*flags.split(), "--task", "synthetic")
-        assert run_name(s).startswith(name + "_synthetic_")  # the file's name
-        assert (float(name.split("_lr_")[1]) == s["lr"]
-                and s["r"] == (None if s["method"] == "full" else 16))
+    assert {"lora_epoch-3_lr_2e-4", "full_epoch-2_lr_4.25e-5",
+            "qdora_epoch-2_lr_2e-4"} <= grid.GRID_RUNS.keys()
+    for task, runs in ("squad_pt", grid.GRID_RUNS), ("synthetic", grid.SYNTHETIC_RUNS):
+        assert len(runs) == 20
+        for name, flags in runs.items():
+            s = settings(*flags.split(), "--task", task)
+            assert run_name(s).startswith(f"{name}_{task}_")  # the file's name
+            assert (float(name.split("_lr_")[1]) == s["lr"]
+                    and s["r"] == (None if s["method"] == "full" else 16))
+            assert grid.grid_runs(s) is runs
     assert (settings("--method", "lora", "--lr", "4.25e-5")
             == settings("--method", "lora", "--lr", "4.25e-05"))
 
@@ -555,9 +614,9 @@ def test_twenty_runs_with_the_names_of_the_study():
 def leave(output, result, flags, names):
     """Put results of some runs of the grid into `output`, as train.py would have, with
     recognisable scores."""
-    for i, name in enumerate(grid.RUNS):
+    for i, name in enumerate(grid.GRID_RUNS):
         if name in names:
-            s = settings(*flags, *grid.RUNS[name].split())
+            s = settings(*flags, *grid.GRID_RUNS[name].split())
             path = result_path(output, s)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({**result, "settings": s, "f1": 50.0 + i,
@@ -567,7 +626,7 @@ def leave(output, result, flags, names):
 def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tmp_path):
     data, _, result, _ = finished
     flags = ["--data", data, "--max-steps", 2]
-    there = [name for name in grid.RUNS if name.startswith("qlora")]
+    there = [name for name in grid.GRID_RUNS if name.startswith("qlora")]
     leave(tmp_path, result, flags, there)
     done = run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -577,7 +636,7 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tm
             and "lora_epoch-2_lr_2e-4, lora_epoch-2_lr_4.25e-5" in done.stdout)
     with open(tmp_path / "metrics" / "grid_statistics.csv") as file:
         line, = csv.DictReader(file)
-    f1s = [50.0 + i for i, name in enumerate(grid.RUNS) if name in there]
+    f1s = [50.0 + i for i, name in enumerate(grid.GRID_RUNS) if name in there]
     assert ((line["method"], line["n"]) == ("qlora", "4")
             and float(line["f1_mean"]) == pytest.approx(np.mean(f1s)))
     assert (float(line["f1_std"]) == pytest.approx(np.std(f1s, ddof=1))
@@ -593,7 +652,7 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tm
                        "holds results of another study", "--output")
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     leave(tmp_path, {**result, "environment": {**result["environment"], "device": "another"}},
-          flags, list(grid.RUNS)[:1])
+          flags, list(grid.GRID_RUNS)[:1])
     done = run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path)
     assert (done.returncode == 0 and "the minutes do not compare" in done.stderr
             and "full_epoch-2_lr_2e-4" in done.stdout)
@@ -603,13 +662,41 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tm
                        "damaged", "delete it")
 
 
+def test_runs_are_compared_question_by_question_and_by_level():
+    levels, truth = ["easy", "hard"] * 50, [[f"word {i}"] for i in range(100)]
+
+    def result(name, wrong, validation):
+        answers = [[refs, "no" if i in wrong else refs[0]] for i, refs in enumerate(truth)]
+        return {"settings": settings(*grid.SYNTHETIC_RUNS[name].split(), "--task", "synthetic"),
+                "f1": 100 - len(wrong), "exact_match": 0, "train_time_s": 1,
+                "history": [{"validation_f1": validation}], "best_epoch": 1, "trainable_params": 1, "peak_vram_gb": None,
+                "peak_rss_gb": 1, "test_predictions": answers, "test_levels": levels,
+                "rows": {"train": 1, "test": 100}, "environment": {"device": "none", "amp": "off"}}
+
+    # by validation the second is full fine-tuning's best, though the test likes the first better
+    best = "full_epoch-3_lr_1e-4"
+    results = {"full_epoch-2_lr_2e-4": result("full_epoch-2_lr_2e-4", set(), 50),
+               best: result(best, {1, 3}, 60),
+               "lora_epoch-3_lr_1e-3": result("lora_epoch-3_lr_1e-3", {1, 3, 5, 7, 9, 10}, 55)}
+    grid.add_scores(results)
+    assert "vs_full" not in results[best] and not any("test_levels" in r for r in results.values())
+    lora = results["lora_epoch-3_lr_1e-3"]
+    assert lora["f1_by_level"] == {"easy": 98, "hard": 90}
+    assert lora["vs_full"]["points"] == -4 and -9 < lora["vs_full"]["low"] < -4
+    assert lora["vs_full"]["high"] <= 0 == 4 + lora["vs_full"]["points"]
+    text = studies.grid_markdown(results)
+    assert "| one of the four at random | 25.4 |" in text and "| 98.0 | 90.0 |" in text
+    row = [row for row in grid.best_of(grid.rows_of(results)) if row["method"] == "full"]
+    assert [r["run"] for r in row] == [best] and "Missing: " in text
+
+
 def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(
         finished, tmp_path):
     data, _, result, _ = finished
     flags = ["--data", data, "--max-steps", 2]
     fails, works = "full_epoch-2_lr_2e-4", "dora_epoch-3_lr_4.25e-5"
-    leave(tmp_path, result, flags, grid.RUNS.keys() - {fails, works})
-    stem = result_path(tmp_path, settings(*flags, *grid.RUNS[fails].split())).stem
+    leave(tmp_path, result, flags, grid.GRID_RUNS.keys() - {fails, works})
+    stem = result_path(tmp_path, settings(*flags, *grid.GRID_RUNS[fails].split())).stem
     # a folder where a file should go
     (tmp_path / "checkpoints" / f"{stem}.safetensors").mkdir(parents=True)
     # as in the runs left there
@@ -636,7 +723,7 @@ def test_list_prints_twenty_commands(finished, tmp_path):
                "--output", tmp_path / "with space")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 20 and not list(tmp_path.iterdir())
-    for line, flags in zip(lines, grid.RUNS.values()):
+    for line, flags in zip(lines, grid.GRID_RUNS.values()):
         assert ("train.py --data" in line and line.endswith(flags)
                 and "'" + str(tmp_path / "with space") + "'" in line)
 

@@ -1,0 +1,172 @@
+"""Each method's learning rate by validation, then its test score, on growing parts of the data.
+
+    python sweep.py --data DIR                         seven methods on your own files
+    python sweep.py --data DIR --train-rows 1000 4000 all --seeds 42 43 44 --methods full lora_r16
+
+Of three learning rates a method takes the one with the best validation score under the first seed;
+with that one the other seeds run, too. --rates-from N tries them on N training rows instead of on
+all. --methods are names of methods.CASES, or train.py's flags in quotes: "lora --r 64". The runs
+are train.py's, one after the other, and other flags are its flags; what is finished is not run
+again, and --train-rows or --methods of a later call join the table of the earlier ones.
+"""
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from files import read_json, write_json
+from methods import CASES, FOLD_STUDY, METHODS, WIDE_RATE, is_qa, label_of, row_of
+from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, settings_of
+from spread import mean_interval, mean_std, paired_bootstrap
+from start import command, fail, start
+from studies import explain, refuse, split_seeds
+
+TRAIN = Path(__file__).with_name("train.py")
+# settings in which the runs of one sweep differ
+FREE = {"method", "r", "alpha", "dropout", "placement", "bottleneck", "reduction", "targets", "lr",
+        "seed", "train_rows"}
+
+
+def rates_of(s):
+    """The three learning rates that are tried, for the method and the model of the settings `s`."""
+    row = row_of(s)
+    if s["model"] != DEFAULT_MODEL:
+        # a half, one and two times the default
+        default = row.rates.questions if is_qa(s) else row.rates.sentences
+        return default / 2, default, 2 * default
+    if row == METHODS["full"]:
+        return 5e-5, 1e-4, 2e-4
+    best = WIDE_RATE if "targets" in s else row.rates.rated
+    return best / 2, best, 2 * best
+
+
+def score_name(s):
+    return "f1" if is_qa(s) else "f1_macro"
+
+
+def validation_score(result):
+    """The best of all epochs, from which the test score is taken."""
+    return max(h[f"validation_{score_name(result['settings'])}"] for h in result["history"])
+
+
+def run(flags):
+    """The result of train.py with these flags, run if it is not there yet; None if it failed."""
+    args = read_flags(flags)
+    if not args.result.exists():
+        print(f"== train.py {shlex.join(flags)}")
+        if subprocess.run([sys.executable, TRAIN, *flags]).returncode:
+            return None
+    return read_json(args.result)
+
+
+def choose_rate(flags):
+    """(best learning rate, {rate: validation score, None of a run that failed})."""
+    scores = {}
+    for lr in rates_of(settings_of(make_parser().parse_args(flags))):
+        result = run([*flags, "--lr", f"{lr:g}"])
+        scores[lr] = result and validation_score(result)
+    done = {lr: score for lr, score in scores.items() if score is not None}
+    if not done:
+        fail(f"no learning rate worked for {shlex.join(flags)}")
+    return max(done, key=done.get), scores
+
+
+def difference(results, full):
+    """Test score of a method's results minus full fine-tuning's, of the same seeds, in points, with
+    a 95 % interval over test rows and seeds (of questions: over questions)."""
+    if is_qa(results[0]["settings"]):
+        import qa  # torch is slow to import
+        own, other = (np.mean([qa.question_scores(r["test_predictions"])["f1"] for r in runs], 0)
+                      for runs in (results, full))
+        return mean_interval(own - other)
+    own, other = (np.array([r["test_predictions"] for r in runs]) for runs in (results, full))
+    return paired_bootstrap(own[0, :, 0], own[..., 1], other[..., 1])
+
+
+def entry_of(results, scores, rates_from, full):
+    """What the table holds of one method on one number of rows. results: one a seed."""
+    first, name = results[0], score_name(results[0]["settings"])
+    entry = {"label": label_of(first["settings"]), "rows": first["rows"], "n": len(results),
+             "lr": first["settings"]["lr"], "rates_from": rates_from,
+             "tried": [{"lr": lr, "validation": score} for lr, score in scores.items()],
+             "trainable_params": first["trainable_params"]}
+    values = {"test": [r[name] for r in results],
+              "validation": [validation_score(r) for r in results],
+              "minutes": [r["train_time_s"] / 60 for r in results]}
+    for key, own in values.items():
+        entry[key], entry[f"{key}_std"] = mean_std(own)
+    if "exact_match" in first:
+        entry["exact_match"] = mean_std([r["exact_match"] for r in results])[0]
+    return entry | {
+        "vs_full": difference(results, full) if full and results is not full else None,
+        "runs": [{key: r[key] for key in ("settings", "best_epoch", "history", "splits",
+                                          "environment")} for r in results]}
+
+
+def held(path, s):
+    """The entries of the sweep at `path`, which a run with the settings `s` would join; ends if
+    they are of another task, model or setting."""
+    there = read_json(path) if path.exists() else {"entries": {}}
+    if not isinstance(there, dict) or "entries" not in there:
+        fail(f"{path} is damaged (not a sweep); delete it")
+    for entry in there["entries"].values():
+        other = entry["runs"][0]["settings"]
+        for key in (s.keys() | other.keys()) - FREE:
+            if s.get(key) != other.get(key):
+                fail(f"{path} holds results of another study ({key} {other.get(key)}, here "
+                     f"{s.get(key)}); give this one an --output of its own")
+    return there["entries"]
+
+
+def size(text):
+    """An argparse type: a number of rows, or None of "all"."""
+    return None if text == "all" else number(int, 1)(text)
+
+
+def parse(argv):
+    """(methods as lists of flags, sizes, rates_from, seeds, the other flags)."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--methods", nargs="+", default=FOLD_STUDY)
+    parser.add_argument("--train-rows", nargs="+", type=size, default=[None])
+    parser.add_argument("--rates-from", type=number(int, 1))
+    known, rest = parser.parse_known_args(argv)
+    refuse(["--method", "--lr", "--r", "--targets", "--fold"], rest,
+           "is what the runs differ in; for one run of your own use train.py")
+    seeds, rest = split_seeds(rest)
+    methods = [shlex.split(CASES[name].flags if name in CASES else f"--method {name}")
+               for name in known.methods]
+    for flags in methods:  # a bad flag ends here, not in the first run
+        read_flags([*rest, *flags])
+    return methods, known.train_rows, known.rates_from, seeds, rest
+
+
+def main(argv):
+    start()
+    explain(__doc__, argv)
+    methods, sizes, rates_from, seeds, rest = parse(argv)
+    args = read_flags([*rest, "--method", "full"])
+    path = args.output / "metrics" / f"sweep_{args.settings['task']}.json"
+    entries = held(path, args.settings)
+
+    for n in sizes:
+        rows, full = ["--train-rows", str(n)] if n else [], None
+        for flags in methods:
+            common, base = [*rest, *flags], ["--seed", str(seeds[0])]
+            tried_on = ["--train-rows", str(rates_from)] if rates_from else rows
+            lr, scores = choose_rate([*common, *base, *tried_on])
+            results = [run([*common, *rows, "--seed", str(seed), "--lr", f"{lr:g}"])
+                       for seed in seeds]
+            if None in results:
+                fail(f"a run of {shlex.join(flags)} failed; the same command tries it again")
+            full = results if flags == ["--method", "full"] else full
+            name = f"{shlex.join(flags[1:])}, {n or 'all'} rows"
+            entries[name] = entry_of(results, scores, rates_from, full)
+            write_json(path, {"command": command(), "entries": entries})
+    from plots import draw_sweep  # matplotlib is slow to import
+    draw_sweep(args.output, path.stem)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,251 @@
+"""Parts of the training rows, whole sentences held out, and the sweep over rates and sizes."""
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, one_line_error, one_line_exit, run, settings, train, write_splits
+
+import data
+import qa
+import spread
+import sweep
+from settings import parse_args, result_path, run_name
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def pool(n=97):
+    """Rows of three labels, 1 : 2 : 4 or so, in no order."""
+    labels = [(i * i + i // 3) % 7 for i in range(n)]
+    return data.Rows([f"row {i}" for i in range(n)], [0 if y < 1 else 1 if y < 3 else 2
+                                                      for y in labels])
+
+
+# --- parts of the training rows -------------------------------------------------------------------
+
+def test_parts_are_nested_stratified_and_always_the_same():
+    rows, before = pool(), set()
+    task = data.make_task(rows, data.Rows(["v"] * 3, [0, 1, 2]), data.Rows(["t"], [1]))
+    shares = Counter(task.train.labels)
+    for n in 8, 20, 60, len(rows.labels):
+        part = data.train_on(task, n)
+        assert part.train == data.train_on(task, n).train and len(part.train.sentences) == n
+        assert part[2:4] == task[2:4] and f"{n} of 97" in part.note
+        for label, count in Counter(part.train.labels).items():
+            assert abs(count - n * shares[label] / len(rows.labels)) <= 1
+        # every sentence keeps its label
+        assert set(zip(*part.train)) <= set(zip(*task.train))
+        assert before <= set(part.train.sentences)
+        before = set(part.train.sentences)
+    assert before == set(rows.sentences)
+    # not the first rows of the file
+    assert set(data.train_on(task, 20).train.sentences) != {f"row {i}" for i in range(20)}
+
+
+@pytest.mark.parametrize("n, words", [(98, ["98", "97 training rows"]),
+                                      (1, ["leaves no row", "label"])])
+def test_a_part_that_cannot_be_had(n, words):
+    task = data.make_task(pool(), data.Rows(["v"], [0]), data.Rows(["t"], [1]))
+    one_line_exit(lambda: data.train_on(task, n), "--train-rows", *words)
+
+
+def test_parts_of_questions_are_whole_passages_but_for_the_last():
+    questions = [qa.Question(f"passage {i % 12}", f"question {i}", ["1"], None, None)
+                 for i in range(60)]  # 5 on each of 12 passages
+    task, before = qa.Task(None, questions, [], [], "", None), []
+    for n in 7, 15, 60:
+        part = qa.train_on(task, n)
+        assert part.train[:len(before)] == before and len(part.train) == n
+        counts = list(Counter(q.context for q in part.train).values())
+        assert counts[:-1] == [5] * (n // 5 - (n % 5 == 0))
+        assert f"{n} of 60 training questions, on {len(counts)} of 12 passages" in part.note
+        before = part.train
+    assert before != questions and sorted(before) == sorted(questions)
+    one_line_exit(lambda: qa.train_on(task, 61), "--train-rows 61", "60 training questions")
+
+
+def test_the_part_is_in_the_identity_and_the_default_leaves_old_names_as_they_were():
+    whole, part = settings("--method", "lora"), settings("--method", "lora", "--train-rows", 500)
+    assert "train_rows" not in whole and whole | {"train_rows": 500} == part
+    assert "_n500_" in run_name(part) and "whole_sentences" not in whole
+    names = {run_name(settings("--method", "full", "--task", "sst2", *flags)) for flags in
+             ([], ["--train-rows", 500], ["--train-rows", 501], ["--whole-sentences"])}
+    assert len(names) == 4
+
+
+def test_other_synthetic_questions_are_another_run():
+    made, real = (settings("--method", "full", "--task", task) for task in ("synthetic", "squad"))
+    assert made["generator"] == 2 and "generator" not in real
+
+
+def test_a_part_trains_and_a_checkpoint_of_it_is_merged(data_dir, tmp_path):
+    flags = ["--data", data_dir, "--output", tmp_path, "--max-steps", 2]
+    assert train("--method", "lora", "--train-rows", 12, *flags).returncode == 0
+    path, = (tmp_path / "metrics" / "runs").iterdir()
+    result = json.loads(path.read_text())
+    assert result["rows"] == {"train": 12, "validation": 12, "test": 12}
+    assert "12 of 68 training rows" in result["splits"] or "12 of 80" in result["splits"]
+    one_line_error(train("--method", "lora", "--train-rows", 1000, *flags), "training rows")
+
+
+# --- whole sentences ------------------------------------------------------------------------------
+
+def treebank(n=40):
+    """Rows as SST-2 has them: sentences, parts of them, and a part that all have in common."""
+    rows = data.Rows(["the film"], [0])
+    for i in range(n):
+        for text in f"the film number {i} is fine", f"number {i} is fine", f"number  {i}":
+            rows.sentences.append(text)
+            rows.labels.append(i % 2)
+    return rows
+
+
+def test_whole_sentences_are_held_out_with_all_that_stands_in_them_alone():
+    rows = treebank()
+    rest, out = data.carve_whole(rows, 10)
+    assert len(out.sentences) == 10 and sorted(out.labels) == [0] * 5 + [1] * 5
+    assert all(text.startswith("the film number") for text in out.sentences)
+    for text in out.sentences:
+        number = text.split()[3]
+        assert not [row for row in rest.sentences if number in row.split()]
+    # "the film" stands in other sentences, too, and stays
+    assert "the film" in rest.sentences and len(rest.sentences) == 1 + 3 * 30
+    assert data.carve_whole(rows, 10) == (rest, out)
+    assert set(zip(*rest)) | set(zip(*out)) <= set(zip(*rows))
+
+
+def test_a_long_text_is_refused():
+    one_line_exit(lambda: data.carve_whole(data.Rows(["word " * 201], [0]), 1), "201 words")
+
+
+def test_whole_sentences_in_a_task_and_what_has_none(tmp_path):
+    alone = write_splits(tmp_path / "alone", {"train": 60}, lambda i, _: f"row {i}\t{i % 2}")
+    task = data.make_task(treebank(), whole=True)
+    assert "12 whole sentences of train validate" in task.note
+    assert len(task.train.sentences) == 1 + 3 * 16 and "49 of 121 rows are left" in task.note
+    for flags in (["--task", "movies"], ["--task", "squad"],
+                  ["--data", alone, "--fold", "1/5"]):
+        one_line_exit(lambda: parse_args(["--method", "full", "--whole-sentences",
+                                          *map(str, flags)]), "--whole-sentences")
+
+
+@pytest.mark.skipif(not (SHARED / "sst2").exists(), reason="SST-2 is not here")
+def test_sst2_validates_by_whole_sentences():
+    task = data.load_task("-", SHARED / "sst2", {"whole_sentences": True, "train_rows": 4000})
+    validation = [" ".join(s.split()) for s in task.validation.sentences]
+    assert len(validation) == 1000 and len(task.train.sentences) == 4000
+    assert np.mean([len(s.split()) for s in validation]) > 17  # a row of SST-2 has 9 words
+    rows = {" ".join(s.split()) for s in task.train.sentences}
+    assert not rows & set(validation)
+
+
+# --- the sweep ------------------------------------------------------------------------------------
+
+def made_up(s, scores, answers):
+    """A result of train.py with these validation scores of its epochs and these predictions."""
+    return {"settings": s, "f1_macro": 0.5, "rows": {"train": s.get("train_rows", 60),
+                                                    "validation": 12, "test": len(answers)},
+            "history": [{"validation_f1_macro": score} for score in scores], "best_epoch": 1,
+            "train_time_s": 30.0, "trainable_params": 5, "splits": "", "test_predictions": answers,
+            "environment": {"device": "none", "amp": "off"}}
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """(flags, output folder) of a sweep of which all runs are there, but for one of seed 43."""
+    folder = write_splits(tmp_path / "mine", {"train": 60, "dev": 12, "test": 40},
+                          lambda i, split: f"{split} {i}\t{i % 2}")
+    flags = ["--data", str(folder), "--output", str(tmp_path / "out")]
+    labels = [i % 2 for i in range(40)]
+    for n in [], ["--train-rows", 30]:
+        for method, wrong in (["--method", "full"], 4), (["--method", "lora", "--r", 16], 10):
+            for lr in sweep.rates_of(settings(*method, *flags)):
+                for seed in 42, 43:
+                    s = settings(*method, *flags, *n, "--lr", lr, "--seed", seed)
+                    path = result_path(tmp_path / "out", s)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    best = {2: 0.9}.get(round(s["lr"] / sweep.rates_of(s)[0]), 0.6)
+                    answers = [[y, 1 - y if i < wrong + (seed == 43) else y]
+                               for i, y in enumerate(labels)]
+                    path.write_text(json.dumps(made_up(s, [0.3, best], answers)))
+    return flags, tmp_path / "out"
+
+
+def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept):
+    flags, output = swept
+    command = [sys.executable, ROOT / "sweep.py", *flags, "--methods", "full", "lora --r 16",
+               "--seeds", 42, 43]
+    done = run(*command)
+    assert done.returncode == 0 and "== train.py" not in done.stdout, done.stderr
+    entries = json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
+    assert list(entries) == ["full, all rows", "lora --r 16, all rows"]
+    full, lora = entries.values()
+    rates = sweep.rates_of(settings("--method", "lora", "--r", 16, *flags))
+    assert lora["lr"] == rates[1] and lora["n"] == 2
+    assert [t["validation"] for t in lora["tried"]] == [0.6, 0.9, 0.6]
+    assert lora["validation"] == pytest.approx(0.9) and full["vs_full"] is None
+    labels = np.arange(40) % 2
+
+    def wrong(n):
+        return np.where(np.arange(40) < n, 1 - labels, labels)
+
+    expected = spread.paired_bootstrap(labels, [wrong(10), wrong(11)], [wrong(4), wrong(5)])
+    assert lora["vs_full"] == pytest.approx(expected)
+    assert -17 < lora["vs_full"]["points"] < -13 and lora["vs_full"]["high"] < 0
+    for name in "sweep_mine.png", "sweep_mine.md":
+        assert (output / "figures" / name).stat().st_size > 500
+
+    # other sizes join, and the table is in their order
+    assert run(*command, "--train-rows", 30).returncode == 0
+    entries = json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
+    assert [e["rows"]["train"] for e in entries.values()] == [60, 60, 30, 30]
+    lines = (output / "figures" / "sweep_mine.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == ["30", "30", "60", "60"]
+    one_line_error(run(*command, "--epochs", 1), "another study", "epochs")
+
+
+def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
+    flags, _ = swept
+    asked = []
+    results = {1e-4: 0.2, 2e-4: None, 5e-5: 0.1}
+
+    def stand_in(flags):
+        asked.append(flags)
+        lr = float(flags[flags.index("--lr") + 1])
+        return {"lr": lr} if results[lr] else None
+
+    monkeypatch.setattr(sweep, "run", stand_in)
+    monkeypatch.setattr(sweep, "validation_score", lambda result: results[result["lr"]])
+    lr, scores = sweep.choose_rate([*flags, "--method", "full", "--train-rows", "30"])
+    assert lr == 1e-4 and scores == results and all("30" in call for call in asked)
+    results.update({1e-4: None, 5e-5: None})
+    one_line_exit(lambda: sweep.choose_rate([*flags, "--method", "full"]), "no learning rate")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lr", "1e-3"], ["--lr", "train.py"]), (["--methods", "lorra"], ["invalid choice"]),
+    (["--train-rows", "many"], ["whole number"]), (["--seeds", 42, 42], ["twice"])])
+def test_bad_flags_end_before_anything_runs(flags, words, data_dir):
+    one_line_exit(lambda: sweep.main(["--data", str(data_dir), *map(str, flags)]), *words)
+
+
+def test_questions_are_compared_one_by_one():
+    def result(answers):
+        return {"settings": {"stride": 128},
+                "test_predictions": [[["new york"], answer] for answer in answers]}
+
+    vs = sweep.difference([result(["new york", "york"] * 20)], [result(["new york"] * 40)])
+    assert vs["points"] == pytest.approx(-100 / 6) and vs["low"] < vs["points"] < vs["high"] < 0
+
+
+def test_rates_of_another_model_are_around_its_default(tmp_path):
+    from conftest import save_small_bert
+    model = save_small_bert(Path(tmp_path) / "small")
+    s = settings("--method", "lora", "--model", model)
+    assert sweep.rates_of(s) == (5e-5, 1e-4, 2e-4)
+    assert sweep.rates_of(settings("--method", "lora")) == (5e-4, 1e-3, 2e-3)
+    assert sweep.rates_of(settings("--method", "lora", "--targets", "all")) == (2.5e-4, 5e-4, 1e-3)
+    assert sweep.rates_of(settings("--method", "full", "--task", "squad")) == (5e-5, 1e-4, 2e-4)
