@@ -21,7 +21,7 @@ import random
 
 from settings import SPLIT_SEED
 
-SIZES = {"train": 1500, "validation": 300, "test": 2000}  # questions, each with its own passage
+SIZES = {"train": 1250, "validation": 250, "test": 2000}  # questions, each with its own passage
 LEVELS = ("match", "distractor", "pronoun", "join", "number")  # as many questions of each
 CHANCE = 25.4  # F1 in percent of one of the four answers at random, on the test questions
 

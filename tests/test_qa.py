@@ -670,7 +670,8 @@ def test_runs_are_compared_question_by_question_and_by_level():
         return {"settings": settings(*grid.SYNTHETIC_RUNS[name].split(), "--task", "synthetic"),
                 "f1": 100 - len(wrong), "exact_match": 0, "train_time_s": 1,
                 "history": [{"validation_f1": validation}], "best_epoch": 1, "trainable_params": 1,
-                "peak_vram_gb": None, "peak_rss_gb": 1, "test_predictions": answers, "test_levels": levels,
+                "peak_vram_gb": None, "peak_rss_gb": 1,
+                "test_predictions": answers, "test_levels": levels,
                 "rows": {"train": 1, "test": 100}, "environment": {"device": "none", "amp": "off"}}
 
     # by validation the second is full fine-tuning's best, though the test likes the first better
