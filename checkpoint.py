@@ -9,7 +9,7 @@ included. Its metadata, each value as JSON, say what the tensors mean:
     tokenizer      hash_tokenizer of what made its token ids
 
 The frozen tensors are not in the file and did not change: loaded onto the same base, it gives the
-same bits.
+same bits. Where a file is read, a folder of peft's can be given instead (peft_format.py).
 """
 import copy
 import hashlib
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import peft_format
 from files import write_whole
 from methods import HEAD
 from model import apply_method, trained_tensors
@@ -64,10 +65,15 @@ def save(path, model, about):
     write_whole(path, lambda part: save_file(trained_tensors(model), part, metadata))
 
 
+def file_of(path):
+    """The file with the tensors: of a folder, peft's."""
+    return path / peft_format.TENSORS if path.is_dir() else path
+
+
 def read(path, get):
     """get(file) of an open file, or one line on stderr."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(file_of(path), "pt") as file:
             return get(file)
     except Exception as e:  # OSError, or safetensors' own for a truncated or foreign file
         fail(f"cannot read the checkpoint {path} ({str(e).splitlines()[0]})")
@@ -75,12 +81,19 @@ def read(path, get):
 
 def read_tensors(path):
     """{name: tensor} of a file; copies, because the file is only mapped."""
-    return read(path, lambda file: {name: file.get_tensor(name).clone() for name in file.keys()})
+    tensors = read(path, lambda file: {name: file.get_tensor(name).clone() for name in file.keys()})
+    if path.is_dir():  # peft also saves in 16 bits
+        tensors = {peft_format.own_name(name): p.float() for name, p in tensors.items()}
+    return tensors
 
 
 def read_about(path):
     """What describe() gave when the file was written."""
     metadata = read(path, lambda file: file.metadata() or {})
+    if path.is_dir():
+        shapes = read(path, lambda file: {name: file.get_slice(name).get_shape()
+                                          for name in file.keys()})
+        return peft_format.make_about(path, shapes, metadata)
     try:
         about = {key: json.loads(metadata[key]) for key in ("settings", "label_names", "base")}
         # files of earlier versions do not say
@@ -94,7 +107,9 @@ def read_about(path):
 
 
 def check_base(path, about, base):
-    if about["base"] != base:
+    """End if the checkpoint at `path` was trained on another base than the one with the hash
+    `base`; peft's folders do not say."""
+    if about["base"] not in (None, base):
         fail(f"{path} was trained on another base model: {about['settings']['model']}, with the "
              f"SHA-256 {about['base']}..., not {base}...")
 

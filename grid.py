@@ -2,18 +2,20 @@
 figures.
 
 `python grid.py --list` prints the twenty commands, one a line, for xargs -P, GNU parallel or a
-Slurm array. `python grid.py` brings together what is finished and names what is not. Other flags
-are train.py's.
+Slurm array. `python grid.py` brings together what is finished and names what is not; `python
+grid.py --trainer FOLDER`, with an --output of its own, does that with runs that Hugging Face's
+Trainer left (trainer.py). Other flags are train.py's.
 """
 import contextlib
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from fetch import model_folder
-from files import read_json, write_csv, write_json
+from files import check_writable, read_json, write_csv, write_json
 from methods import is_qa
-from settings import DEFAULT_MODEL, make_parser, model_of, settings_of
+from settings import DEFAULT_MODEL, Parser, make_parser, model_of, settings_of
 from spread import mean_interval
 from start import fail, start, warn
 from studies import (
@@ -31,6 +33,7 @@ from studies import (
     rows_of,
     statistics_of,
 )
+from trainer import read_runs
 
 
 def check_same_study(path, argv, runs):
@@ -68,11 +71,41 @@ def add_scores(results):
             result["vs_full"] = mean_interval(f1[name] - f1[full])
 
 
+def write(output, results):
+    """The JSON, CSV files, figures and tables of a grid's results."""
+    write_json(output / "metrics" / "grid.json", results)
+    rows = rows_of(results)
+    write_csv(output / "metrics" / "grid_results.csv", rows)
+    write_csv(output / "metrics" / "grid_best.csv", best_of(rows))
+    write_csv(output / "metrics" / "grid_statistics.csv", statistics_of(rows))
+    from plots import draw_grid  # matplotlib is slow to import
+    draw_grid(output)
+
+
+def bring_trainer(argv):
+    """The same for runs of Trainer."""
+    parser = Parser(description="Runs of Hugging Face's Trainer.", allow_abbrev=False)
+    parser.add_argument("--trainer", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    results, missing = read_runs(args.trainer)
+    check_writable(args.output)
+    merged = args.output / "metrics" / "grid.json"
+    if merged.exists() and not all("trainer" in held for held in read_json(merged).values()):
+        fail(f"{merged} holds runs that train.py made; choose another --output")
+    write(args.output, results)
+    if missing:
+        print(f"missing: {', '.join(missing)}")
+
+
 def main(argv):
     start()
     explain(__doc__, argv)
     refuse(["--method", "--r", "--epochs", "--lr"], argv,
            "is part of what the twenty runs are; for one run of your own use train.py")
+    if given("--trainer", argv):
+        bring_trainer(argv)
+        return
     to_list = "--list" in argv
     argv = [word for word in argv if word != "--list"]
 
@@ -97,13 +130,7 @@ def main(argv):
     if not results:
         fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
     add_scores(results)
-    write_json(merged, results)
-    rows = rows_of(results)
-    write_csv(output / "metrics" / "grid_results.csv", rows)
-    write_csv(output / "metrics" / "grid_best.csv", best_of(rows))
-    write_csv(output / "metrics" / "grid_statistics.csv", statistics_of(rows))
-    from plots import draw_grid  # matplotlib is slow to import
-    draw_grid(output)
+    write(output, results)
     if line := mixed_hardware(results.values()):
         warn(f"the minutes do not compare: {line}")
     if missing:

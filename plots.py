@@ -281,9 +281,12 @@ def grid_time(runs, path):
         of_method = [row for row in rows if row["method"] == method]
         rates = sorted({row["lr"] for row in of_method})
         for lr in rates:
-            own = [row for row in of_method if row["lr"] == lr]
+            own = [row for row in of_method if row["lr"] == lr and row["minutes"] is not None]
+            if not own:
+                continue
             _, color, marker = STYLE[method]
-            name = label_of(runs[own[0]["run"]]["settings"])
+            s = runs[own[0]["run"]]["settings"]
+            name = method if "trainer" in runs[own[0]["run"]] else label_of(s)
             ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker,
                     color=color, markersize=8, fillstyle="full" if lr == rates[-1] else "none",
                     label=f"{name}, {short(lr)}")

@@ -36,8 +36,9 @@ def parse_args(argv=None):
     which.add_argument("--method", metavar="NAME",
                        help="only this one, as the table names it (default: all)")
     which.add_argument("--checkpoint", type=Path, action="append", metavar="FILE",
-                       help="this instead, any that train.py left in checkpoints/; give it several "
-                            "times to compare (default: those of the comparison)")
+                       help="this instead, any that train.py left in checkpoints/, or a folder of "
+                            "peft's; give it several times to compare (default: those of the "
+                            "comparison)")
     p.add_argument("--model", metavar="FOLDER",
                    help="where the base is, if it was a folder (default: as in training)")
     p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
@@ -75,7 +76,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import attach, check_tokenizer, hash_base, read_about
+from checkpoint import attach, check_tokenizer, file_of, hash_base, read_about
 from model import load_pretrained
 from qa import Question, Windows
 from studies import best_of, rows_of
@@ -91,7 +92,7 @@ class Method(NamedTuple):
 
 def find(output, is_qa=False, only=None):
     """{name: checkpoint} of what run_all.sh, or for questions run_grid.sh, left: every method's
-    run, of several seeds the first, or the best of every method by test F1."""
+    run, of several seeds the first, or the best of every method by validation F1."""
     script, file = ("run_grid.sh", "grid.json") if is_qa else ("run_all.sh", "comparison.json")
     path = output / "metrics" / file
     if not path.exists():
@@ -142,7 +143,7 @@ def load_methods(files, model_name=None):
     for name, path in files.items():
         (model, about), switch_ms = milliseconds(lambda: attach(base, base_hash, path))
         check_tokenizer(path, about, tokenizer)
-        methods.append(Method(name, model, about, path.stat().st_size / 1e6, switch_ms))
+        methods.append(Method(name, model, about, file_of(path).stat().st_size / 1e6, switch_ms))
     return tokenizer, methods
 
 

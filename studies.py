@@ -5,6 +5,7 @@ write.
 """
 import os
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
@@ -127,7 +128,9 @@ def rows_of(results):
              **{f"vs_full_{key}": (r.get("vs_full") or {}).get(key)
                 for key in ("points", "low", "high")},
              **{f"f1_{level}": f1 for level, f1 in r.get("f1_by_level", {}).items()},
-             "minutes": r["train_time_s"] / 60, "best_epoch": r["best_epoch"],
+             **{key: r[key] for key in ("f1_last", "exact_match_last") if key in r},
+             "minutes": r["train_time_s"] and r["train_time_s"] / 60,
+             "best_epoch": r["best_epoch"],
              "trainable_params": r["trainable_params"], "peak_vram_gb": r["peak_vram_gb"],
              "peak_rss_gb": r["peak_rss_gb"]} for name, r in results.items()]
     return sorted(rows, key=lambda row: -row["f1"])
@@ -141,10 +144,12 @@ def statistics_of(rows):
         if own := [row for row in rows if row["method"] == method]:
             line = {"method": method, "n": len(own)}
             for key in "f1", "exact_match", "minutes":
-                values = [row[key] for row in own]
-                mean, std = mean_std(values)
+                # Trainer's runs may not say how long they took
+                values = [row[key] for row in own if row[key] is not None]
+                mean, std = mean_std(values) if values else (None, None)
                 line |= {f"{key}_mean": mean, f"{key}_std": std,
-                         f"{key}_min": min(values), f"{key}_max": max(values)}
+                         f"{key}_min": min(values, default=None),
+                         f"{key}_max": max(values, default=None)}
             out.append(line)
     return out
 
@@ -154,6 +159,12 @@ def best_of(rows):
     return [max((row for row in rows if row["method"] == method),
                 key=lambda row: row["validation_f1"]) for method in GRID_METHODS
             if any(row["method"] == method for row in rows)]
+
+
+def correlation_of(rows):
+    """Pearson's correlation of F1 with exact match over the runs; None where one never differs."""
+    values = [row["f1"] for row in rows], [row["exact_match"] for row in rows]
+    return statistics.correlation(*values) if min(len(set(own)) for own in values) > 1 else None
 
 
 # --- captions and tables -------------------------------------------------------------------------
@@ -172,6 +183,8 @@ def entry_label(entry):
 def study(runs):
     """One line that says what was compared on what, from a list of runs."""
     run = runs[0]
+    if "trainer" in run:
+        return f"{len(runs)} runs of Hugging Face's Trainer in {run['trainer']}"
     s, rows = run["settings"], run["rows"]
     what = "questions" if is_qa(s) else "sentences"
     task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
@@ -189,6 +202,8 @@ def study(runs):
 
 def command_of(script, run, seeds=()):
     """The command that made a study, told from one of its runs: its data, its model, its seeds."""
+    if "trainer" in run:
+        return shlex.join(["python", "grid.py", "--trainer", run["trainer"]])
     s, task = run["settings"], "synthetic" if is_qa(run["settings"]) else "movies"
     data = (["--data", s["task"]] if s["data_sha256"]
             else ["--task", s["task"]] * (s["task"] != task))
@@ -296,14 +311,18 @@ def grid_markdown(runs):
     header = ["run", "F1 (%)", "vs full (points)", "exact match (%)", "training (min)",
               "best epoch", "trainable"]
     cells = [[row["run"], f"{row['f1']:.2f}", points(runs[row["run"]].get("vs_full")),
-              f"{row['exact_match']:.2f}", f"{row['minutes']:.2f}",
-              f"{row['best_epoch']} of {row['epochs']}", f"{row['trainable_params']:,}"]
+              f"{row['exact_match']:.2f}",
+              "–" if row["minutes"] is None else f"{row['minutes']:.2f}",
+              f"{row['best_epoch']} of {row['epochs']}",
+              "–" if row["trainable_params"] is None else f"{row['trainable_params']:,}"]
              for row in rows]
     chance = [["one of the four at random", f"{CHANCE:.1f}", "", "25.00", "", "", "0"]]
     chance *= is_synthetic(first["settings"])
 
     def spread(line, key):
         std = line[f"{key}_std"]
+        if line[f"{key}_mean"] is None:
+            return "–"
         return (f"{line[f'{key}_mean']:.2f} ± {'–' if std is None else f'{std:.2f}'} "
                 f"({line[f'{key}_min']:.2f} to {line[f'{key}_max']:.2f})")
 
@@ -314,11 +333,15 @@ def grid_markdown(runs):
     best = [[row["run"], f"{row['f1']:.2f}", points(runs[row["run"]].get("vs_full")),
              f"{row['validation_f1']:.2f}", *(f"{row[f'f1_{level}']:.1f}" for level in levels)]
             for row in best_of(rows)]
-    missing = [name for name in grid_runs(first["settings"]) if name not in runs]
+    missing = [name for name in grid_runs(first["settings"])
+               if name not in runs and "trainer" not in first]
     made_by = command_of("run_grid.sh", first)
-    return (f"All {len(runs)} runs by F1: {study(list(runs.values()))}; [ ] is a 95 % interval, by "
-            "a paired bootstrap over test questions, of the difference to full fine-tuning's run "
-            f"with the best validation F1; made by `{made_by}`.\n\n"
+    interval = ("" if "trainer" in first else
+                "; [ ] is a 95 % interval, by a paired bootstrap over test questions, of the "
+                "difference to full fine-tuning's run with the best validation F1")
+    correlation = correlation_of(rows)
+    return (f"All {len(runs)} runs by F1: {study(list(runs.values()))}{interval}; made by "
+            f"`{made_by}`.\n\n"
             + markdown_table(header, cells + chance)
             + (f"\nMissing: {', '.join(missing)}.\n" if missing else "")
             + "\nBy method, mean ± standard deviation (min to max) over the n configurations, not "
@@ -329,7 +352,9 @@ def grid_markdown(runs):
             + ("; the last columns are the F1 of each level" if levels else "") + ":\n\n"
             + markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels],
                              best)
-            + "\nTop five:\n\n" + markdown_table(header, cells[:5]))
+            + "\nTop five:\n\n" + markdown_table(header, cells[:5])
+            + ("" if correlation is None else "\nPearson's correlation of F1 with exact match over "
+               f"the {len(rows)} runs: {correlation:.3f}.\n"))
 
 
 def sweep_caption(sweep):

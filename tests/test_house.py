@@ -13,7 +13,7 @@ from conftest import METHODS as METHOD_FLAGS
 from conftest import ROOT, build, settings, tiny_bert
 
 import methods
-from merge import merge
+from export import merge
 from model import apply_method, count_params, trained_tensors
 from studies import SENTENCE_RUNS
 

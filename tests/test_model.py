@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFa
 
 import checkpoint
 import data
-import merge
+import export
 import predict
 import qa
 from fetch import model_folder
@@ -195,6 +195,6 @@ def test_predict_and_merge_refuse_another_tokenizer(data_dir, tmp_path):
     BertTokenizerFast(str(model / "vocab.txt"), do_lower_case=False).save_pretrained(model)
     for act in (lambda: predict.main(predict.parse_args(["--checkpoint", str(path),
                                                          "--model", str(model), "A film"])),
-                lambda: merge.main(merge.parse_args([str(path), "--model", str(model),
+                lambda: export.main(export.parse_args([str(path), "--model", str(model),
                                                      "--to", str(tmp_path / "merged")]))):
         one_line_exit(act, "another tokenizer")

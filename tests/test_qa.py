@@ -27,9 +27,9 @@ from conftest import (
 )
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
+import export
 import fast
 import grid
-import merge
 import qa
 import studies
 import synthetic
@@ -748,11 +748,11 @@ def test_a_question_is_asked_from_the_command_line(finished, tmp_path):
 
 def test_a_merged_question_answering_model_needs_nothing_from_here(finished, tmp_path):
     path, = (finished[1] / "checkpoints").iterdir()
-    merge.main(merge.parse_args([str(path), "--to", str(tmp_path / "out")]))
+    export.main(export.parse_args([str(path), "--to", str(tmp_path / "out")]))
     texts = [["who?", "where was it?"], ["it was Anna", "it was in Rome, in a garden"]]
     found, _ = elsewhere("AutoModelForQuestionAnswering", texts, tmp_path / "out", tmp_path)
-    tokenizer, base, base_hash = merge.load_base(path)
-    model, _ = merge.attach(base, base_hash, path)
+    tokenizer, base, base_hash = export.load_base(path)
+    model, _ = export.attach(base, base_hash, path)
     with torch.no_grad():
         out = model(**tokenizer(*texts, padding=True, return_tensors="pt"))
     assert (found - torch.stack((out.start_logits, out.end_logits))).abs().max() < 1e-5

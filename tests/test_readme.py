@@ -13,9 +13,9 @@ from test_house import PAPERS
 
 import bench
 import compare
+import export
 import grid
 import memory
-import merge
 import plots
 import studies
 
@@ -114,7 +114,7 @@ def test_readme_tables_of_many_tasks_and_of_requantizing_are_those_of_the_result
     readme = committed("docs/use.md")
     tables = plots.multitask_markdown(json.loads(committed("metrics/multitask.json")))
     assert committed("figures/multitask.md") == tables and tables in readme
-    assert merge.markdown(json.loads(committed("metrics/requantized.json"))) in readme
+    assert export.markdown(json.loads(committed("metrics/requantized.json"))) in readme
 
 
 # --- numbers in sentences ------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def generated():
             studies.grid_markdown(read("grid")),
             bench.markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
             memory.markdown(read("memory")), studies.multitask_markdown(read("multitask")),
-            merge.markdown(read("requantized"))]
+            export.markdown(read("requantized"))]
 
 
 def measured_values():

@@ -58,7 +58,7 @@ def test_without_kernels_it_says_nothing_either(packages):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("module", ["train", "quant", "predict", "merge", "memory", "bench",
+@pytest.mark.parametrize("module", ["train", "quant", "predict", "export", "memory", "bench",
                                     "multitask", "fast", "model"])
 def test_every_module_that_may_import_bitsandbytes_imports_this_first(module):
     code = (f"import sys, importlib.abc\nsys.path.insert(0, {str(ROOT)!r})\n"

@@ -1,7 +1,11 @@
-"""Fold what LoRA or DoRA learned into BERT's own weights: a plain Hugging Face folder, which needs
-nothing from here.
+"""What was trained, in the formats that other programs take.
 
-    python merge.py checkpoints/NAME.safetensors --to FOLDER
+    python export.py checkpoints/NAME.safetensors --to FOLDER                  a plain Hugging Face
+                                                                               folder
+    python export.py checkpoints/NAME.safetensors --to FOLDER --format peft    LoRA or DoRA for peft
+
+The first folds what LoRA or DoRA learned into BERT's own weights, so that the folder needs nothing
+from here; the second leaves it beside them (peft_format.py). A peft folder can be exported, too.
 
     LoRA    W = W0 + s B A                                lora.py, computed in fp32
     DoRA    W = m (W0 + s B A) / ||W0 + s B A||
@@ -25,9 +29,12 @@ def parse_args(argv=None):
     p.add_argument("checkpoint", nargs="+", type=Path, help="what train.py left in checkpoints/")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--to", type=Path, metavar="FOLDER",
-                      help="export the merged model and its tokenizer")
+                      help="export the model and its tokenizer")
     what.add_argument("--requantized", type=Path, metavar="JSON",
                       help="measure instead, for QLoRA and QDoRA")
+    p.add_argument("--format", choices=["merged", "peft"], default="merged",
+                   help="merged: a BERT for transformers; peft: what was trained, for peft "
+                        "(default: merged)")
     p.add_argument("--model", metavar="FOLDER",
                    help="where the base is, if it was a folder (default: as in training)")
     p.add_argument("--data", type=Path, metavar="DIR",
@@ -38,6 +45,8 @@ def parse_args(argv=None):
         fail(f"--to takes one checkpoint, not {len(args.checkpoint)}")
     if args.to and args.data:
         fail("--data is for --requantized")
+    if args.requantized and args.format != "merged":
+        fail("--format is for --to")
     flag, path = ("--to", args.to) if args.to else ("--requantized", args.requantized)
     try:
         if path.is_dir() or args.to and args.to.exists():
@@ -51,14 +60,17 @@ def parse_args(argv=None):
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports
 
+import json
 import shutil
 import tempfile
 
 import torch
+from safetensors.torch import save_file
 
 import data
+import peft_format
 import qa
-from checkpoint import attach
+from checkpoint import attach, read_about, read_tensors
 from lora import LoRALinear, frozen_weight, merge_lora
 from model import autocast
 from predict import load_base
@@ -84,17 +96,30 @@ def merge(model, s):
         fail(f"{label_of(s)} was not merged: {left[0]} is left")
 
 
-def export(path, folder, model_name=None):
-    """Write the merged model of a checkpoint as a Hugging Face folder, in fp32; whole or not at
-    all."""
+def write_peft(path, folder):
+    """Write a checkpoint of LoRA or DoRA into `folder` as peft would. What peft's files do not say,
+    such as the names of the labels, is in the metadata, which peft does not read."""
+    about, tensors = read_about(path), read_tensors(path)
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
+    write_json(folder / peft_format.CONFIG, peft_format.make_config(about["settings"]))
+    save_file({peft_format.peft_name(name): p for name, p in tensors.items()},
+              folder / peft_format.TENSORS, metadata)
+
+
+def export(path, folder, model_name=None, is_peft=False):
+    """Write a checkpoint as a folder for transformers, merged and in fp32, or for peft, with the
+    tokenizer; whole or not at all."""
     tokenizer, base, base_hash = load_base(path, model_name)
     model, about = attach(base, base_hash, path)
-    merge(model, about["settings"])
+    if is_peft:
+        peft_format.make_config(about["settings"])  # ends for methods that peft's LoRA has not
+    else:
+        merge(model, about["settings"])
     folder = folder.resolve()
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name[:100] + "."))
     try:
         part.chmod(0o755)
-        model.save_pretrained(part)
+        write_peft(path, part) if is_peft else model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         part.rename(folder)
     except Exception as e:  # OSError, or safetensors' own for the same causes
@@ -167,7 +192,7 @@ def markdown(results):
 
 def main(args):
     if args.to:
-        export(args.checkpoint[0], args.to, args.model)
+        export(args.checkpoint[0], args.to, args.model, args.format == "peft")
         print(f"wrote {args.to}")
     else:
         results = [{"command": command()} | requantize(path, args.model, args.data)

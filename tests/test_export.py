@@ -21,7 +21,7 @@ from conftest import (
 from torch import nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
-import merge
+import export
 from methods import PLACEMENTS
 from settings import checkpoint_path
 
@@ -36,14 +36,14 @@ def test_merged_equals_unmerged_and_twice_is_once(method, head_class):
     before = logits(model)
     # it learned something, or the equality would say nothing
     assert (before - plain).abs().max() > 0.1
-    merge.merge(model, settings(*BUILDS[method]))
+    export.merge(model, settings(*BUILDS[method]))
     assert (logits(model) - before).abs().max() < 1e-5
     assert (set(model.state_dict()) == names
             and all(p.dtype is torch.float32 for p in model.parameters()))
     assert ({type(m) for m in model.bert.encoder.modules() if isinstance(m, nn.Linear)}
             == {nn.Linear})
     once = {name: p.clone() for name, p in model.state_dict().items()}
-    merge.merge(model, settings(*BUILDS[method]))
+    export.merge(model, settings(*BUILDS[method]))
     assert all(torch.equal(p, once[name]) for name, p in model.state_dict().items())
 
 
@@ -52,7 +52,7 @@ def test_adapters_cannot_be_merged_and_stay_as_they_are(method):
     model = randomize(build(method))
     before = logits(model)
     with pytest.raises(SystemExit, match="nonlinear"):
-        merge.merge(model, settings(*METHODS[method]))
+        export.merge(model, settings(*METHODS[method]))
     assert torch.equal(logits(model), before)
 
 
@@ -71,11 +71,11 @@ def small_bert(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["full_ft", "lora_r8", "qlora"])
 def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, tmp_path):
-    merge.main(merge.parse_args([str(checkpoints[name]), "--to", str(tmp_path / "out")]))
+    export.main(export.parse_args([str(checkpoints[name]), "--to", str(tmp_path / "out")]))
     found, labels = elsewhere("AutoModelForSequenceClassification", [SENTENCES], tmp_path / "out",
                               tmp_path)
-    tokenizer, base, base_hash = merge.load_base(checkpoints[name])
-    model, _ = merge.attach(base, base_hash, checkpoints[name])
+    tokenizer, base, base_hash = export.load_base(checkpoints[name])
+    model, _ = export.attach(base, base_hash, checkpoints[name])
     with torch.no_grad():
         expected = model(**tokenizer(SENTENCES, padding=True, return_tensors="pt")).logits
         plain = base(**tokenizer(SENTENCES, padding=True, return_tensors="pt")).logits
@@ -93,7 +93,7 @@ ask.model.config.to_dict()]))
 
 
 def test_a_plain_pipeline_takes_the_exported_folder_and_a_long_text(checkpoints, tmp_path):
-    merge.main(merge.parse_args([str(checkpoints["lora_r8"]), "--to", str(tmp_path / "out")]))
+    export.main(export.parse_args([str(checkpoints["lora_r8"]), "--to", str(tmp_path / "out")]))
     done = run(sys.executable, "-I", "-c", PIPELINE, tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer, longest, config = json.loads(done.stdout)
@@ -109,13 +109,13 @@ def test_a_failed_export_leaves_nothing(checkpoints, tmp_path, monkeypatch):
 
     monkeypatch.setattr(BertForSequenceClassification, "save_pretrained", full_disk)
     with pytest.raises(SystemExit, match="error: cannot write .*no space left"):
-        merge.main(merge.parse_args([str(checkpoints["lora_r8"]), "--to", str(tmp_path / "out")]))
+        export.main(export.parse_args([str(checkpoints["lora_r8"]), "--to", str(tmp_path / "out")]))
     assert not list(tmp_path.iterdir())
 
 
 def test_requantizing_is_measured(checkpoints, tmp_path, study):
     path = tmp_path / "requantized.json"
-    done = run(sys.executable, ROOT / "merge.py", checkpoints["qlora"], "--requantized", path,
+    done = run(sys.executable, ROOT / "export.py", checkpoints["qlora"], "--requantized", path,
                "--data", study[1][1])
     assert done.returncode == 0 and not done.stderr, done.stderr
     row, = json.loads(path.read_text())
@@ -123,7 +123,7 @@ def test_requantizing_is_measured(checkpoints, tmp_path, study):
     assert row["merged"]["loss"] == pytest.approx(row["unmerged"]["loss"], abs=1e-5)
     assert row["requantized"]["loss"] != pytest.approx(row["unmerged"]["loss"], abs=1e-5)
     assert row["rounding_norm"] > 0 and row["update_norm"] > 0
-    assert merge.markdown([row]) in done.stdout
+    assert export.markdown([row]) in done.stdout
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -144,5 +144,5 @@ def test_what_merge_refuses(flags, words, checkpoints, tmp_path, small_bert):
     (tmp_path / "mine").write_text("mine")
     flags = [checkpoints.get(flag, str(flag).format(tmp=tmp_path, small=small_bert))
              for flag in flags]
-    one_line_exit(lambda: merge.main(merge.parse_args([str(flag) for flag in flags])), *words)
+    one_line_exit(lambda: export.main(export.parse_args([str(flag) for flag in flags])), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,271 @@
+"""peft's format of LoRA and DoRA: names and content of the two files, there and back, what is not
+supported, and where peft is installed, peft itself."""
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from conftest import (
+    BUILDS,
+    METHODS,
+    ROOT,
+    build,
+    logits,
+    one_line_exit,
+    randomize,
+    run,
+    save_small_bert,
+    settings,
+    tiny_bert,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
+
+import checkpoint
+import export
+import peft_format
+from model import apply_method, load_pretrained, trained_tensors
+from settings import checkpoint_path
+
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+NAMES = {BertForSequenceClassification: ["no", "perhaps", "yes"], BertForQuestionAnswering: None}
+LOW_RANK = [name for name in BUILDS if "r" in peft_format.row_of(settings(*BUILDS[name])).flags]
+
+
+def saved(tmp_path, name, head_class=BertForSequenceClassification, **changes):
+    """(model, its checkpoint, the same as a peft folder)."""
+    model = randomize(build(name, head_class))
+    task = [] if NAMES[head_class] else ["--task", "squad"]
+    s = settings(*BUILDS[name], *task) | {"task": "t", **changes}
+    about = {"settings": s, "label_names": NAMES[head_class], "tokenizer": None,
+             "base": checkpoint.hash_base(tiny_bert(head_class=head_class))}
+    path, folder = tmp_path / "own.safetensors", tmp_path / "peft"
+    checkpoint.save(path, model, about)
+    folder.mkdir()
+    export.write_peft(path, folder)
+    return model, path, folder
+
+
+def test_names_and_config_are_peft_s(tmp_path):
+    _, _, folder = saved(tmp_path, "lora")
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == [
+            "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight",
+            "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight",
+            "base_model.model.bert.encoder.layer.0.attention.self.value.lora_A.weight",
+            "base_model.model.bert.encoder.layer.0.attention.self.value.lora_B.weight",
+            "base_model.model.bert.encoder.layer.1.attention.self.query.lora_A.weight",
+            "base_model.model.bert.encoder.layer.1.attention.self.query.lora_B.weight",
+            "base_model.model.bert.encoder.layer.1.attention.self.value.lora_A.weight",
+            "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight",
+            "base_model.model.classifier.bias", "base_model.model.classifier.weight"]
+    assert json.loads((folder / "adapter_config.json").read_text()) == {
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "r": 4, "lora_alpha": 12.0,
+        "base_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2", "lora_dropout": 0.1,
+        "target_modules": ["attention.self.query", "attention.self.value"],
+        "modules_to_save": ["classifier"], "use_dora": False, "use_rslora": False, "bias": "none",
+        "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True}
+
+
+def test_the_names_of_dora_on_all_layers_and_of_questions(tmp_path):
+    _, _, folder = saved(tmp_path, "dora all", BertForQuestionAnswering)
+    names = set(load_file(folder / "adapter_model.safetensors"))
+    assert "base_model.model.bert.encoder.layer.1.output.dense.lora_magnitude_vector" in names
+    assert {"base_model.model.qa_outputs.weight", "base_model.model.qa_outputs.bias"} <= names
+    assert len(names) == 2 * 6 * 3 + 2
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["use_dora"] and config["task_type"] == "QUESTION_ANS"
+    assert config["target_modules"][3:] == ["attention.output.dense", "intermediate.dense",
+                                            "output.dense"]
+
+
+@pytest.mark.parametrize("head_class", NAMES)
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_there_and_back_is_the_same_model(name, head_class, tmp_path):
+    model, path, folder = saved(tmp_path, name, head_class)
+    base = tiny_bert(head_class=head_class)
+    again, about = checkpoint.attach(base, checkpoint.hash_base(base), folder)
+    assert torch.equal(logits(again), logits(model))
+    assert about == checkpoint.read_about(path)
+    # and a folder of a folder is that folder
+    second = tmp_path / "second"
+    second.mkdir()
+    export.write_peft(folder, second)
+    assert checkpoint.read_about(second) == about
+    assert json.loads((second / "adapter_config.json").read_text()) == json.loads(
+        (folder / "adapter_config.json").read_text())
+    theirs, ours = (load_file(f / "adapter_model.safetensors") for f in (folder, second))
+    assert theirs.keys() == ours.keys() and all(torch.equal(p, ours[n]) for n, p in theirs.items())
+
+
+def foreign(folder, **config):
+    """Make a folder as peft itself leaves it: other keys in the config, nothing of ours in the
+    metadata."""
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def test_a_folder_of_another_program_has_labels_without_names_and_any_base(tmp_path):
+    model, _, folder = saved(tmp_path, "dora")
+    foreign(folder, base_model_name_or_path="google-bert/bert-base-uncased", peft_version="0.21.2")
+    base = tiny_bert()
+    again, about = checkpoint.attach(base, "any", folder)
+    assert torch.equal(logits(again), logits(model))
+    assert about["label_names"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert about["settings"]["model"] == "google-bert/bert-base-uncased"
+    assert about["settings"]["method"] == "dora" and about["base"] is None
+
+
+def test_rslora_is_a_matter_of_the_scale_and_16_bits_are_read(tmp_path):
+    model, _, folder = saved(tmp_path, "lora")
+    # alpha / sqrt(4) of alpha = 6 is 3 = 12 / 4
+    foreign(folder, use_rslora=True, lora_alpha=6)
+    base = tiny_bert()
+    again, _ = checkpoint.attach(base, "any", folder)
+    assert torch.allclose(logits(again), logits(model), atol=1e-6)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: p.bfloat16() for name, p in load_file(file).items()}, file)
+    again, _ = checkpoint.attach(base, "any", folder)
+    assert {p.dtype for p in trained_tensors(again).values()} == {torch.float32}
+    assert torch.allclose(logits(again), logits(model), atol=0.1)
+
+
+@pytest.mark.parametrize("config, words", [
+    ({"peft_type": "IA3"}, ["IA3", "LoRA and DoRA"]), ({"bias": "all"}, ["biases"]),
+    ({"rank_pattern": {"query": 4}}, ["rank_pattern"]), ({"alpha_pattern": {"query": 4}},
+                                                         ["alpha_pattern"]),
+    ({"init_lora_weights": "pissa"}, ["pissa", "frozen weights"]), ({"r": 0}, ["r is 0"]),
+    ({"lora_alpha": None}, ["lora_alpha None"]), ({"r": 8}, ["shape"])])
+def test_what_is_not_supported_is_said_in_one_line(config, words, tmp_path):
+    _, _, folder = saved(tmp_path, "lora")
+    foreign(folder, **config)
+    base = tiny_bert()
+    one_line_exit(lambda: checkpoint.attach(base, "any", folder), *words)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: {n: p for n, p in t.items() if "classifier" not in n}, ["no head"]),
+    (lambda t: {n: p for n, p in t.items() if "query" not in n}, ["value", "query value"]),
+    (lambda t: {n.replace("bert.encoder", "vit.encoder"): p for n, p in t.items()}, ["vit"]),
+    (lambda t: {n: p for n, p in t.items() if "layer.1" not in n}, ["lacks"]),
+    (lambda t: t | {"base_model.model.bert.pooler.dense.weight": torch.ones(2)}, ["pooler"]),
+    (lambda t: {n: p for n, p in t.items() if "lora" not in n}, ["nothing"])])
+def test_tensors_that_do_not_fit(change, words, tmp_path):
+    _, _, folder = saved(tmp_path, "lora")
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    base = tiny_bert()
+    one_line_exit(lambda: checkpoint.attach(base, "any", folder), *words)
+
+
+def test_folders_that_are_none(tmp_path):
+    _, _, folder = saved(tmp_path, "lora")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    one_line_exit(lambda: checkpoint.read_about(empty), "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("[")
+    one_line_exit(lambda: checkpoint.read_about(folder), "damaged")
+    (folder / "adapter_config.json").unlink()
+    one_line_exit(lambda: checkpoint.read_about(folder), "no peft folder")
+
+
+@pytest.fixture(scope="module")
+def trained(study):
+    """{name: checkpoint} of a small study."""
+    comparison = json.loads((study[0] / "metrics" / "comparison.json").read_text())
+    return {name: checkpoint_path(study[0], entry["runs"][0]["settings"])
+            for name, entry in comparison.items()}
+
+
+def test_an_export_is_asked_and_merged_like_a_checkpoint(trained, tmp_path):
+    folder = tmp_path / "peft"
+    export.main(export.parse_args([str(trained["lora_r8"]), "--to", str(folder), "--format",
+                                   "peft"]))
+    assert {"adapter_config.json", "adapter_model.safetensors",
+            "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    asked = [run(sys.executable, ROOT / "predict.py", "a good film", "a bad film", "--checkpoint",
+                 path) for path in (trained["lora_r8"], folder)]
+    assert not any(done.returncode for done in asked), asked
+    rows = [[line.split()[-2:] for line in done.stdout.splitlines() if "film" in line]
+            for done in asked]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    export.main(export.parse_args([str(folder), "--to", str(tmp_path / "merged")]))
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    for name in "full_ft", "adapter":
+        one_line_exit(lambda: export.main(export.parse_args(
+            [str(trained[name]), "--to", str(tmp_path / name), "--format", "peft"])),
+            "--format merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "peft"]
+    one_line_exit(lambda: export.parse_args([str(folder), "--format", "peft", "--requantized",
+                                             str(tmp_path / "x.json")]), "--format is for --to")
+
+
+# --- the real thing -------------------------------------------------------------------------------
+
+def assert_same(theirs, model, name):
+    """Logits within fp32's rounding, which these uneven weights make larger than 1e-6; and in
+    double precision equal, where weights are neither 4-bit nor DoRA's norm, which is fp32."""
+    assert (logits(theirs) - logits(model)).abs().max() < 2e-5
+    if name.split()[0] == "lora":
+        assert (logits(theirs.double()) - logits(model.double())).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+@pytest.mark.parametrize("head_class", NAMES)
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_peft_gives_the_same_logits(name, head_class, tmp_path):
+    from peft import PeftModel
+    model, _, folder = saved(tmp_path, name, head_class)
+    base = tiny_bert(head_class=head_class)
+    if peft_format.is_4bit(settings(*BUILDS[name])):
+        from quant import quantize_encoder
+        quantize_encoder(base, torch.float32)
+    assert_same(PeftModel.from_pretrained(base, folder).eval(), model, name)
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("head_class", NAMES)
+@pytest.mark.parametrize("targets", [["query", "value"], ["query", "key", "value", "output.dense",
+                                                          "intermediate.dense"]])
+def test_what_peft_saves_is_read(targets, head_class, dora, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    theirs = get_peft_model(tiny_bert(head_class=head_class), LoraConfig(
+        task_type="SEQ_CLS" if NAMES[head_class] else "QUESTION_ANS", r=3, lora_alpha=7,
+        target_modules=targets, use_dora=dora, use_rslora=not dora))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    base = tiny_bert(head_class=head_class)
+    model, about = checkpoint.attach(base, "any", tmp_path / "theirs")
+    assert_same(theirs.eval(), model, "dora" if dora else "lora")
+    assert about["settings"]["r"] == 3 and ("targets" in about["settings"]) is (len(targets) > 2)
+
+
+@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
+def test_peft_loads_an_export_by_its_base_s_folder(tmp_path):
+    from peft import AutoPeftModelForSequenceClassification
+    small = save_small_bert(tmp_path / "small")
+    tokenizer, base = load_pretrained(str(small), ["no", "yes"])
+    s = settings(*METHODS["lora"], "--model", small)
+    trained = checkpoint.share(base)
+    apply_method(trained, s, torch.float32)
+    randomize(trained)
+    path, folder = tmp_path / "own.safetensors", tmp_path / "peft"
+    checkpoint.save(path, trained, checkpoint.describe(base, s, ["no", "yes"], tokenizer))
+    export.export(path, folder, str(small), is_peft=True)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"small"', json.dumps(str(small))))
+    theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = tokenizer(["a good film", "no"], padding=True, return_tensors="pt")
+    own, _ = checkpoint.attach(base, checkpoint.hash_base(base), folder)
+    with torch.no_grad():
+        assert (theirs(**inputs).logits - own(**inputs).logits).abs().max() < 1e-5

@@ -1,0 +1,130 @@
+"""Runs that Hugging Face's Trainer left, read as those of the grid."""
+import csv
+import importlib.util
+import json
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, one_line_error, one_line_exit, run, tiny_bert
+
+import trainer
+
+
+@pytest.mark.parametrize("name, parsed", [
+    ("2_epochs_base_qa_2e-4", ("full", 2, 2e-4)),
+    ("lora-epoch-3_lr_4.25e-05", ("lora", 3, 4.25e-5)),
+    ("qdora_epoch-2_lr_2e-4", ("qdora", 2, 2e-4)), ("QLoRA_lr_2e-4_epochs_3", ("qlora", 3, 2e-4)),
+    ("dora_3epochs_lr_0.0002", ("dora", 3, 2e-4)), ("base_qa_12_epochs_5e-05", ("full", 12, 5e-5)),
+    ("lora_lr-4.25e-5_epoch3", ("lora", 3, 4.25e-5)), ("loraplus_epoch-3_lr_2e-4", None),
+    ("lora_qlora_epoch-2_lr_2e-4", None), ("epoch-3_lr_2e-4", None), ("lora_epoch-3", None),
+    ("lora_lr_2e-4", None), ("logs", None)])
+def test_names_are_recognised_exactly(name, parsed):
+    assert trainer.parse_name(name) == parsed
+
+
+def state(scores, runtime=None):
+    """What Trainer (5.23) writes: a line a training log, one an evaluation, and one at the end."""
+    log = []
+    for epoch, (f1, em) in enumerate(scores, 1):
+        log += [{"epoch": float(epoch), "grad_norm": 6.4, "learning_rate": 5e-05, "loss": 1.1,
+                 "step": 2 * epoch},
+                {"epoch": float(epoch), "eval_exact_match": em, "eval_f1": f1, "eval_loss": 1.0,
+                 "eval_runtime": 0.01, "eval_samples_per_second": 1103.5,
+                 "eval_steps_per_second": 137.9, "step": 2 * epoch}]
+    if runtime:
+        log.append({"epoch": 2.0, "step": 4, "total_flos": 27427968.0, "train_loss": 1.1,
+                    "train_runtime": runtime, "train_samples_per_second": 39.4,
+                    "train_steps_per_second": 9.9})
+    return json.dumps({"best_global_step": None, "best_metric": None, "epoch": 2.0,
+                       "global_step": 4, "log_history": log, "max_steps": 4, "num_train_epochs": 2,
+                       "stateful_callbacks": {}, "train_batch_size": 4, "trial_name": None})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with Trainer's runs: with a state of its own, with checkpoints alone, unfinished."""
+    def put(path, text):
+        path = tmp_path / "runs" / path / "trainer_state.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    put("2_epochs_base_qa_2e-4", state([(80.0, 70.0), (79.0, 69.5)], 6000.0))
+    put("2_epochs_base_qa_2e-4/checkpoint-4", state([(1.0, 1.0)]))
+    put("lora-epoch-2_lr_2e-4", state([(70.0, 55.0), (75.0, 60.0)], 3000.0))
+    # the numerically last, not the last by name or by date
+    put("lora-epoch-3_lr_4.25e-05/checkpoint-1000", state([(60.0, 50.0), (66.0, 52.0)]))
+    put("lora-epoch-3_lr_4.25e-05/checkpoint-999", state([(60.0, 50.0)]))
+    put("qlora_epoch-2_lr_2e-4", state([]))
+    (tmp_path / "runs" / "dora_epoch-3_lr_2e-4").mkdir()
+    (tmp_path / "runs" / "notes").mkdir()
+    return tmp_path / "runs"
+
+
+def test_the_study_is_made_from_the_runs(folder, tmp_path):
+    done = run(sys.executable, ROOT / "grid.py", "--trainer", folder, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "notes is left out" in done.stderr and len(done.stderr.splitlines()) == 1
+    with open(tmp_path / "out" / "metrics" / "grid_results.csv") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["full_epoch-2_lr_2e-4", "lora_epoch-2_lr_2e-4", "lora_epoch-3_lr_4.25e-5"]
+    full, lora, slow = rows.values()
+    assert (full["f1"], full["exact_match"], full["best_epoch"]) == ("80.0", "70.0", "1.0")
+    assert (full["f1_last"], full["exact_match_last"], full["minutes"]) == ("79.0", "69.5", "100.0")
+    assert (slow["f1"], slow["minutes"]) == ("66.0", "") and lora["minutes"] == "50.0"
+    # whatever is there with other epochs or rates, and what has begun
+    missing = done.stdout.splitlines()[-1]
+    assert missing.startswith("missing: ") and "full_epoch-3_lr_2e-4" in missing
+    assert "qlora_epoch-2_lr_2e-4" in missing and "dora_epoch-3_lr_2e-4" in missing
+    assert "lora_epoch-2_lr_2e-4," not in missing.replace("qlora_epoch-2_lr_2e-4", "")
+    text = (tmp_path / "out" / "figures" / "grid.md").read_text()
+    assert "3 runs of Hugging Face's Trainer" in text and "Pearson" in text and "Top five" in text
+    assert "bootstrap" not in text and "| lora_epoch-3_lr_4.25e-5 | 66.00 |" in text
+    for name in "grid_f1.png", "grid_boxes.png", "grid_time.png":
+        assert (tmp_path / "out" / "figures" / name).stat().st_size > 10_000
+
+
+def test_file_dates_do_not_count(folder):
+    for path in folder.rglob("trainer_state.json"):
+        os.utime(path, (1, 1))
+    results, _ = trainer.read_runs(folder)
+    assert results["lora_epoch-3_lr_4.25e-5"]["f1"] == 66.0
+    assert results["lora_epoch-3_lr_4.25e-5"]["train_time_s"] is None
+
+
+def test_what_cannot_be_read_is_one_line(folder, tmp_path):
+    one_line_exit(lambda: trainer.read_runs(tmp_path / "nothing"), "no such folder")
+    (tmp_path / "empty").mkdir()
+    one_line_exit(lambda: trainer.read_runs(tmp_path / "empty"), "holds no run")
+    (folder / "lora_epoch-2_lr_0.0002").mkdir()
+    os.replace(folder / "lora-epoch-3_lr_4.25e-05" / "checkpoint-999" / "trainer_state.json",
+               folder / "lora_epoch-2_lr_0.0002" / "trainer_state.json")
+    one_line_exit(lambda: trainer.read_runs(folder), "are both lora 2")
+    for text in "{", '{"log_history": 3}', "[]":
+        (folder / "lora_epoch-2_lr_0.0002" / "trainer_state.json").unlink(missing_ok=True)
+        (folder / "2_epochs_base_qa_2e-4" / "trainer_state.json").write_text(text)
+        one_line_exit(lambda: trainer.read_runs(folder), "damaged")
+    one_line_error(run(sys.executable, ROOT / "grid.py", "--trainer", folder), "--output")
+    one_line_error(run(sys.executable, ROOT / "grid.py", "--trainer", folder, "--output", ROOT),
+                   "damaged")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="Trainer needs accelerate")
+def test_a_folder_that_trainer_wrote_itself(tmp_path):
+    from transformers import Trainer, TrainingArguments
+    rows = [{"input_ids": torch.tensor([1, 2, 3, i]), "labels": torch.tensor(i % 3)}
+            for i in range(8)]
+    scores = iter([55.0, 60.0])
+    has_board = importlib.util.find_spec("tensorboard") is not None
+    args = TrainingArguments(
+        str(tmp_path / "runs" / "dora_epoch-2_lr_2e-4"), num_train_epochs=2, logging_steps=1,
+        per_device_train_batch_size=4, eval_strategy="epoch", save_strategy="epoch", use_cpu=True,
+        report_to="tensorboard" if has_board else "none", disable_tqdm=True)
+    Trainer(tiny_bert(), args, train_dataset=rows, eval_dataset=rows,
+            compute_metrics=lambda _: {"f1": (f1 := next(scores)), "exact_match": f1 / 2}).train()
+    results, missing = trainer.read_runs(tmp_path / "runs")
+    result = results["dora_epoch-2_lr_2e-4"]
+    # without save_state only the checkpoints have a state, without a runtime
+    assert (result["f1"], result["exact_match"], result["best_epoch"], missing) == (60, 30, 2, [])
+    assert (result["train_time_s"] or 0) > 0 if has_board else result["train_time_s"] is None
