@@ -356,9 +356,10 @@ class Sentences(Encoded):
         self.labels = torch.tensor(rows.labels)
         self.n, self.usable, self.pad_id = len(ids), np.arange(len(ids)), tokenizer.pad_token_id
         full = [rows.sentences[i] for i in np.flatnonzero(self.lengths == s["max_length"])]
-        cut = sum(len(i) > s["max_length"] for i in tokenizer(full)["input_ids"]) if full else 0
-        self.note = (f"{cut:,} of {self.n:,} sentences are cut at {s['max_length']} tokens "
-                     "(--max-length)") if cut else ""
+        self.n_cut = (sum(len(i) > s["max_length"] for i in tokenizer(full)["input_ids"])
+                      if full else 0)
+        self.note = (f"{self.n_cut:,} of {self.n:,} sentences are cut at {s['max_length']} tokens "
+                     "(--max-length)") if self.n_cut else ""
 
     def collate(self, rows):
         """input_ids, attention_mask (batch, tokens) and labels (batch,)."""

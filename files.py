@@ -87,7 +87,10 @@ def fingerprint(files):
     digest = hashlib.sha256()
     try:
         for path in sorted(files):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+            digest.update(path.name.encode() + b"\0")
+            with open(path, "rb") as file:  # in pieces: it may be larger than the memory
+                while piece := file.read(2**20):
+                    digest.update(piece)
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror}")
     return digest.hexdigest()[:16]

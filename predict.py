@@ -5,6 +5,11 @@
     python predict.py "your sentence" "another"       your own; or one a line on stdin
     python predict.py --question "Who?" --context "A passage."
                                                       the best run of every method of run_grid.sh
+    python predict.py --input reviews.csv --to labelled.csv
+                                                      every row of a .csv, .tsv, .jsonl or .txt (or
+                                                      of stdin: -), with labels and probabilities
+    python predict.py --input dev.json --to answers.json --method lora
+                                                      every question of a SQuAD file
 """
 import argparse
 import sys
@@ -22,6 +27,25 @@ SENTENCES = ["It is hard to dislike.",
              "The jokes are older than the actors, and just as much fun."]
 
 
+def check_files(args):
+    """End if --input, --to and the rest do not go together."""
+    if not args.input or not args.to:
+        fail("--input and --to go together")
+    if args.sentences or args.question is not None or args.context is not None:
+        fail("give sentences, a question, or --input")
+    has_questions = args.input.suffix == ".json"
+    if str(args.input) != "-" and args.input.suffix not in (".txt", ".tsv", ".csv", ".jsonl",
+                                                            ".json"):
+        fail(f"--input {args.input}: .txt, .tsv, .csv and .jsonl are read, .json with questions, "
+             "and - for stdin")
+    endings = (".json",) if has_questions else (".csv", ".jsonl")
+    if args.to.suffix not in endings and (has_questions or str(args.to) != "-"):
+        fail(f"--to {args.to}: it must end in {' or '.join(endings)}"
+             + ("" if has_questions else ", or be - for stdout"))
+    if args.column and (has_questions or str(args.input) == "-" or args.input.suffix == ".txt"):
+        fail("--column is for .csv, .tsv and .jsonl")
+
+
 def parse_args(argv=None):
     start()
     p = Parser(description=__doc__, allow_abbrev=False,
@@ -32,6 +56,15 @@ def parse_args(argv=None):
                    help="a question to answer from --context (default: none)")
     p.add_argument("--context", metavar="TEXT",
                    help="the passage that holds the answer (default: none)")
+    p.add_argument("--input", type=Path, metavar="FILE",
+                   help="a file of texts or of questions instead; - is stdin, a text a line "
+                        "(default: none)")
+    p.add_argument("--to", type=Path, metavar="FILE",
+                   help="where its answers go: .csv or .jsonl, for questions .json; - is stdout, "
+                        "as CSV (default: none)")
+    p.add_argument("--column", metavar="NAME",
+                   help="the column of --input with the texts (default: sentence, or text, or the "
+                        "only one)")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--method", metavar="NAME",
                        help="only this one, as the table names it (default: all)")
@@ -46,6 +79,9 @@ def parse_args(argv=None):
                         "file)")
 
     args = p.parse_args(argv)
+    if args.input or args.to or args.column:
+        check_files(args)
+        return args
     if (args.question is None) != (args.context is None):
         fail("--question and --context go together")
     if args.question is not None and args.sentences:
@@ -76,9 +112,10 @@ from typing import NamedTuple
 
 import torch
 
+import stream
 from checkpoint import attach, check_tokenizer, file_of, hash_base, read_about
 from model import load_pretrained
-from qa import Question, Windows
+from qa import Question
 from studies import best_of, rows_of
 
 
@@ -157,17 +194,9 @@ def classify(method, tokenizer, sentence):
     return method.about["label_names"][best], float(probabilities[best])
 
 
-@torch.no_grad()
 def answer(method, tokenizer, question, context):
     """The best span of the passage, as text."""
-    asked = Question(context, question, [""], None, None)
-    windows = Windows([asked], tokenizer, method.about["settings"])
-    predictions = {}
-    for rows in windows.batches(32):
-        out = windows.forward(method.model, windows.collate(rows))
-        predictions.update(zip(rows.tolist(), windows.predict(out, rows)))
-    outcome = windows.outcome([predictions[row] for row in range(len(windows.ids))])
-    return outcome["predictions"][0][1]
+    return stream.answer(method, tokenizer, [Question(context, question, [""], None, None)])[0]
 
 
 def milliseconds(ask, n=3):
@@ -224,7 +253,7 @@ def compare_answers(methods, tokenizer, question, context):
 
 
 def main(args):
-    is_qa = args.question is not None
+    is_qa = args.question is not None or bool(args.input) and args.input.suffix == ".json"
     if args.checkpoint:
         stems = {path.stem for path in args.checkpoint}
         files = {path.stem if len(stems) == len(args.checkpoint) else str(path): path
@@ -236,9 +265,14 @@ def main(args):
     for method in methods:
         if is_qa is not asks_questions(method.about["settings"]):
             fail(f"{method.name} was trained on "
-                 + ("sentences; leave --question out" if is_qa else
-                    "questions; it needs --question and --context"))
-    if is_qa:
+                 + ("sentences, not on questions" if is_qa else
+                    "questions; it needs --question and --context, or a .json"))
+    if args.input:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        methods = [method._replace(model=method.model.to(device)) for method in methods]
+        ask = stream.predict_questions if is_qa else stream.predict_rows
+        ask(methods, tokenizer, files, args)
+    elif is_qa:
         compare_answers(methods, tokenizer, args.question.strip(), args.context)
     else:
         compare_sentences(methods, tokenizer, args.sentences)

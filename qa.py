@@ -80,7 +80,7 @@ def read_squad(path):
                 here = f"{where}.qas[{k}]"
                 answers = [(get(a, "text", str, f"{here}.answers"),
                             get(a, "answer_start", int, f"{here}.answers"))
-                           for a in get(qa, "answers", list, here)]
+                           for a in (get(qa, "answers", list, here) if "answers" in qa else [])]
                 columns = dict(zip(("text", "answer_start"), map(list, zip(*answers))))
                 questions.append({"id": str(qa.get("id", here)), "context": context,
                                   "question": get(qa, "question", str, here),

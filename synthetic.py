@@ -21,7 +21,7 @@ import random
 
 from settings import SPLIT_SEED
 
-SIZES = {"train": 1250, "validation": 250, "test": 2000}  # questions, each with its own passage
+SIZES = {"train": 1500, "validation": 250, "test": 2000}  # questions, each with its own passage
 LEVELS = ("match", "distractor", "pronoun", "join", "number")  # as many questions of each
 CHANCE = 25.4  # F1 in percent of one of the four answers at random, on the test questions
 
@@ -31,62 +31,87 @@ CHANCE = 25.4  # F1 in percent of one of the four answers at random, on the test
 # before it. Each split has a statement that starts with x, for the pronouns.
 RELATIONS = {
     "town": (["{x} was born in {y}.", "{x} comes from {y}.", "{y} is the home town of {x}.",
+              "{x} lived in {y} as a child.", "As a child, {x} lived in {y}.",
+              "{y} was the first home of {x}.",
               "{x} grew up in {y}.", "{y} is the place where {x} grew up.",
               "The early years of {x} were spent in {y}.", "{x} spent the early years in {y}."],
              ["Where was {x} born?", "Where does {x} come from?",
+              "What is the home town of {x}?", "In which city did {x} live as a child?",
               "Which town did {x} grow up in?", "In which place did {x} spend the early years?"],
              ["the person from {y}", "the one who was born in {y}",
+              "the person who lived in {y} as a child",
               "whoever grew up in {y}", "a certain child of {y}"]),
     "company": (["{x} works for {y}.", "{x} is employed by {y}.", "{y} has hired {x}.",
+                 "{x} earns a living at {y}.", "{y} pays {x} a salary.",
+                 "At {y}, {x} is a manager.",
                  "{x} has a job at {y}.", "{y} has given a job to {x}.",
                  "{x} is on the staff of {y}.", "The staff of {y} includes {x}."],
                 ["Which company does {x} work for?", "Who employs {x}?",
+                 "Where does {x} earn a living?", "Which firm pays {x} a salary?",
                  "At which company does {x} have a job?", "Whose staff does {x} belong to?"],
                 ["the person hired by {y}", "the one who works for {y}",
+                 "the person who is a manager at {y}",
                  "whoever has a job at {y}", "a certain member of the staff of {y}"]),
     "year": (["{x} graduated in {y}.", "In {y}, {x} finished university.",
-              "{x} took a degree in {y}.", "{y} was the year of the graduation of {x}.",
+              "{x} took a degree in {y}.", "{x} passed the last examination in {y}.",
+              "The studies of {x} ended in {y}.", "{x} was a student until {y}.",
+              "{y} was the year of the graduation of {x}.",
               "{x} got a degree in {y}.",
               "{x} left university with a diploma in {y}.", "In {y}, {x} left university."],
              ["When did {x} graduate?", "In which year did {x} finish university?",
+              "When did the studies of {x} end?", "Until what year was {x} a student?",
               "In what year did {x} get a degree?", "When did {x} leave university?"],
              ["the graduate of {y}", "the one who graduated in {y}",
+              "the person whose studies ended in {y}",
               "whoever got a degree in {y}", "a certain student who left university in {y}"]),
     "date": (["{x} gets married on {y}.", "The wedding of {x} is on {y}.",
-              "On {y}, {x} will get married.", "{x} has planned a wedding for {y}.",
+              "On {y}, {x} will get married.", "{x} celebrates a wedding on {y}.",
+              "{y} is the wedding day of {x}.", "{x} becomes a spouse on {y}.",
+              "{x} has planned a wedding for {y}.",
               "For {y}, {x} has planned a wedding.",
               "{y} is the day on which {x} will marry.", "{x} will marry on {y}."],
              ["When does {x} get married?", "What day is the wedding of {x}?",
+              "When is the wedding day of {x}?", "What date did {x} choose to become a spouse?",
               "For when has {x} planned a wedding?", "On which day will {x} marry?"],
              ["the person with a wedding on {y}", "the one who gets married on {y}",
+              "the person who becomes a spouse on {y}",
               "whoever has planned a wedding for {y}", "a certain guest who will marry on {y}"]),
     "person": (["{x} was taught by {y}.", "{y} was the teacher of {x}.",
-                "{x} took lessons from {y}.", "{y} gave lessons to {x}.",
+                "{x} took lessons from {y}.", "{x} learned everything from {y}.",
+                "{y} instructed {x}.", "{x} studied under {y}.", "{y} gave lessons to {x}.",
                 "{x} was given lessons by {y}.", "{x} was a pupil of {y}.",
                 "{y} had {x} as a pupil."],
                ["Who taught {x}?", "Who was the teacher of {x}?",
+                "Who instructed {x}?", "Under whom did {x} study?",
                 "Who gave lessons to {x}?", "Of whom was {x} a pupil?"],
                ["the person taught by {y}", "the one who took lessons from {y}",
+                "the person who studied under {y}",
                 "whoever was given lessons by {y}", "a certain pupil of {y}"]),
 }
 # The same for numbers of things: y of them, and z of another kind.
 COUNTS = (["{x} has written {y} {a} and {z} {b}.", "{y} {a} and {z} {b} were written by {x}.",
-           "{x} wrote {y} {a} and {z} {b}.", "{x} is the author of {y} {a} and {z} {b}.",
+           "{x} wrote {y} {a} and {z} {b}.", "{x} is known for {y} {a} and {z} {b}.",
+           "{y} {a} and {z} {b} come from {x}.", "The works of {x} are {y} {a} and {z} {b}.",
+           "{x} is the author of {y} {a} and {z} {b}.",
            "There are {y} {a} and {z} {b} of which {x} is the author.",
            "There are {y} {a} and {z} {b} that {x} has published.",
            "{x} has published {y} {a} and {z} {b}."],
           ["How many {a} has {x} written?", "How many {a} did {x} write?",
+           "How many {a} is {x} known for?", "How many {a} come from {x}?",
            "How many {a} is {x} the author of?", "What number of {a} has {x} published?"])
-THINGS = {"train": "books plays songs poems".split(), "validation": "letters essays".split(),
-          "test": "stories articles".split()}
+THINGS = {"train": "books plays songs poems reports operas".split(),
+          "validation": "letters essays".split(), "test": "stories articles".split()}
 
 # (women, men)
-FIRST = {"train": ("Ada Lena Nina Clara Irene Rosa Julia Emma".split(),
-                   "Omar Victor Hugo Felix Samuel Martin Peter David".split()),
+FIRST = {"train": (("Ada Lena Nina Clara Irene Rosa Julia Emma Sarah Maria Eva Olga Ruth Vera "
+                    "Anna Laila").split(),
+                   ("Omar Victor Hugo Felix Samuel Martin Peter David Karim Tomas Erik Jonas "
+                    "Paul Luca Henry Noah").split()),
          "validation": ("Alice Diana Fiona Helen".split(), "Bruno Edgar George Ivan".split()),
          "test": ("Laura Teresa Paula Monica".split(), "Simon Oscar Walter Adrian".split())}
 LAST = {"train": ("Fischer Reed Silva Novak Grant Moreau Keller Santos Burke Lind Harper Costa "
-                  "Weber Dunn Ross Vega").split(),
+                  "Weber Dunn Ross Vega Brandt Cole Hansen Ivers Jones Kovac Larsen Meyer "
+                   "Nash Olsen Price Rossi Stone Thorn Ulrich Young").split(),
         "validation": "Abbott Blake Castro Duncan Evans Foster Garcia Holt".split(),
         "test": "Jensen Kramer Lopez Mason Nolan Ortega Palmer Quinn".split()}
 TOWNS = {"train": ("Lisbon Vienna Oslo Boston Cairo Dublin Madrid Kiev Denver Milan Athens Bergen "

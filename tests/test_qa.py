@@ -676,7 +676,7 @@ def test_runs_are_compared_question_by_question_and_by_level():
 
     # by validation the second is full fine-tuning's best, though the test likes the first better
     best = "full_epoch-3_lr_1e-4"
-    results = {"full_epoch-2_lr_2e-4": result("full_epoch-2_lr_2e-4", set(), 50),
+    results = {"full_epoch-2_lr_5e-5": result("full_epoch-2_lr_5e-5", set(), 50),
                best: result(best, {1, 3}, 60),
                "lora_epoch-3_lr_1e-3": result("lora_epoch-3_lr_1e-3", {1, 3, 5, 7, 9, 10}, 55)}
     grid.add_scores(results)

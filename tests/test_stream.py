@@ -1,0 +1,247 @@
+"""Files of texts and of questions, answered by predict.py --input and --to."""
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pytest
+from conftest import ROOT, one_line_exit, run
+
+import predict
+import stream
+from qa import Question
+
+TEXTS = ["a good film", "", "a bad film, with a comma", 'a "quoted" film', "Ein schöner Film",
+         "word " * 300, "two\nlines"]
+
+
+@pytest.fixture
+def ask(study, monkeypatch):
+    """Do what the command line does, in this process, with the methods of a small study."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+
+    def ask(*flags):
+        args = predict.parse_args(["--output", str(study[0]), *map(str, flags)])
+        predict.main(args)
+    return ask
+
+
+def write(path, texts=TEXTS):
+    """The texts as a file of the kind that its name says, with a column of their own."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps({"id": i, "text": t, "more": {"a": i}}) + "\n"
+                            for i, t in enumerate(texts))
+        elif path.suffix == ".txt":
+            file.writelines(t.replace("\n", " ") + "\n" for t in texts)
+        elif path.suffix == ".tsv":
+            file.write("id\tsentence\n")
+            file.writelines(f"{i}\t{t}\n".replace("\n", " ").strip(" ") + "\n"
+                            for i, t in enumerate(texts))
+        else:
+            csv.writer(file).writerows([("id", "sentence"), *enumerate(texts)])
+    return path
+
+
+def read(path):
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("kind, to", [("csv", "csv"), ("tsv", "jsonl"), ("jsonl", "csv"),
+                                      ("jsonl", "jsonl"), ("txt", "csv")])
+def test_every_row_comes_back_with_label_and_probabilities(kind, to, ask, tmp_path, capsys):
+    source, out = write(tmp_path / f"in.{kind}"), tmp_path / f"out.{to}"
+    ask("--input", source, "--to", out)
+    rows, column = read(out), "text" if kind in ("jsonl", "txt") else "sentence"
+    assert len(rows) == len(TEXTS)
+    for row, text in zip(rows, TEXTS):
+        same = text if kind in ("csv", "jsonl") else text.replace("\n", " ")
+        assert row[column].strip() == same.strip()
+        for name in "full_ft", "lora_r8", "qlora", "adapter":
+            if not text:
+                assert row[name] == row[f"{name} 0"] == ""
+                continue
+            p = [float(row[f"{name} {label}"]) for label in "01"]
+            assert sum(p) == pytest.approx(1, abs=1e-5)
+            assert row[name] == "01"[p[1] > p[0]]
+    if kind == "jsonl":
+        assert rows[2]["more"] == ({"a": 2} if to == "jsonl" else '{"a": 2}')
+    said = capsys.readouterr().err
+    assert "1 texts are empty" in said and "1 texts were cut at the 128 tokens" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == [source.name, out.name]
+
+
+def test_the_answers_are_those_of_one_by_one(ask, study, tmp_path):
+    ask("--input", write(tmp_path / "in.csv"), "--to", tmp_path / "out.csv", "--method", "lora_r8")
+    files = predict.find(study[0], only="lora_r8")
+    tokenizer, (method,) = predict.load_methods(files)
+    for row, text in zip(read(tmp_path / "out.csv"), TEXTS):
+        if text:
+            label, p = predict.classify(method, tokenizer, text)
+            assert row["lora_r8"] == label
+            assert float(row[f"lora_r8 {label}"]) == pytest.approx(p, abs=2e-6)
+
+
+def test_a_killed_process_goes_on_where_it_stopped(study, tmp_path, monkeypatch, ask, capsys):
+    texts = [f"film number {i} is {'good' if i % 3 else 'bad'}" for i in range(40)]
+    source, whole = write(tmp_path / "in.csv", texts), tmp_path / "whole.csv"
+    monkeypatch.setattr(stream, "CHUNK", 8)
+    ask("--input", source, "--to", whole, "--method", "lora_r8")
+
+    real, calls, out = stream.answered, [], tmp_path / "out.csv"
+
+    def stops(methods, tokenizer, chunk):
+        calls.append(chunk[0])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(methods, tokenizer, chunk)
+
+    monkeypatch.setattr(stream, "answered", stops)
+    with pytest.raises(KeyboardInterrupt):
+        ask("--input", source, "--to", out, "--method", "lora_r8")
+    assert not out.exists()
+    # as if the power had gone while the next chunk was written
+    part = tmp_path / "out.csv.part"
+    part.write_bytes(part.read_bytes() + b"24,film nu")
+    ask("--input", source, "--to", out, "--method", "lora_r8")
+    assert "going on after 24 rows" in capsys.readouterr().err
+    assert out.read_bytes() == whole.read_bytes() and calls[4] == texts[24] and len(calls) == 6
+    assert not part.exists() and not (tmp_path / "out.csv.progress").exists()
+    one_line_exit(lambda: ask("--input", source, "--to", out), "is there already")
+
+    # another input, or another method, begins anew
+    with pytest.raises(KeyboardInterrupt):
+        calls.clear()
+        ask("--input", source, "--to", tmp_path / "second.csv", "--method", "lora_r8")
+    ask("--input", source, "--to", tmp_path / "second.csv", "--method", "lora_r16")
+    assert "lora_r16" in read(tmp_path / "second.csv")[0]
+
+
+@pytest.mark.parametrize("text, flags, words", [
+    ("id,sentence\n1,a\n2\n", [], ["line 3", "fewer"]), ("sentence\na,b\n", [], ["line 2", "more"]),
+    ("sentence,sentence\na,b\n", [], ["'sentence' is there 2 times"]),
+    ("a,b\n1,2\n", [], ["--column", "a, b"]), ("a,b\n1,2\n", ["--column", "c"], ["'c'", "a, b"]),
+    ("sentence\n", [], ["no rows"]), ("", [], ["no rows"]),
+    ('sentence\n"a\n', [], ["in.csv"]), ("sentence,lora_r8\na,b\n", [], ["'lora_r8' already"])])
+def test_bad_tables_are_one_line_before_anything_is_answered(text, flags, words, ask, tmp_path,
+                                                             monkeypatch):
+    monkeypatch.setattr(stream, "answered", None)
+    (tmp_path / "in.csv").write_text(text)
+    one_line_exit(lambda: ask("--input", tmp_path / "in.csv", "--to", tmp_path / "o.csv", *flags),
+                  *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.csv"]
+
+
+@pytest.mark.parametrize("text, words", [
+    (b'{"text": "a"}\n[1]\n', ["line 2", "not an object"]), (b'{"text": \n', ["line 1", "JSON"]),
+    (b'{"text": "a"}\n{"text": 3}\n', ["row 2", "no text"]),
+    (b'{"text": "a"}\n{"body": "b"}\n', ["row 2", "no text"]), (b'{"text": "\xff"}', ["UTF-8"])])
+def test_bad_json_lines(text, words, ask, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(text)
+    one_line_exit(lambda: ask("--input", tmp_path / "in.jsonl", "--to", tmp_path / "o.csv"), *words)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--input", "a.csv"], ["go together"]), (["--to", "a.csv"], ["go together"]),
+    (["--column", "a"], ["go together"]), (["--input", "a.xlsx", "--to", "b.csv"], [".xlsx"]),
+    (["--input", "a.csv", "--to", "b.txt"], ["b.txt", ".jsonl"]),
+    (["--input", "a.json", "--to", "b.csv"], [".json"]),
+    (["--input", "a.csv", "--to", "b.csv", "a sentence"], ["or --input"]),
+    (["--input", "a.txt", "--to", "b.csv", "--column", "x"], ["--column is for"]),
+    (["--input", "nothing.csv", "--to", "b.csv"], ["nothing.csv", "No such file"])])
+def test_flags_that_do_not_go_together(flags, words, ask):
+    one_line_exit(lambda: ask(*flags), *words)
+
+
+def test_a_pipe(study):
+    done = run("bash", "-c", f"printf 'a good film\\na bad film\\n' | {sys.executable} "
+               f"{ROOT / 'predict.py'} --output {study[0]} --method lora_r8 --input - --to - "
+               "| cut -d, -f1,2")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    head, *rows = done.stdout.splitlines()
+    assert head == "text,lora_r8"
+    assert [row.split(",")[0] for row in rows] == ["a good film", "a bad film"]
+
+
+def test_kill_loses_no_chunk(study, tmp_path):
+    """The same as above with a real process and a real signal."""
+    texts = [f"{'very ' * (i % 60)}long film number {i}" for i in range(6000)]
+    source, out = write(tmp_path / "in.txt", texts), tmp_path / "out.jsonl"
+    command = [sys.executable, ROOT / "predict.py", "--output", study[0], "--method", "lora_r8",
+               "--input", source, "--to", out]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    progress, end = tmp_path / "out.jsonl.progress", time.time() + 200
+    while not progress.exists() and time.time() < end and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = json.loads(progress.read_text())["rows"]
+    assert kept % stream.CHUNK == 0 and not out.exists()
+    done = run(*command)
+    assert done.returncode == 0 and f"going on after {kept:,} rows" in done.stderr
+    assert [row["text"] for row in read(out)] == texts
+
+
+def test_a_hundred_times_as_many_rows_need_no_more_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "answered", lambda methods, tokenizer, texts:
+                        ([{"m": "0", "m 0": 1.0} for _ in texts], 0))
+    monkeypatch.setattr(stream, "label_columns", lambda methods: ["m", "m 0"])
+    peaks = []
+    for n in 3000, 300_000:
+        source = tmp_path / f"{n}.txt"
+        source.write_text("a film of some length, with some words in it\n" * n)
+        args = predict.parse_args(["--input", str(source), "--to", str(tmp_path / f"{n}.csv")])
+        tracemalloc.start()
+        stream.predict_rows([], None, {}, args)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0] < (tmp_path / "300000.txt").stat().st_size / 4
+    assert len((tmp_path / "300000.csv").read_text().splitlines()) == 300_001
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+def squad(answers):
+    return {"data": [{"paragraphs": [{"context": f"In {1900 + i} Ada Reed came to Oslo.", "qas": [
+        {"id": f"q{i}", "question": "When did Ada Reed come?", **answers(i)}]}]}
+        for i in range(5)]}
+
+
+def test_questions_give_the_answer_file_and_the_scores(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "CHUNK", 2)
+    monkeypatch.setattr(stream, "answer", lambda method, tokenizer, questions:
+                        [q.context.split()[1] for q in questions])
+    method, path = predict.Method("lora", None, {}, 1, 1), tmp_path / "weights"
+    path.write_text("")
+    for name, answers, words in (
+            ("known", lambda i: {"answers": [{"text": f"{1900 + i % 4}", "answer_start": 3}]},
+             "F1 80.00, exact match 80.00 (5 questions)"),
+            ("unknown", lambda i: {}, ""), ("empty", lambda i: {"answers": []}, "")):
+        source, out = tmp_path / f"{name}.json", tmp_path / f"{name}_answers.json"
+        source.write_text(json.dumps(squad(answers)))
+        args = predict.parse_args(["--input", str(source), "--to", str(out)])
+        stream.predict_questions([method], None, {"lora": path}, args)
+        assert json.loads(out.read_text()) == {f"q{i}": f"{1900 + i}" for i in range(5)}
+        assert words in capsys.readouterr().out and not list(tmp_path.glob("*.p*"))
+    one_line_exit(lambda: stream.predict_questions([method] * 2, None, {}, args), "--method NAME")
+
+
+def test_a_batch_of_questions_is_answered_as_one_by_one(tmp_path):
+    from conftest import default_tokenizer, settings, tiny_bert
+    from transformers import BertForQuestionAnswering
+    model = tiny_bert(head_class=BertForQuestionAnswering)
+    model.resize_token_embeddings(len(default_tokenizer()))
+    method = predict.Method("m", model, {"settings": settings("--method", "full", "--task",
+                                                             "squad")}, 1, 1)
+    asked = [Question("one two three " * (1 + 40 * i), f"what {i}?", [""], None, None)
+             for i in range(5)]
+    together = stream.answer(method, default_tokenizer(), asked)
+    assert together == [predict.answer(method, default_tokenizer(), q.question, q.context)
+                        for q in asked]
