@@ -7,6 +7,7 @@ included. Its metadata, each value as JSON, say what the tensors mean:
     label_names    of the head's outputs; null for question answering
     base           hash_base of the BERT that was trained on
     tokenizer      hash_tokenizer of what made its token ids
+    pairs          whether it read pairs of sentences
 
 The frozen tensors are not in the file and did not change: loaded onto the same base, it gives the
 same bits. Where a file is read, a folder of peft's can be given instead (peft_format.py).
@@ -22,8 +23,7 @@ from torch import nn
 
 import peft_format
 from files import write_whole
-from methods import HEAD
-from model import apply_method, trained_tensors
+from model import apply_method, is_head, trained_tensors
 from start import fail
 
 PROBE = ("The caf\u00e9 and the CAFE\u0301 isn't \u00dcn\u00efc\u00f8de, I\u0307stanbul\u200b "
@@ -38,7 +38,7 @@ def hash_base(model):
     left out."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        if not name.startswith(HEAD):
+        if not is_head(model, name):
             digest.update(name.encode())
             digest.update(p.detach().numpy())
     return digest.hexdigest()[:16]
@@ -53,10 +53,10 @@ def hash_tokenizer(tokenizer):
     return hashlib.sha256(does.encode()).hexdigest()[:16]
 
 
-def describe(model, settings, label_names, tokenizer):
+def describe(model, settings, label_names, tokenizer, pairs=False):
     """The metadata, as a dict, of what will be trained on a fresh model."""
     return {"settings": settings, "label_names": label_names, "base": hash_base(model),
-            "tokenizer": hash_tokenizer(tokenizer)}
+            "tokenizer": hash_tokenizer(tokenizer), "pairs": pairs}
 
 
 def save(path, model, about):
@@ -98,6 +98,7 @@ def read_about(path):
         about = {key: json.loads(metadata[key]) for key in ("settings", "label_names", "base")}
         # files of earlier versions do not say
         about["tokenizer"] = json.loads(metadata.get("tokenizer", "null"))
+        about["pairs"] = json.loads(metadata.get("pairs", "false"))
         if {*MEANING, "model", "model_sha256", "max_length"} <= set(about["settings"]):
             return about
     except (KeyError, ValueError, TypeError):

@@ -2,7 +2,7 @@
 
 qa.py is the same for questions and passages.
 """
-import csv
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -20,15 +20,17 @@ from files import files_to_read
 from settings import RATED_TASKS, SPLIT_SEED
 from spread import ece, nll
 from start import fail, warn
+from tables import read_table
 
 NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is one
 MOST_WORDS = 200  # of a row whose parts are looked for: it has half the square of that many
+SECOND = "sentence2"  # the column of the second sentence
 FOLD_SEED = 2003  # the folds' own: the same for every method, --seed and machine
 WRITTEN_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"  # in any writing
 
 
 class Rows(NamedTuple):
-    sentences: list  # of str
+    sentences: list  # of str, or of (str, str): pairs
     # of int, positions in Task.label_names; of whatever the file said before make_task
     labels: list
 
@@ -56,6 +58,8 @@ def carve(rows, n, seed=SPLIT_SEED):
 def carve_whole(rows, n):
     """As carve, for rows that are parts of one another, such as SST-2's phrases: n whole sentences,
     which are parts of no other row, and a rest without what stands in no sentence but these."""
+    if isinstance(rows.sentences[0], tuple):
+        fail("--whole-sentences is for sentences, not for pairs")
     texts = [" ".join(sentence.split()) for sentence in rows.sentences]
     if (longest := max(len(text.split()) for text in texts)) > MOST_WORDS:
         fail(f"--whole-sentences is for sentences; one row has {longest:,} words, more than "
@@ -160,15 +164,26 @@ def from_hub(name, config, revision, offline_task):
              f"offline: --task {offline_task}, or your own files with --data DIR")
 
 
+# (name on the hub, configuration, columns with the text or the pair of texts)
+HUB = {"sst2": ("nyu-mll/glue", "sst2", ["sentence"]),
+       "ag_news": ("fancyzhx/ag_news", "default", ["text"]),
+       "mrpc": ("nyu-mll/glue", "mrpc", ["sentence1", "sentence2"]),
+       "rte": ("nyu-mll/glue", "rte", ["sentence1", "sentence2"]),
+       "qnli": ("nyu-mll/glue", "qnli", ["question", "sentence"])}
+
+
 def load_hub(task, whole=False):
-    """sst2: GLUE hides its test labels, so its 872 labelled validation rows are the test and 1,000
-    rows of train validate. ag_news: the 7,600 test rows are the test and 1,000 of the 120,000
-    training rows validate."""
-    name, config, column = {"sst2": ("nyu-mll/glue", "sst2", "sentence"),
-                            "ag_news": ("fancyzhx/ag_news", "default", "text")}[task]
+    """A task of HUB. GLUE hides its test labels, so the labelled validation rows are the test (of
+    sst2 872) and 1,000 rows of train validate; ag_news has 7,600 test rows, and 1,000 of its
+    120,000 training rows validate. (mrpc's test labels are there, and so its splits as given.)"""
+    name, config, columns = HUB[task]
     splits = from_hub(name, config, None, "movies")
-    rows = {split: Rows([text.strip() for text in part[column]], list(part["label"]))
-            for split, part in splits.items()}
+
+    def read(part):
+        texts = [[text.strip() for text in part[column]] for column in columns]
+        return Rows(texts[0] if len(texts) == 1 else list(zip(*texts)), list(part["label"]))
+
+    rows = {split: read(part) for split, part in splits.items()}
     labelled = {split: r for split, r in rows.items() if -1 not in r.labels}
     names = splits["train"].features["label"].names
     return make_task(**labelled, whole=whole)._replace(label_names=names)
@@ -180,58 +195,35 @@ def looks_quoted(text):
     return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
-def check_header(path, header):
-    """End if the first line of a file does not name the columns `sentence` and `label` once."""
-    for column in "sentence", "label":
-        if column not in header:
-            fail(f"{path} has no column {column!r}; its first line is {','.join(header)!r}")
-    if twice := [name for name in header if name and header.count(name) > 1]:
-        fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} times")
+def read_text(path, line, row, column):
+    """The text in a column of a row, or None if it is empty."""
+    if not isinstance(row[column], str):
+        fail(f"{path}, line {line}: {column!r} is {str(row[column])[:40]!r}, not a text")
+    return row[column].strip() or None
 
 
-def read_file(path):
-    """Rows of a .tsv (GLUE layout: no quoting) or .csv file with a header that has `sentence` and
-    `label`. Ends with the line where a row does not fit the header; warns of quoted fields that go
-    over several lines."""
+def read_file(path, text="sentence", label="label"):
+    """Rows of a table (tables.py) with the columns `text` and `label`; with a column `sentence2`,
+    each sentence is a pair. Warns of quoted fields that go over several lines."""
     # breaks: of each such field, the lines where it opens and closes; quoted: lines of a .tsv
-    rows, breaks, quoted, start = Rows([], []), [], [], 1
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            tsv_style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            style = tsv_style if path.suffix == ".tsv" else {"strict": True}
-            reader = csv.reader(file, **style)
-            header = next(reader, [])
-            check_header(path, header)
-            at_sentence, at_label = header.index("sentence"), header.index("label")
-            start = reader.line_num + 1
-            for fields in reader:
-                if fields and len(fields) != len(header):
-                    lost = f"; no {header[len(fields)]}" if len(fields) < len(header) else ""
-                    fail(f"{path}, line {start}: fields found {len(fields)}, expected "
-                         f"{len(header)}{lost}")
-                if fields:  # a blank line has none
-                    sentence, label = fields[at_sentence].strip(), fields[at_label].strip()
-                    if not sentence or not label:
-                        fail(f"{path}, line {start}: no {'label' if sentence else 'sentence'}")
-                    rows.sentences.append(sentence)
-                    rows.labels.append(label)
-                    if path.suffix == ".tsv" and (looks_quoted(sentence) or label[0] == '"'):
-                        quoted.append(start)
-                for field in fields:
-                    n = len(re.findall("\r\n|\r|\n", field))
-                    breaks += [(start, start + n)] if n else []
-                    start += n
-                start = reader.line_num + 1
-    except UnicodeDecodeError as e:
-        fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
-    except csv.Error as e:
-        if "unexpected end" in str(e):
-            fail(f"{path}, line {start}: a quote opens and never closes")
-        fail(f"{path}, line {reader.line_num}, in the row that starts at line {start}: text after "
-             f"a closing quote ({e})")
-    except OSError as e:
-        fail(f"cannot read {path}: {e}")
+    rows, breaks, quoted = Rows([], []), [], []
+    for start, row in read_table(path, (text, label)):
+        sentence = read_text(path, start, row, text)
+        pair = (sentence, read_text(path, start, row, SECOND)) if SECOND in row else None
+        # a .jsonl's labels may be numbers
+        name = row[label] if isinstance(row[label], str) else json.dumps(row[label])
+        if not sentence or not name.strip() or pair and not pair[1] or row[label] is None:
+            lost = text if not sentence else SECOND if pair and not pair[1] else label
+            fail(f"{path}, line {start}: no {lost}")
+        rows.sentences.append(pair or sentence)
+        rows.labels.append(name.strip())
+        if path.suffix == ".tsv" and (looks_quoted(sentence) or name.strip()[0] == '"'):
+            quoted.append(start)
+        if path.suffix == ".csv":
+            for field in row.values():
+                n = len(re.findall("\r\n|\r|\n", field))
+                breaks += [(start, start + n)] if n else []
+                start += n
 
     if not rows.sentences:
         fail(f"{path} has no rows")
@@ -263,10 +255,17 @@ def warn_labels(names):
             break
 
 
-def load_folder(folder, fold=None, whole=False):
-    """The user's own train, validation and test files (files.files_to_read), .tsv or .csv; only
-    train must be there. A label is the text in the file."""
-    splits = {split: read_file(path) for split, path in files_to_read(folder).items()}
+def load_folder(folder, s=None):
+    """The user's own train, validation and test files (files.files_to_read); only train must be
+    there. A label is the text in the file. s: load_task's."""
+    s = s or {}
+    fold, whole = s.get("fold"), s.get("whole_sentences", False)
+    columns = s.get("text_column", "sentence"), s.get("label_column", "label")
+    splits = {split: read_file(path, *columns) for split, path in files_to_read(folder).items()}
+    kinds = {split: isinstance(rows.sentences[0], tuple) for split, rows in splits.items()}
+    if len(set(kinds.values())) > 1:
+        with_pairs = sorted(split for split, has_pairs in kinds.items() if has_pairs)
+        fail(f"{folder}: only {', '.join(with_pairs)} has a column {SECOND!r}")
     # with a fold, settings.py has seen to it that there are training rows alone
     task = fold_task(splits["train"], fold) if fold else make_task(**splits, whole=whole)
     warn_labels(task.label_names)
@@ -284,6 +283,11 @@ def spread_order(labels):
     return np.argsort(place, kind="stable")
 
 
+def has_pairs(task):
+    """Whether a Task is of pairs of sentences."""
+    return isinstance(task.train, Rows) and isinstance(task.train.sentences[0], tuple)
+
+
 def train_on(task, n):
     """The Task with n of its training rows: a small n's are among a larger n's."""
     if n > (n_all := len(task.train.labels)):
@@ -298,11 +302,11 @@ def train_on(task, n):
 
 def load_task(task, folder=None, s=None):
     """The Task of that name, or of the user's own folder; s: the settings of a run, whose "fold",
-    "train_rows" and "whole_sentences" say which rows train, validate and test."""
+    "train_rows", "whole_sentences", "text_column" and "label_column" say which rows train, validate
+    and test."""
     s = s or {}
-    fold, whole = s.get("fold"), s.get("whole_sentences", False)
-    task = (load_folder(folder, fold, whole) if folder
-            else load_rated(task, fold) if task in RATED_TASKS else load_hub(task, whole))
+    task = (load_folder(folder, s) if folder else load_rated(task, s.get("fold"))
+            if task in RATED_TASKS else load_hub(task, s.get("whole_sentences", False)))
     return train_on(task, s["train_rows"]) if "train_rows" in s else task
 
 
@@ -350,21 +354,35 @@ class Sentences(Encoded):
     metric = "f1_macro"
 
     def __init__(self, rows, tokenizer, s):
-        ids = tokenizer(rows.sentences, truncation=True, max_length=s["max_length"])["input_ids"]
-        self.ids = [torch.tensor(i) for i in ids]
-        self.lengths = np.array([len(i) for i in ids])
+        # of a pair that is too long, the longer sentence is cut, token by token
+        out = self.tokenize(rows.sentences, tokenizer, truncation=True, max_length=s["max_length"])
+        self.ids = [torch.tensor(i) for i in out["input_ids"]]
+        # 1 for the second sentence and its [SEP]; a single sentence needs none
+        self.types = ([torch.tensor(t) for t in out["token_type_ids"]]
+                      if isinstance(rows.sentences[0], tuple) and "token_type_ids" in out else None)
+        self.lengths = np.array([len(i) for i in self.ids])
         self.labels = torch.tensor(rows.labels)
-        self.n, self.usable, self.pad_id = len(ids), np.arange(len(ids)), tokenizer.pad_token_id
+        self.n, self.pad_id = len(self.ids), tokenizer.pad_token_id
+        self.usable = np.arange(self.n)
         full = [rows.sentences[i] for i in np.flatnonzero(self.lengths == s["max_length"])]
-        self.n_cut = (sum(len(i) > s["max_length"] for i in tokenizer(full)["input_ids"])
-                      if full else 0)
+        self.n_cut = (sum(len(i) > s["max_length"]
+                          for i in self.tokenize(full, tokenizer)["input_ids"]) if full else 0)
         self.note = (f"{self.n_cut:,} of {self.n:,} sentences are cut at {s['max_length']} tokens "
                      "(--max-length)") if self.n_cut else ""
 
+    @staticmethod
+    def tokenize(sentences, tokenizer, **how):
+        if not isinstance(sentences[0], tuple):
+            return tokenizer(sentences, **how)
+        return tokenizer(*map(list, zip(*sentences)), **how)
+
     def collate(self, rows):
-        """input_ids, attention_mask (batch, tokens) and labels (batch,)."""
+        """input_ids, attention_mask, of pairs token_type_ids, (batch, tokens), and labels
+        (batch,)."""
         ids, mask = self.pad(rows)
-        return {"input_ids": ids, "attention_mask": mask, "labels": self.labels[rows]}
+        types = {} if self.types is None else {
+            "token_type_ids": pad_sequence([self.types[i] for i in rows], batch_first=True)}
+        return {"input_ids": ids, "attention_mask": mask, **types, "labels": self.labels[rows]}
 
     def predict(self, out, rows):
         """The probabilities of the labels, one list a row."""

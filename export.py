@@ -101,7 +101,7 @@ def write_peft(path, folder):
     such as the names of the labels, is in the metadata, which peft does not read."""
     about, tensors = read_about(path), read_tensors(path)
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
-    write_json(folder / peft_format.CONFIG, peft_format.make_config(about["settings"]))
+    write_json(folder / peft_format.CONFIG, peft_format.make_config(about["settings"], tensors))
     save_file({peft_format.peft_name(name): p for name, p in tensors.items()},
               folder / peft_format.TENSORS, metadata)
 

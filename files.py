@@ -14,8 +14,8 @@ from start import fail, warn
 # The user's own files: what the file of a split may be called, and of which kinds it may be.
 SPLITS = {"train": ("train",), "test": ("test",),
           "validation": ("validation", "val", "valid", "dev", "eval")}
-TABLES, QUESTIONS = (".tsv", ".csv"), ".json"
-LOOKS_LIKE_TABLE = (*TABLES, QUESTIONS, ".jsonl", ".parquet", ".arrow", ".xls", ".xlsx", ".ods")
+TABLES, QUESTIONS = (".tsv", ".csv", ".jsonl"), ".json"
+LOOKS_LIKE_TABLE = (*TABLES, QUESTIONS, ".parquet", ".arrow", ".xls", ".xlsx", ".ods")
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "vocab.txt")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
@@ -53,7 +53,8 @@ def files_to_read(folder):
     files, has_questions = data_files(folder)
     if "train" not in files:
         fail(f"{folder} has no train.json" if has_questions else
-             f"{folder} has neither train.tsv nor train.csv, nor train.json with questions")
+             f"{folder} has neither train.tsv nor train.csv nor train.jsonl, nor train.json with "
+             "questions")
     read = {path.name for path in files.values()}
     stems = {stem for of_split in SPLITS.values() for stem in of_split}
 

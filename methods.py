@@ -14,7 +14,8 @@
 
 The head is the same nn.Linear in all of them: on BERT's pooled [CLS] for sentences, on every token
 for questions (start and end). The pooler is part of BERT: only `full` trains its weight, `bitfit`
-its bias (as the authors' code does), and question answering has none.
+its bias (as the authors' code does), and question answering has none. A model that comes without
+pooler gets a new one, which trains with the head (model.py).
 
 bitfit: Ben Zaken, Goldberg & Ravfogel 2022, https://arxiv.org/abs/2106.10199. Biases are those of
 linear layers and of LayerNorms; what trains is in fp32 in every method.

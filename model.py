@@ -28,6 +28,7 @@ from settings import DEFAULT_MODEL
 from start import fail, warn
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
+POOLER = "bert.pooler.dense."
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -92,15 +93,21 @@ def fit_tokenizer(name, tokenizer, config):
     tokenizer.model_input_names = ["input_ids", *types, "attention_mask"]
 
 
+def is_head(model, name):
+    """Whether the parameter of this name is new and trains in every method: the head's, and the
+    pooler's where load_pretrained had to make one."""
+    return name.startswith(HEAD) or getattr(model, "new_pooler", False) and name.startswith(POOLER)
+
+
 def check_loading(name, model, loading):
     """End with one line if the file and BERT do not have the same tensors, heads left out, or if
     one is not finite."""
     untrained = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    if missing := sorted(key for key in untrained if not key.startswith(HEAD)):
-        only_pooler = all(".pooler." in key for key in missing)
-        hint = "; such a model fits question answering only" if only_pooler else ""
+    # a masked language model has no pooler; half of one is a damaged file
+    model.new_pooler = {POOLER + "weight", POOLER + "bias"} <= set(loading["missing_keys"])
+    if missing := sorted(key for key in untrained if not is_head(model, key)):
         fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay "
-             f"random{hint}")
+             "random")
     foreign = [key for key in sorted(loading["unexpected_keys"])
                if {"encoder", "embeddings"} & set(key.split("."))
                and not key.endswith(("position_ids", "token_type_ids"))]  # older versions' buffers
@@ -108,7 +115,7 @@ def check_loading(name, model, loading):
         fail(f"{name} has {len(foreign)} tensors that BERT does not ({foreign[0]} first); without "
              "them it is another model")
     if bad := [key for key, p in model.named_parameters()
-               if not key.startswith(HEAD) and not p.isfinite().all()]:
+               if not is_head(model, key) and not p.isfinite().all()]:
         fail(f"{name} has {len(bad)} tensors with NaN or infinity ({bad[0]} first)")
 
 
@@ -142,8 +149,13 @@ def load_pretrained(name, label_names):
     if not label_names:
         model.qa_outputs = SpanHead(config.hidden_size, 2)
     head = model.classifier if label_names else model.qa_outputs  # new even where there is one
-    nn.init.normal_(head.weight, std=config.initializer_range)
-    nn.init.zeros_(head.bias)
+    heads = [head]
+    if model.new_pooler:
+        warn(f"{name} has no pooler; a new one trains with the head, in every method")
+        heads.append(model.bert.pooler.dense)
+    for linear in heads:
+        nn.init.normal_(linear.weight, std=config.initializer_range)
+        nn.init.zeros_(linear.bias)
     return tokenizer, model
 
 
@@ -201,7 +213,7 @@ def apply_method(model, s, compute_dtype=torch.float32, quantize=None):
         file, function = row.put.split(".")
         getattr(importlib.import_module(file), function)(model, s)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains(row, name))
+        parameter.requires_grad_(trains(row, name) or is_head(model, name))
     model.train(model.training)  # new modules start in training mode; the model may be evaluating
 
 
@@ -235,7 +247,7 @@ def count_params(model):
 
     kinds = {"method": 0, "layer_norm": 0, "head": 0, "base": 0}
     for name, p in trained_tensors(model).items():
-        kinds[kind_of(name)] += p.numel()
+        kinds["head" if is_head(model, name) else kind_of(name)] += p.numel()
     trainable, total = sum(kinds.values()), sum(numel(p) for p in model.parameters())
     return {"trainable_params": trainable, "trainable_by_kind": kinds, "total_params": total,
             "trainable_pct": 100 * trainable / total}

@@ -47,8 +47,9 @@ def own_name(name):
     return name
 
 
-def make_config(s):
-    """The content of adapter_config.json for a run with the settings `s`."""
+def make_config(s, names=()):
+    """The content of adapter_config.json for a run with the settings `s`, whose trained tensors
+    have these names."""
     row = row_of(s)
     if "r" not in row.flags:
         fail(f"{label_of(s)} has no place in peft's format of LoRA; --format merged exports what "
@@ -58,7 +59,9 @@ def make_config(s):
             "base_model_name_or_path": HUB_NAME if s["model"] == DEFAULT_MODEL else s["model"],
             "r": s["r"], "lora_alpha": s["alpha"], "lora_dropout": s["dropout"],
             "target_modules": list(TARGETS[s.get("targets", DEFAULT_TARGETS)]),
-            "modules_to_save": ["qa_outputs" if has_questions else "classifier"],
+            "modules_to_save": ["qa_outputs" if has_questions else "classifier",
+                                # a new one, where the base has none
+                                *["pooler"] * any(".pooler." in name for name in names)],
             "use_dora": "magnitude" in row.adds, "use_rslora": False, "bias": "none",
             "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True}
 
@@ -143,4 +146,4 @@ def make_about(folder, shapes, metadata):
     if not has_questions and (not labels or len(labels) != n_labels):
         labels = [f"LABEL_{i}" for i in range(n_labels)]  # as transformers calls them
     return {"settings": s, "label_names": labels, "base": known.get("base"),
-            "tokenizer": known.get("tokenizer")}
+            "tokenizer": known.get("tokenizer"), "pairs": known.get("pairs", False)}

@@ -267,6 +267,9 @@ def main(args):
             fail(f"{method.name} was trained on "
                  + ("sentences, not on questions" if is_qa else
                     "questions; it needs --question and --context, or a .json"))
+    if not args.input and methods[0].about["pairs"]:
+        fail(f"{methods[0].name} was trained on pairs of sentences; --input FILE with the columns "
+             "sentence and sentence2 asks it")
     if args.input:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         methods = [method._replace(model=method.model.to(device)) for method in methods]

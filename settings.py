@@ -27,7 +27,7 @@ SPLIT_SEED = 42  # splits are the same for every --seed: seeds are compared on t
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; other names are a folder or a hub id
 PORTUGUESE_MODEL = "neuralmind/bert-base-portuguese-cased"  # BERTimbau
 RATED_TASKS = ["movies", "products", "tweets", "editorials"]  # fetch.py brings them, too
-HUB_TASKS = ["sst2", "ag_news"]
+HUB_TASKS = ["sst2", "ag_news", "mrpc", "rte", "qnli"]
 GENERATOR = 2  # synthetic.py's questions: another number, other questions
 QA_TASKS = ["synthetic", "squad", "squad_pt"]
 
@@ -140,11 +140,17 @@ def add_data_flags(g):
     task = g.add_mutually_exclusive_group()
     task.add_argument("--task", choices=RATED_TASKS + HUB_TASKS + QA_TASKS, default="movies",
                       help=f"sentences: {', '.join(RATED_TASKS)} (from the package registry), "
-                           "sst2, ag_news (from the hub); questions: synthetic (generated), "
+                           "sst2, ag_news, and of pairs mrpc, rte, qnli (from the hub); "
+                           "questions: synthetic (generated), "
                            "squad, squad_pt (hub) (default: movies)")
     task.add_argument("--data", type=Path, metavar="DIR",
-                      help="your own train, validation and test files instead: .tsv or .csv with "
-                           "the columns sentence and label, or SQuAD-format .json (default: none)")
+                      help="your own train, validation and test files instead: .tsv, .csv or "
+                           ".jsonl with the columns sentence and label, and for pairs sentence2, "
+                           "or SQuAD-format .json (default: none)")
+    g.add_argument("--text-column", metavar="NAME",
+                   help="what the column sentence of --data is called (default: sentence)")
+    g.add_argument("--label-column", metavar="NAME",
+                   help="what the column label of --data is called (default: label)")
     g.add_argument("--train-rows", type=number(int, 1), metavar="N",
                    help="train on N of the training rows, with the labels' shares, or questions, "
                         "by passage; a smaller N's are among a larger N's (default: all)")
@@ -216,6 +222,16 @@ def sentence_settings(args):
     return {"batch_size": args.batch_size or 32, "max_length": args.max_length or 128}
 
 
+def column_settings(args, has_questions):
+    """The names of --data's columns, where they are not the default."""
+    given = {"text_column": (args.text_column, "sentence"),
+             "label_column": (args.label_column, "label")}
+    given = {key: name for key, (name, usual) in given.items() if name not in (None, usual)}
+    if given and (has_questions or not args.data):
+        fail(f"--{next(iter(given)).replace('_', '-')} is for --data with sentences")
+    return given
+
+
 def check_fold(args, files, has_questions):
     """End if the task cannot be cut into folds: cross-validation needs one pool of sentences."""
     if has_questions:
@@ -232,7 +248,8 @@ def settings_of(args):
     """All that decides a run's result, as a dict for JSON. Only a run that leaves out a trick has
     "without", only one with other targets than query and value "targets", only one of a
     cross-validation "fold", only one on a part of the training rows "train_rows", only one that
-    validates by whole sentences "whole_sentences"."""
+    validates by whole sentences "whole_sentences", only one whose files name their columns
+    otherwise "text_column" and "label_column"."""
     model = model_of(args)
     is_local = model != DEFAULT_MODEL and Path(model).is_dir()
     if not is_local and (model.startswith((".", "/", "~")) or model.count("/") > 1):
@@ -271,6 +288,7 @@ def settings_of(args):
         **({"fold": args.fold} if args.fold else {}),
         **({"train_rows": args.train_rows} if args.train_rows else {}),
         **({"whole_sentences": True} if args.whole_sentences else {}),
+        **column_settings(args, has_questions),
         "task": args.data.resolve().name if args.data else args.task,
         "data_sha256": fingerprint(files.values()) if args.data else None,
         "model": Path(model).resolve().name if is_local else model,

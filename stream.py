@@ -14,64 +14,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Rows, Sentences
+from data import SECOND, Rows, Sentences
 from files import check_writable, fingerprint, read_json, write_json
 from qa import Question, Windows, question_scores, read_squad
 from start import fail, warn
+from tables import STDIN, read_table
 
 CHUNK = 2048  # rows, or questions, that are sorted by length together
 BATCH = 32  # rows, of one length or nearly so
-STDIO = Path("-")
+STDOUT = Path("-")
 
 
 # --- files ---------------------------------------------------------------------------------------
-
-def parse_json(line, where):
-    try:
-        row = json.loads(line)
-    except ValueError as e:
-        fail(f"{where}: not JSON ({e})")
-    if not isinstance(row, dict):
-        fail(f"{where}: not an object {{...}}")
-    return row
-
-
-def rows_of_table(file, path):
-    is_tsv = path.suffix == ".tsv"  # GLUE's layout: no quoting
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {"strict": True}
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(file, restkey=0, **style)
-    header = reader.fieldnames or []
-    if twice := [name for name in header if header.count(name) > 1]:
-        fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} times")
-    for row in reader:
-        if 0 in row or None in row.values():
-            what = "more" if 0 in row else "fewer"
-            fail(f"{path}, line {reader.line_num}: {what} fields than the header's {len(header)}")
-        yield row
-
-
-def read_rows(path):
-    """The rows of a file, or of stdin, as dicts; ends with its line where one does not fit."""
-    try:
-        if path == STDIO:
-            yield from ({"text": line.rstrip("\r\n")} for line in sys.stdin)
-            return
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".txt":
-                yield from ({"text": line.rstrip("\r\n")} for line in file)
-            elif path.suffix == ".jsonl":
-                yield from (parse_json(line, f"{path}, line {n}") for n, line in enumerate(file, 1)
-                            if line.strip())
-            else:
-                yield from rows_of_table(file, path)
-    except UnicodeDecodeError as e:
-        fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
-    except csv.Error as e:
-        fail(f"{path}: {e}")
-    except OSError as e:
-        fail(f"cannot read {path}: {e.strerror}")
-
 
 def find_column(path, columns, asked):
     """The name of the column with the texts: as asked, else sentence, else text, else the only
@@ -86,19 +40,22 @@ def find_column(path, columns, asked):
     fail(f"{path} has the columns {', '.join(columns)}; --column says which holds the texts")
 
 
-def check(path, asked):
-    """(columns, the one with the texts, number of rows) of an input file, all of it read."""
+def check(path, asked, has_pairs):
+    """(columns, those with the texts, number of rows) of an input file, all of it read."""
     columns, n = {}, 0
-    for row in read_rows(path):
+    for _, row in read_table(path):
         columns |= dict.fromkeys(row)
         n += 1
     if not n:
         fail(f"{path} has no rows")
-    column = find_column(path, list(columns), asked)
-    for i, row in enumerate(read_rows(path), 1):
-        if not isinstance(row.get(column), str):
-            fail(f"{path}, row {i}: no text in {column!r}")
-    return list(columns), column, n
+    texts = [find_column(path, list(columns), asked)] + [SECOND] * has_pairs
+    if SECOND in texts and SECOND not in columns:
+        fail(f"{path} has no column {SECOND!r}, and these methods were trained on pairs")
+    for line, row in read_table(path, texts):
+        for column in texts:
+            if not isinstance(row[column], str):
+                fail(f"{path}, line {line}: no text in {column!r}")
+    return list(columns), texts, n
 
 
 def chunks_of(rows, skip):
@@ -196,6 +153,10 @@ def label_columns(methods):
                                           for label in method.about["label_names"]))]
 
 
+def is_empty(text):
+    return not all(part.strip() for part in ([text] if isinstance(text, str) else text))
+
+
 def answered(methods, tokenizer, texts):
     """(a dict of label_columns a text, how many texts were cut). An empty text has no label."""
     rows, most_cut = [{} for _ in texts], 0
@@ -207,7 +168,7 @@ def answered(methods, tokenizer, texts):
             best = labels[max(range(len(own)), key=own.__getitem__)]
             row |= {method.name: best} | {f"{method.name} {label}": round(p, 6)
                                           for label, p in zip(labels, own)}
-            if not text.strip():
+            if is_empty(text):
                 row |= dict.fromkeys(row, "")
     return rows, most_cut
 
@@ -215,7 +176,7 @@ def answered(methods, tokenizer, texts):
 # --- the two kinds of input ----------------------------------------------------------------------
 
 def open_output(to, identity):
-    if to == STDIO:
+    if to == STDOUT:
         return Pipe()
     if to.exists():
         fail(f"{to} is there already; choose another --to")
@@ -225,13 +186,17 @@ def open_output(to, identity):
 
 def predict_rows(methods, tokenizer, files, args):
     """Every row of args.input with labels and probabilities, as CSV or JSONL, in args.to."""
-    is_stdin, is_json = args.input == STDIO, args.to.suffix == ".jsonl"
-    columns, column, n = (["text"], "text", None) if is_stdin else check(args.input, args.column)
+    is_stdin, is_json = args.input == STDIN, args.to.suffix == ".jsonl"
+    has_pairs = methods[0].about["pairs"]
+    if len({method.about["pairs"] for method in methods}) > 1 or has_pairs and is_stdin:
+        fail("methods trained on pairs of sentences answer files alone, and not beside others")
+    columns, texts, n = ((["text"], ["text"], None) if is_stdin else
+                         check(args.input, args.column, has_pairs))
     added = label_columns(methods)
     if both := [name for name in added if name in columns]:
         fail(f"{args.input} has a column {both[0]!r} already, which a method is called")
     identity = None if is_stdin else {
-        "input": fingerprint([args.input]), "column": column,
+        "input": fingerprint([args.input]), "columns": texts,
         "methods": {name: fingerprint([path]) for name, path in files.items()}}
     out = open_output(args.to, identity)
     writer = csv.DictWriter(out.file, [*columns, *added], lineterminator="\n")
@@ -240,10 +205,11 @@ def predict_rows(methods, tokenizer, files, args):
 
     n_empty = n_cut = 0
     with tqdm(total=n, initial=out.rows, unit="row", disable=None) as bar:
-        for chunk in chunks_of(read_rows(args.input), out.rows):
-            texts = [row[column] for row in chunk]
-            labels, cut = answered(methods, tokenizer, texts)
-            n_cut, n_empty = n_cut + cut, n_empty + sum(not text.strip() for text in texts)
+        for chunk in chunks_of((row for _, row in read_table(args.input)), out.rows):
+            asked = [tuple(row[name] for name in texts) if has_pairs else row[texts[0]]
+                     for row in chunk]
+            labels, cut = answered(methods, tokenizer, asked)
+            n_cut, n_empty = n_cut + cut, n_empty + sum(map(is_empty, asked))
             for row, own in zip(chunk, labels):
                 if is_json:
                     out.file.write(json.dumps(row | own, ensure_ascii=False) + "\n")

@@ -111,7 +111,7 @@ def main(args):
         distributed.wait()
     if s["max_length"] > (longest := model.config.max_position_embeddings):
         fail(f"--max-length {s['max_length']}: {s['model']} reads {longest} tokens at most")
-    about = checkpoint.describe(model, s, task.label_names, tokenizer)
+    about = checkpoint.describe(model, s, task.label_names, tokenizer, data.has_pairs(task))
 
     model = build(model, s, device, dtype)
     params = count_params(model)

@@ -3,9 +3,10 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import settings
+from conftest import default_tokenizer, one_line_exit, settings, train
 
 import data
+import predict
 
 
 def folder(path, **files):
@@ -93,7 +94,7 @@ BAD = {
     "short row": (dict(train_tsv=TRAIN + "no tab here\n"), ["train.tsv, line 62", "no label"]),
     "one label": (dict(train_tsv=tsv(*[("a", 1)] * 60)), ["only one label"]),
     "too few": (dict(train_tsv=tsv(("a", 0), ("b", 1))), ["cannot split 2 training rows"]),
-    "no train": (dict(dev_tsv=TRAIN), ["neither train.tsv nor train.csv"]),
+    "no train": (dict(dev_tsv=TRAIN), ["neither train.tsv nor train.csv nor train.jsonl"]),
     "two of one": (dict(train_tsv=TRAIN, dev_tsv=TRAIN, validation_csv=TRAIN),
                    ["both validation.csv and dev.tsv"]),
 }
@@ -206,9 +207,9 @@ def test_names_of_the_validation_file(name, warned):
 
 
 def test_tables_that_are_not_read_are_named(warned):
-    _, (line,) = warned(train_tsv=TRAIN, train2_tsv=TRAIN, test_jsonl="{}", Dev_TSV=TRAIN,
+    _, (line,) = warned(train_tsv=TRAIN, train2_tsv=TRAIN, test_parquet="{}", Dev_TSV=TRAIN,
                         test_txt="x", notes_txt="x", dev_csv_gz="x")
-    unread = "train2.tsv", "test.jsonl", "Dev.TSV", "test.txt", "dev.csv.gz"
+    unread = "train2.tsv", "test.parquet", "Dev.TSV", "test.txt", "dev.csv.gz"
     assert all(name in line for name in unread) and "notes" not in line
     assert line.endswith("read are train.tsv")
 
@@ -320,3 +321,120 @@ def test_tuned_learning_rates_are_for_the_default_study_only(tmp_path):
     assert settings("--method", "lora", *wide)["targets"] == "all"
     assert settings("--method", "lora", "--targets", "query", "value") == settings(
         "--method", "lora")
+
+
+# --- .jsonl, other names of columns, pairs of sentences -------------------------------------------
+
+def test_json_lines_have_labels_of_any_kind(tmp_path):
+    lines = "".join(f'{{"sentence": "film {i} é", "label": {["true", "3"][i % 2]}}}\n\n'
+                    for i in range(60))
+    task = data.load_folder(folder(tmp_path / "d", train_jsonl=lines))
+    assert task.label_names == ["3", "true"] and "film 7 é" in texts(task)
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"sentence": "a"}', ["line 61", "'label'"]), ('["a", "b"]', ["line 61", "not an object"]),
+    ('{"sentence": "a", "label": null}', ["line 61", "no label"]), ("{", ["line 61", "not JSON"]),
+    ('{"sentence": 3, "label": "a"}', ["line 61", "'sentence' is '3'"]),
+    ('{"sentence": " ", "label": "a"}', ["line 61", "no sentence"]),
+    ('{"sentence": "\\ud800", "label": "a"}', ["line 61", "surrogate"])])
+def test_bad_json_lines(line, words, tmp_path):
+    good = "".join(f'{{"sentence": "film {i}", "label": "{i % 2}"}}\n' for i in range(60))
+    d = folder(tmp_path / "d", train_jsonl=good + line)
+    one_line_exit(lambda: data.load_folder(d), "train.jsonl", *words)
+
+
+def test_columns_of_other_names(tmp_path):
+    rows = "id,body,stars\n" + "".join(f"{i},film {i},{i % 2}\n" for i in range(60))
+    d = folder(tmp_path / "d", train_csv=rows)
+    flags = ["--method", "lora", "--data", d]
+    s = settings(*flags, "--text-column", "body", "--label-column", "stars")
+    task = data.load_task("-", d, s)
+    assert task.label_names == ["0", "1"] and "film 5" in texts(task)
+    one_line_exit(lambda: data.load_task("-", d, settings(*flags)), "'sentence'", "id,body,stars")
+    # the usual names change nothing, and another column is another run
+    assert settings(*flags, "--text-column", "sentence") == settings(*flags)
+    assert settings(*flags, "--text-column", "body") != settings(*flags)
+    one_line_exit(lambda: settings("--method", "lora", "--text-column", "body"), "--text-column")
+
+
+PAIRS = "sentence,sentence2,label\n" + "".join(
+    f"film {i} is {'good ' * (i % 9)},so is {i},{i % 2}\n" for i in range(60))
+
+
+def test_pairs_are_read_split_and_tokenised_as_pairs(tmp_path):
+    task = data.load_folder(folder(tmp_path / "d", train_csv=PAIRS))
+    assert data.has_pairs(task) and ("film 10 is good", "so is 10") in texts(task)
+    assert not data.has_pairs(data.load_rated("movies"))
+    tokenizer, rows = default_tokenizer(), task.train
+    split = data.Sentences(rows, tokenizer, {"max_length": 14})
+    x = split.collate([0, 1, 2])
+    for i in range(3):
+        a, b = (tokenizer(text)["input_ids"] for text in rows.sentences[i])
+        n = int(x["attention_mask"][i].sum())
+        ids, types = x["input_ids"][i, :n].tolist(), x["token_type_ids"][i, :n].tolist()
+        if len(a) + len(b) - 1 <= 14:
+            assert ids == a + b[1:] and types == [0] * len(a) + [1] * (len(b) - 1)
+        else:  # the longer one is cut, and the shorter one is whole
+            assert n == 14 and ids == a[:14 - len(b)] + a[-1:] + b[1:]
+            assert types == [0] * (15 - len(b)) + [1] * (len(b) - 1)
+        assert not x["token_type_ids"][i, n:].any()
+    assert 0 < split.n_cut < split.n and "cut at 14" in split.note
+    assert "token_type_ids" not in data.Sentences(
+        data.Rows(["a"], [0]), tokenizer, {"max_length": 14}).collate([0])
+
+
+@pytest.mark.parametrize("files, words", [
+    (dict(train_csv=PAIRS, dev_csv=GOOD_CSV), ["only train", "sentence2"]),
+    (dict(train_csv=PAIRS + "a,,1\n"), ["line 62", "no sentence2"])])
+def test_bad_pairs(files, words, tmp_path):
+    d = folder(tmp_path / "d", **files)
+    one_line_exit(lambda: data.load_folder(d), *words)
+
+
+def test_pairs_of_glue_have_their_columns(monkeypatch):
+    import datasets
+    asked = []
+
+    def fake(name, config, revision=None):
+        columns = {"mrpc": ("sentence1", "sentence2"), "rte": ("sentence1", "sentence2"),
+                   "qnli": ("question", "sentence")}[config]
+        asked.append((name, config))
+        features = datasets.Features({c: datasets.Value("string") for c in columns}
+                                     | {"label": datasets.ClassLabel(names=["no", "yes"])})
+        return datasets.DatasetDict({split: datasets.Dataset.from_dict(
+            {c: [f"{c} {i}" for i in range(100)] for c in columns}
+            | {"label": [i % 2 if config == "mrpc" or split != "test" else -1 for i in range(100)]},
+            features=features) for split in ("train", "validation", "test")})
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    for name, first in ("mrpc", "sentence1 3"), ("rte", "sentence1 3"), ("qnli", "question 3"):
+        task = data.load_task(name)
+        assert data.has_pairs(task) and any(pair[0] == first for pair in texts(task))
+        assert ("splits as given" in task.note) is (name == "mrpc")
+        assert settings("--method", "lora", "--task", name)["task"] == name
+    assert asked == [("nyu-mll/glue", name) for name in ("mrpc", "rte", "qnli")]
+
+
+def test_pairs_are_trained_on_and_a_file_of_pairs_is_answered(tmp_path, monkeypatch):
+    d = folder(tmp_path / "d", train_csv=PAIRS)
+    done = train("--method", "lora", "--data", d, "--max-steps", 2, "--epochs", 1,
+                 "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    path, = (tmp_path / "out" / "checkpoints").iterdir()
+    ask = lambda *flags: predict.main(predict.parse_args(
+        ["--checkpoint", str(path), *map(str, flags)]))
+    ask("--input", d / "train.csv", "--to", tmp_path / "answers.csv")
+    rows = (tmp_path / "answers.csv").read_text().splitlines()
+    assert len(rows) == 61 and rows[0].startswith("sentence,sentence2,label,")
+    # the second sentence counts
+    swapped = "sentence,sentence2\n" + "".join(
+        ",".join(line.split(",")[1::-1]) + "\n" for line in PAIRS.splitlines()[1:])
+    (tmp_path / "swapped.csv").write_text(swapped)
+    ask("--input", tmp_path / "swapped.csv", "--to", tmp_path / "other.csv")
+    assert (tmp_path / "other.csv").read_text().splitlines()[1].split(",")[-1] != \
+        rows[1].split(",")[-1]
+    (tmp_path / "single.csv").write_text("sentence\na film\n")
+    one_line_exit(lambda: ask("--input", tmp_path / "single.csv", "--to", tmp_path / "o.csv"),
+                  "'sentence2'", "pairs")
+    one_line_exit(lambda: ask("a film"), "trained on pairs")

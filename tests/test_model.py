@@ -5,10 +5,25 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import one_line_error, one_line_exit, one_warning, save_small_bert, train
+from conftest import (
+    METHODS,
+    one_line_error,
+    one_line_exit,
+    one_warning,
+    randomize,
+    save_small_bert,
+    settings,
+    train,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+)
 
 import checkpoint
 import data
@@ -16,7 +31,7 @@ import export
 import predict
 import qa
 from fetch import model_folder
-from model import check_words, load_pretrained
+from model import apply_method, check_words, count_params, load_pretrained, trained_tensors
 
 QUESTION = qa.Question("it is here", "where?", ["here"], 6, 10)
 
@@ -198,3 +213,73 @@ def test_predict_and_merge_refuse_another_tokenizer(data_dir, tmp_path):
                 lambda: export.main(export.parse_args([str(path), "--model", str(model),
                                                      "--to", str(tmp_path / "merged")]))):
         one_line_exit(act, "another tokenizer")
+
+
+def masked_language_model(folder):
+    """The small BERT as a masked language model left it: without pooler and head."""
+    save_small_bert(folder)
+    config = AutoConfig.from_pretrained(folder)
+    torch.manual_seed(1)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "head", "full", "houlsby"])
+def test_a_new_pooler_trains_with_the_head_and_is_counted_as_head(method, tmp_path, capsys):
+    folder = masked_language_model(tmp_path / "mlm")
+    torch.manual_seed(3)
+    tokenizer, model = load_pretrained(str(folder), ["no", "yes"])
+    assert "has no pooler; a new one trains with the head" in capsys.readouterr().err
+    s = settings(*METHODS[method], "--model", folder)
+    about = checkpoint.describe(model, s, ["no", "yes"], tokenizer)
+    trained = checkpoint.share(model)
+    apply_method(trained, s, torch.float32)
+    names = set(trained_tensors(trained))
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= names
+    assert count_params(trained)["trainable_by_kind"]["head"] == 48 * 48 + 48 + 2 * 48 + 2
+    if method in ("full", "houlsby"):  # the two would share what trains with the base
+        return
+    # in the file, and the base is the same whatever its new pooler was drawn as
+    randomize(trained)
+    path = tmp_path / "own.safetensors"
+    checkpoint.save(path, trained, about)
+    torch.manual_seed(4)
+    _, again = load_pretrained(str(folder), ["no", "yes"])
+    assert not torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    loaded, _ = checkpoint.attach(again, about["base"], path)
+    inputs = tokenizer(["a good film"], return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, trained.eval()(**inputs).logits)
+
+
+def test_the_default_s_pooler_is_its_own(capsys):
+    _, model = load_pretrained("all-MiniLM-L6-v2", ["no", "yes"])
+    assert not model.new_pooler and not capsys.readouterr().err
+    apply_method(model, settings("--method", "lora"), torch.float32)
+    assert "bert.pooler.dense.weight" not in trained_tensors(model)
+
+
+def test_half_a_pooler_is_a_damaged_file(tmp_path):
+    folder = save_small_bert(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["bert.pooler.dense.bias"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    one_line_exit(lambda: load_pretrained(str(folder), ["no", "yes"]), "lacks 1", "pooler")
+
+
+def test_a_model_without_pooler_is_trained_asked_and_exported(data_dir, tmp_path):
+    model = masked_language_model(tmp_path / "mlm")
+    done = train("--method", "lora", "--model", model, "--data", data_dir, "--max-steps", 2,
+                 "--epochs", 1, "--output", tmp_path / "out")
+    assert done.returncode == 0 and done.stderr.count("has no pooler") == 1, done.stderr
+    assert "head 2,450" in done.stdout
+    path, = (tmp_path / "out" / "checkpoints").iterdir()
+    export.main(export.parse_args([str(path), "--model", str(model), "--to",
+                                   str(tmp_path / "merged")]))
+    assert "bert.pooler.dense.weight" in load_file(tmp_path / "merged" / "model.safetensors")
+    export.main(export.parse_args([str(path), "--model", str(model), "--to",
+                                   str(tmp_path / "peft"), "--format", "peft"]))
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier", "pooler"]
+    predict.main(predict.parse_args(["a film", "--checkpoint", str(tmp_path / "peft"),
+                                     "--model", str(model)]))

@@ -39,7 +39,7 @@ def saved(tmp_path, name, head_class=BertForSequenceClassification, **changes):
     model = randomize(build(name, head_class))
     task = [] if NAMES[head_class] else ["--task", "squad"]
     s = settings(*BUILDS[name], *task) | {"task": "t", **changes}
-    about = {"settings": s, "label_names": NAMES[head_class], "tokenizer": None,
+    about = {"settings": s, "label_names": NAMES[head_class], "tokenizer": None, "pairs": False,
              "base": checkpoint.hash_base(tiny_bert(head_class=head_class))}
     path, folder = tmp_path / "own.safetensors", tmp_path / "peft"
     checkpoint.save(path, model, about)

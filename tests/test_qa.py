@@ -570,12 +570,6 @@ def test_a_task_that_does_not_fit(finished, data_dir, tmp_path):
              "--output", str(tmp_path)]
     one_line_exit(lambda: train_module.main(parse_args(["--method", "full", *flags])), "no window",
                   "--max-length")
-    model = tmp_path / "qa_model"
-    shutil.copytree(model_folder(), model)
-    BertForQuestionAnswering.from_pretrained(model_folder()).save_pretrained(model)  # has no pooler
-    flags = ["--model", str(model), "--output", str(tmp_path)]
-    one_line_exit(lambda: train_module.main(parse_args(["--method", "lora", *flags])),
-                  "question answering only")
 
 
 def test_hub_questions_without_network(monkeypatch):

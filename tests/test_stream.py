@@ -125,7 +125,8 @@ def test_a_killed_process_goes_on_where_it_stopped(study, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("text, flags, words", [
-    ("id,sentence\n1,a\n2\n", [], ["line 3", "fewer"]), ("sentence\na,b\n", [], ["line 2", "more"]),
+    ("id,sentence\n1,a\n2\n", [], ["line 3", "expected 2"]),
+    ("sentence\na,b\n", [], ["line 2", "expected 1"]),
     ("sentence,sentence\na,b\n", [], ["'sentence' is there 2 times"]),
     ("a,b\n1,2\n", [], ["--column", "a, b"]), ("a,b\n1,2\n", ["--column", "c"], ["'c'", "a, b"]),
     ("sentence\n", [], ["no rows"]), ("", [], ["no rows"]),
@@ -141,8 +142,8 @@ def test_bad_tables_are_one_line_before_anything_is_answered(text, flags, words,
 
 @pytest.mark.parametrize("text, words", [
     (b'{"text": "a"}\n[1]\n', ["line 2", "not an object"]), (b'{"text": \n', ["line 1", "JSON"]),
-    (b'{"text": "a"}\n{"text": 3}\n', ["row 2", "no text"]),
-    (b'{"text": "a"}\n{"body": "b"}\n', ["row 2", "no text"]), (b'{"text": "\xff"}', ["UTF-8"])])
+    (b'{"text": "a"}\n{"text": 3}\n', ["line 2", "no text"]),
+    (b'{"text": "a"}\n{"body": "b"}\n', ["line 2", "no 'text'"]), (b'{"text": "\xff"}', ["UTF-8"])])
 def test_bad_json_lines(text, words, ask, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(text)
     one_line_exit(lambda: ask("--input", tmp_path / "in.jsonl", "--to", tmp_path / "o.csv"), *words)
