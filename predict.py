@@ -195,7 +195,7 @@ def classify(method, tokenizer, sentence):
 
 
 def answer(method, tokenizer, question, context):
-    """The best span of the passage, as text."""
+    """(the best span of the passage, as text, where it starts)."""
     return stream.answer(method, tokenizer, [Question(context, question, [""], None, None)])[0]
 
 
@@ -246,7 +246,7 @@ def compare_sentences(methods, tokenizer, sentences):
 def compare_answers(methods, tokenizer, question, context):
     rows = [["", "answer", "ms", "ms to switch to it, from its file", "its file (MB)"]]
     for method in methods:
-        text, ms = milliseconds(lambda: answer(method, tokenizer, question, context))
+        (text, _), ms = milliseconds(lambda: answer(method, tokenizer, question, context))
         rows.append([method.name, text, f"{ms:.1f}", f"{method.switch_ms:.0f}",
                      f"{method.megabytes:.2f}"])
     print_table(rows)

@@ -340,8 +340,8 @@ class Windows(Encoded):
         return out
 
     def predict(self, out, rows):
-        """[(score, answer)] of the best valid span of each window: inside the passage, 1 to
-        max_answer tokens."""
+        """[(score, answer, its first character)] of the best valid span of each window: inside the
+        passage, 1 to max_answer tokens."""
         start, end = out.start_logits, out.end_logits  # (batch, tokens)
         tokens = start.shape[1]
         position = torch.arange(tokens, device=start.device)
@@ -359,15 +359,22 @@ class Windows(Encoded):
         for row, score, at in zip(rows, best.tolist(), where.tolist()):
             offsets, context = self.offsets[row], self.questions[self.question[row]].context
             i, j = divmod(at, tokens)
-            answers.append((score, context[offsets[i][0]:offsets[j][1]] if score > -np.inf else ""))
+            first, end = int(offsets[i][0]), int(offsets[j][1])
+            answers.append((score, context[first:end], first) if score > -np.inf
+                           else (score, "", 0))
         return answers
 
-    def outcome(self, predictions):
-        """predictions: [(references, answer)], one a question, from one (score, answer) a window:
-        the best window answers. levels: of each question, where the data says them."""
+    def best(self, predictions):
+        """The best window's prediction for each question, from one a window."""
         best = {}
         for question, prediction in zip(self.question, predictions):
             best[question] = max(best.get(question, prediction), prediction)
+        return [best[i] for i in range(self.n)]
+
+    def outcome(self, predictions):
+        """predictions: [(references, answer)], one a question, from predict()'s of the windows.
+        levels: of each question, where the data says them."""
+        best = self.best(predictions)
         levels = [q.level for q in self.questions]
         return {"predictions": [(q.answers, best[i][1]) for i, q in enumerate(self.questions)],
                 **({"levels": levels} if any(levels) else {})}

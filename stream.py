@@ -134,15 +134,15 @@ def classify(method, tokenizer, texts):
 
 @torch.no_grad()
 def answer(method, tokenizer, questions):
-    """The best span for each Question, as texts."""
+    """(text, its first character in the passage) of the best span for each Question."""
     windows = Windows(questions, tokenizer, method.about["settings"])
     device, answers = next(method.model.parameters()).device, {}
     for rows in windows.batches(BATCH):
         inputs = {name: x.to(device) for name, x in windows.collate(rows).items()}
         out = windows.forward(method.model, inputs)
         answers.update(zip(rows.tolist(), windows.predict(out, rows)))
-    outcome = windows.outcome([answers[window] for window in range(len(windows.ids))])
-    return [text for _, text in outcome["predictions"]]
+    best = windows.best([answers[window] for window in range(len(windows.ids))])
+    return [(text, start) for _, text, start in best]
 
 
 def label_columns(methods):
@@ -240,7 +240,7 @@ def predict_questions(methods, tokenizer, files, args):
     out = open_output(args.to, identity)
     with tqdm(total=len(asked), initial=out.rows, unit="question", disable=None) as bar:
         for chunk in chunks_of(questions, out.rows):
-            for text in answer(methods[0], tokenizer, chunk):
+            for text, _ in answer(methods[0], tokenizer, chunk):
                 out.file.write(json.dumps(text) + "\n")
             out.keep(len(chunk))
             bar.update(len(chunk))

@@ -90,7 +90,7 @@ def test_the_best_window_answers_and_the_best_reference_counts(tokenizer):
                  question("it is far", "far")]
     windows = qa.Windows(questions, tokenizer, {"max_length": 64, "stride": 8})
     windows.question = [0, 0, 1]
-    outcome = windows.outcome([(1.0, "nowhere"), (2.0, "here"), (-5.0, "Far!")])
+    outcome = windows.outcome([(1.0, "nowhere", 0), (2.0, "here", 6), (-5.0, "Far!", 6)])
     assert outcome == {"predictions": [(["there", "here and now"], "here"), (["far"], "Far!")]}
     assert windows.score(outcome) == {"f1": pytest.approx(100 * (0.5 + 1) / 2), "exact_match": 50}
 
@@ -155,14 +155,14 @@ def test_predicted_span_is_the_best_valid_one(long_passage):
     start[:, -30], end[:, 20] = 8, 8  # end before start
     start[0, 40], end[0, 70], end[0, 69] = 8, 8, 7  # 31 tokens, too many; 30 tokens
     found = windows.predict(SimpleNamespace(start_logits=start, end_logits=end), rows)
-    for row, (score, answer) in zip(rows, found):
+    for row, (score, answer, at) in zip(rows, found):
         first, last = windows.passage[row]
         pairs = {(i, j): (start[row, i] + end[row, j]).item()
                  for i in range(first, last) for j in range(i, min(last, i + 30))}
         i, j = max(pairs, key=pairs.get)
         offsets, context = windows.offsets[row], questions[windows.question[row]].context
         assert (score == pytest.approx(pairs[i, j])
-                and answer == context[offsets[i][0]:offsets[j][1]])
+                and answer == context[offsets[i][0]:offsets[j][1]] and at == offsets[i][0])
         assert row != 0 or (i, j) == (40, 69)
 
 
@@ -222,7 +222,7 @@ def test_padding_changes_neither_loss_nor_gradient_nor_answer(method, tokenizer)
                       windows.predict(out, np.arange(6))))
     for loss, grads, answers in found[1:]:
         assert (loss == pytest.approx(found[0][0], abs=1e-6)
-                and [a for _, a in answers] == [a for _, a in found[0][2]])
+                and [a for _, *a in answers] == [a for _, *a in found[0][2]])
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, found[0][1]))
     logits = model(**{name: x[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
     expected = []  # the equation written out: only tokens are in the sums
@@ -328,7 +328,7 @@ def test_answers_that_are_too_long_are_counted_and_the_limit_can_be_raised(token
         assert (windows.note.startswith(f"{n} of 3 questions" if n else "")
                 and bool(windows.note) is bool(n))
         scores.start_logits[0, windows.spans[0, 0]] = scores.end_logits[0, windows.spans[0, 1]] = 9
-        (_, answer), *_ = windows.predict(scores, [0, 1, 2])
+        (_, answer, _), *_ = windows.predict(scores, [0, 1, 2])
         assert (answer == long) is (limit == 44)
 
 

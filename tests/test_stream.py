@@ -218,7 +218,7 @@ def squad(answers):
 def test_questions_give_the_answer_file_and_the_scores(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stream, "CHUNK", 2)
     monkeypatch.setattr(stream, "answer", lambda method, tokenizer, questions:
-                        [q.context.split()[1] for q in questions])
+                        [(q.context.split()[1], 3) for q in questions])
     method, path = predict.Method("lora", None, {}, 1, 1), tmp_path / "weights"
     path.write_text("")
     for name, answers, words in (

@@ -1,0 +1,209 @@
+"""The page: over HTTP with gradio's client, and in headless Chromium where it is installed."""
+import base64
+import importlib.util
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+import pytest
+from conftest import ROOT, one_line_exit, run
+
+HAS_GRADIO = importlib.util.find_spec("gradio") is not None
+pytestmark = pytest.mark.skipif(not HAS_GRADIO, reason="gradio is not installed")
+if HAS_GRADIO:
+    import demo
+    import predict
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def served(study):
+    """(address, the page) over a small study of sentences; no questions were trained on."""
+    page, port = demo.make_page(study[0]), free_port()
+    demo.launch(page, port, wait=False)
+    yield f"http://127.0.0.1:{port}", page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    from gradio_client import Client
+    return Client(served[0], verbose=False)
+
+
+def test_sentences_are_answered_as_by_predict(client, study):
+    answers = client.predict("A good film.\n\n<b>A bad film.", ["lora_r8", "adapter"],
+                             api_name="/ask")
+    files = predict.find(study[0])
+    tokenizer, methods = predict.load_methods({name: files[name] for name in ("lora_r8",
+                                                                             "adapter")})
+    for sentence in "A good film.", "<b>A bad film.":
+        for method in methods:
+            label, p = predict.classify(method, tokenizer, sentence)
+            assert f">{label} {p:.2f}</td>" in answers
+    assert "<td>A good film.</td>" in answers and "&lt;b&gt;A bad film." in answers
+    assert "ms per sentence" in answers and "ms to switch" in answers
+
+
+def test_disagreement_is_marked(monkeypatch):
+    monkeypatch.setattr(predict, "classify", lambda method, tokenizer, s: (method.name[0], 0.5))
+    here = demo.Study.__new__(demo.Study)
+    here.missing, here.files, here.tokenizer = "", {"a": 1, "ab": 1, "c": 1}, None
+    here.switch = lambda name: (predict.Method(name, None, {}, 0, 1.0), 1.0)
+    answers = demo.ask(here, "a film", ["a", "ab", "c"])
+    assert answers.count('class="differs"') == 1 and '<td class="differs">c 0.50</td>' in answers
+    assert "Marked" in answers and "Marked" not in demo.ask(here, "a film", ["a", "ab"])
+
+
+@pytest.mark.parametrize("text, names, words", [
+    ("", ["lora_r8"], "write a text"), (" \n ", ["lora_r8"], "write a text"),
+    ("a film", [], "at least one method"), ("a film\n" * 51, ["lora_r8"], "51 sentences"),
+    ("word " * 3000, ["lora_r8"], "…"), ("\u200b\U0001f600 \x07", ["lora_r8"], "ms per")])
+def test_strange_texts_get_an_answer_or_a_line(text, names, words, client):
+    assert words in client.predict(text, names, api_name="/ask")
+
+
+def test_without_trained_questions_it_is_said(client):
+    said = client.predict("Who?", "A passage.", [], api_name="/ask_passage")
+    assert "grid.json is not there" in said and "run_grid.sh" in said
+
+
+def test_the_answer_is_marked_where_it_stands(monkeypatch):
+    here = demo.Study.__new__(demo.Study)
+    here.missing, here.files, here.tokenizer = "", {"lora": 1}, None
+    here.switch = lambda name: (predict.Method(name, None, {}, 0, 1.0), 1.0)
+    monkeypatch.setattr(predict, "answer", lambda *_: ("<Oslo>", 15))
+    marked = demo.ask_passage(here, "where?", "Not <Oslo>, but<Oslo>.", ["lora"])
+    assert "Not &lt;Oslo&gt;, but<mark>&lt;Oslo&gt;</mark>." in marked
+    assert "too many" in demo.ask_passage(here, "where?", "x" * 20_001, ["lora"])
+
+
+def test_the_picture_has_every_cost(client):
+    pictures = {cost: client.predict(cost, api_name="/draw") for cost in demo.COSTS}
+    assert all("<svg" in svg and "LoRA r=8" in svg for svg in pictures.values())
+    assert len(set(pictures.values())) == len(demo.COSTS)
+
+
+def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(served):
+    address, page = served
+    with urllib.request.urlopen(address) as answer:
+        policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "https:" not in policy
+    assert page.share_url is None and not page.analytics_enabled
+    port = int(address.rsplit(":", 1)[1])
+    others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    for other in others - {"127.0.0.1"}:
+        with socket.socket() as s:
+            s.settimeout(2)
+            assert s.connect_ex((other, port)) != 0
+    one_line_exit(lambda: demo.launch(demo.make_page(ROOT / "nothing"), port), "is taken", "--port")
+
+
+def test_without_gradio_one_line_says_how_to_install_it(tmp_path):
+    (tmp_path / "gradio.py").write_text("raise ImportError")
+    done = run(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, "
+               f"{str(ROOT)!r}]; import demo")
+    line, = done.stderr.splitlines()
+    assert done.returncode == 1 and "pip install -r requirements-demo.txt" in line
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+class Browser:
+    """Headless Chromium by chromedriver's HTTP interface (W3C WebDriver)."""
+
+    def __init__(self):
+        port = free_port()
+        self.profile = tempfile.mkdtemp()
+        self.driver = subprocess.Popen(["chromedriver", f"--port={port}"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.address = f"http://127.0.0.1:{port}/session"
+        options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                            "--no-first-run", "--disable-background-networking",
+                            "--disable-component-update", "--disable-sync",
+                            f"--user-data-dir={self.profile}"]}
+        wanted = {"capabilities": {"alwaysMatch": {
+            "goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL"}}}}
+        end = time.time() + 30
+        while True:
+            try:
+                self.address += "/" + self.send("", wanted)["sessionId"]
+                return
+            except OSError:
+                if time.time() > end:
+                    raise
+                time.sleep(0.1)
+
+    def send(self, path, body=None, method=None):
+        request = urllib.request.Request(
+            self.address + path, None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["value"]
+
+    def js(self, script):
+        return self.send("/execute/sync", {"script": script, "args": []})
+
+    def wait(self, script):
+        end = time.time() + 60
+        while not (value := self.js(f"return {script}")):
+            assert time.time() < end, script
+            time.sleep(0.1)
+        return value
+
+    def cdp(self, command, **parameters):
+        self.send("/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def quit(self):
+        self.driver.kill()
+        subprocess.run(["pkill", "-f", self.profile])
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not shutil.which("chromedriver") or not shutil.which("chromium"):
+        pytest.skip("Chromium is not installed")
+    browser = Browser()
+    yield browser
+    browser.quit()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_typing_ticking_and_reading_in_a_browser(width, browser, served, tmp_path):
+    browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=900,
+                deviceScaleFactor=1, mobile=width < 500)
+    browser.send("/url", {"url": served[0]})
+    browser.wait("!!document.querySelector('#sentences textarea')")
+    text = browser.send("/element", {"using": "css selector", "value": "#sentences textarea"})
+    element = f"/element/{next(iter(text.values()))}"
+    browser.send(f"{element}/clear", {})
+    browser.send(f"{element}/value", {"text": "A typed film."})
+    # without the last method
+    browser.js("[...document.querySelectorAll('#methods input')].at(-1).click()")
+    browser.js("document.querySelector('#ask').click()")
+    rows = browser.wait("document.querySelectorAll('#answers td').length && "
+                        "[...document.querySelectorAll('#answers tr')].map(row => row.innerText)")
+    assert "lora_r8" in rows[0] and "adapter" not in rows[0]
+    assert rows[1].startswith("A typed film.") and "ms per sentence" in rows[2]
+    # nothing is wider than the window
+    assert browser.js("return document.documentElement.scrollWidth") <= width
+    browser.js("[...document.querySelectorAll('button[role=tab]')].at(-1).click()")
+    browser.wait("!!document.querySelector('#picture svg') && "
+                 "document.querySelector('#results').innerText.includes('LoRA r=8')")
+    asked = [json.loads(entry["message"])["message"] for entry in
+             browser.send("/se/log", {"type": "performance"})]
+    urls = {m["params"]["request"]["url"] for m in asked
+            if m["method"] == "Network.requestWillBeSent"}
+    assert urls and all(url.startswith((served[0], "data:", "blob:", "chrome")) for url in urls)
+    (tmp_path / "page.png").write_bytes(base64.b64decode(browser.send("/screenshot")))
