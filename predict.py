@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from files import read_json
+from files import check_writable, read_json
 from methods import is_qa as asks_questions
 from settings import Parser, checkpoint_path, result_path
 from start import fail, start
@@ -44,6 +44,10 @@ def check_files(args):
              + ("" if has_questions else ", or be - for stdout"))
     if args.column and (has_questions or str(args.input) == "-" or args.input.suffix == ".txt"):
         fail("--column is for .csv, .tsv and .jsonl")
+    if str(args.to) != "-":
+        if args.to.exists():
+            fail(f"{args.to} is there already; choose another --to")
+        check_writable(args.to.resolve().parent, "--to")
 
 
 def parse_args(argv=None):

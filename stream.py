@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from data import SECOND, Rows, Sentences
-from files import check_writable, fingerprint, read_json, write_json
+from files import fingerprint, read_json, write_json
 from qa import Question, Windows, question_scores, read_squad
 from start import fail, warn
 from tables import STDIN, read_table
@@ -175,15 +175,6 @@ def answered(methods, tokenizer, texts):
 
 # --- the two kinds of input ----------------------------------------------------------------------
 
-def open_output(to, identity):
-    if to == STDOUT:
-        return Pipe()
-    if to.exists():
-        fail(f"{to} is there already; choose another --to")
-    check_writable(to.resolve().parent, "--to")
-    return Part(to, identity)
-
-
 def predict_rows(methods, tokenizer, files, args):
     """Every row of args.input with labels and probabilities, as CSV or JSONL, in args.to."""
     is_stdin, is_json = args.input == STDIN, args.to.suffix == ".jsonl"
@@ -198,7 +189,7 @@ def predict_rows(methods, tokenizer, files, args):
     identity = None if is_stdin else {
         "input": fingerprint([args.input]), "columns": texts,
         "methods": {name: fingerprint([path]) for name, path in files.items()}}
-    out = open_output(args.to, identity)
+    out = Pipe() if args.to == STDOUT else Part(args.to, identity)
     writer = csv.DictWriter(out.file, [*columns, *added], lineterminator="\n")
     if not out.rows and not is_json:
         writer.writeheader()
@@ -237,7 +228,7 @@ def predict_questions(methods, tokenizer, files, args):
     questions = [Question(q["context"], q["question"].strip(), q["answers"]["text"] or [""],
                           None, None) for q in asked]
     identity = {"input": fingerprint([args.input]), "methods": fingerprint(files.values())}
-    out = open_output(args.to, identity)
+    out = Part(args.to, identity)
     with tqdm(total=len(asked), initial=out.rows, unit="question", disable=None) as bar:
         for chunk in chunks_of(questions, out.rows):
             for text, _ in answer(methods[0], tokenizer, chunk):
