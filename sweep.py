@@ -162,7 +162,7 @@ def main(argv):
                 fail(f"a run of {shlex.join(flags)} failed; the same command tries it again")
             full = results if flags == ["--method", "full"] else full
             name = f"{shlex.join(flags[1:])}, {n or 'all'} rows"
-            entries[name] = entry_of(results, scores, rates_from, full)
+            entries[name] = {"command": command()} | entry_of(results, scores, rates_from, full)
             write_json(path, {"command": command(), "entries": entries})
     from plots import draw_sweep  # matplotlib is slow to import
     draw_sweep(args.output, path.stem)

@@ -129,7 +129,7 @@ ELSEWHERE = {
     "docs/measuring.md": {"10,000", "2003", "2017", "109,483,778", "294,912", "1,538", "589,824",
                           "313,344", "2,379,264", "38,400"},
     "docs/speed.md": {"1.16"},  # DoRA's step over LoRA r=16's, from their rounds
-    "docs/use.md": {"8888", "29400"},
+    "docs/use.md": {"8888", "29400", "7860", "2,048"},
 }
 NUMBER = r"(?<![\w.,-])(?:\d{1,3}(?:,\d{3})+|\d+\.\d{2,}|\d{4,})(?![\w]|[.,]\d)"
 SCALES = (1, 100, 1e-3, 1e-6, 1e-9, 1e3, 1 / 60)  # percent, kB, MB, GB, milliseconds, minutes
