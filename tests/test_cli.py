@@ -76,7 +76,7 @@ def test_checkpoints_hold_what_trained_and_answer_on_a_fresh_base_as_the_run_did
         path, result = checkpoint_path(output, s), json.loads(result_path(output, s).read_text())
         about, tensors = checkpoint.read_about(path), checkpoint.read_tensors(path)
         assert about == {"settings": s, "label_names": ["0", "1"], "base": base_hash,
-                         "tokenizer": checkpoint.hash_tokenizer(tokenizer)}
+                         "tokenizer": checkpoint.hash_tokenizer(tokenizer), "pairs": False}
         assert sum(t.numel() for t in tensors.values()) == entry["trainable_params"]
         assert entry["checkpoint_mb"] == path.stat().st_size / 1e6
         device = torch.device("cpu")

@@ -387,7 +387,7 @@ QAS = ("data", 0, "paragraphs", 0, "qas", 0)
     (without("context", "data", 0, "paragraphs", 0),
      r"no key 'context' in data\[0\].paragraphs\[0\]"),
     (without("question", *QAS), r"no key 'question' in data\[0\].paragraphs\[0\].qas\[0\]"),
-    (without("answers", *QAS), r"no key 'answers' in .*qas\[0\]"),
+    (without("answers", *QAS), "question '0-0' has no answer"),
     (without("answer_start", *QAS, "answers", 0), r"no key 'answer_start' in .*qas\[0\].answers"),
     (squad(("it is here", [("where?", "here", "6")])), "'answer_start' in .* is '6', not a int"),
     (squad(("it is here", [("  ", "here", 6)])), "question '0-0' is empty"),

@@ -200,7 +200,7 @@ def test_a_hundred_times_as_many_rows_need_no_more_memory(tmp_path, monkeypatch)
         source.write_text("a film of some length, with some words in it\n" * n)
         args = predict.parse_args(["--input", str(source), "--to", str(tmp_path / f"{n}.csv")])
         tracemalloc.start()
-        stream.predict_rows([], None, {}, args)
+        stream.predict_rows([predict.Method("m", None, {"pairs": False}, 0, 0)], None, {}, args)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 2 * peaks[0] < (tmp_path / "300000.txt").stat().st_size / 4
