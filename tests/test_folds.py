@@ -69,9 +69,11 @@ def test_a_pool_of_one_s_own_and_of_few_rows(tmp_path):
         f"sentence {i}" for i in range(60))
     assert [len(task.validation.labels) for task in tasks] == [6] * 4
     assert all(task.label_names == ["a", "b", "c"] for task in tasks)
-    one_line_exit(lambda: data.load_folder(tmp_path, {"fold": [1, 20]}), "20 folds need 21 rows", "has 20")
+    one_line_exit(lambda: data.load_folder(tmp_path, {"fold": [1, 20]}),
+                  "20 folds need 21 rows", "has 20")
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + rows + "x\td\n" * 3)
-    one_line_exit(lambda: data.load_folder(tmp_path, {"fold": [2, 2]}), "2 folds need 4 rows", "'d' has 3")
+    one_line_exit(lambda: data.load_folder(tmp_path, {"fold": [2, 2]}),
+                  "2 folds need 4 rows", "'d' has 3")
     read = settings("--method", "head", "--data", tmp_path, "--fold", "2/4")
     assert read["fold"] == [2, 4] and "fold" not in settings("--method", "head")
 
