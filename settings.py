@@ -34,6 +34,7 @@ QA_TASKS = ["synthetic", "squad", "squad_pt"]
 # What makes training fast, each with the file it is in; --without NAME leaves it out.
 TRICKS = {"length_groups": "batches of one sentence length (data.py)",
           "cheap_dropout": "16 random bits an element (fast.py)",
+          "kept_memory": "freed memory stays in the process (fast.py)",
           "cls_only": "a last layer for [CLS] alone (fast.py)",
           "half_weights": "frozen weights stored in 16 bits (model.py)",
           "fused_adamw": "AdamW in one pass over memory (train.py)"}
