@@ -6,9 +6,12 @@
 Of three learning rates a method takes the one with the best validation score under the first seed;
 with that one the other seeds run, too. --rates-from N tries them on N training rows instead of on
 all. --methods are names of methods.CASES, or train.py's flags in quotes: "lora --r 64". The runs
-are train.py's, one after the other, and other flags are its flags; what is finished is not run
-again, and --train-rows or --methods of a later call join the table of the earlier ones.
+are train.py's, one after the other, and other flags are its flags. --train-rows or --methods of a
+later call join the table of the earlier ones; what metrics/sweep_NAME.json and sweep_NAME.csv, the
+answers, hold already is not run again, even if another machine ran it.
 """
+import csv
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import read_json, write_json
+from files import read_json, write_csv, write_json
 from methods import CASES, FOLD_STUDY, METHODS, WIDE_RATE, is_qa, label_of, row_of
 from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, settings_of
 from spread import mean_interval, mean_std, paired_bootstrap
@@ -73,25 +76,45 @@ def choose_rate(flags):
     return max(done, key=done.get), scores
 
 
-def difference(results, full):
-    """Test score of a method's results minus full fine-tuning's, of the same seeds, in points, with
-    a 95 % interval over test rows and seeds (of questions: over questions)."""
-    if is_qa(results[0]["settings"]):
-        import qa  # torch is slow to import
-        own, other = (np.mean([qa.question_scores(r["test_predictions"])["f1"] for r in runs], 0)
-                      for runs in (results, full))
-        return mean_interval(own - other)
-    own, other = (np.array([r["test_predictions"] for r in runs]) for runs in (results, full))
-    return paired_bootstrap(own[0, :, 0], own[..., 1], other[..., 1])
+def answers_of(result):
+    """One number a test row: the label's that was predicted, of a question its F1 in percent."""
+    if is_qa(result["settings"]):
+        from qa import question_scores  # torch is slow to import
+        return [round(f1, 4) for f1 in question_scores(result["test_predictions"])["f1"]]
+    return [predicted for _, predicted in result["test_predictions"]]
 
 
-def entry_of(results, scores, rates_from, full):
+def truth_of(result):
+    """{column: what an answer is held against}: the test rows' labels, of questions nothing."""
+    return {} if is_qa(result["settings"]) else {
+        "label": [label for label, _ in result["test_predictions"]]}
+
+
+def columns_of(name, seeds):
+    """The columns of a sweep's CSV that hold its answers, one a seed."""
+    return [f"{name}, seed {seed}" for seed in seeds]
+
+
+def difference(answers, own, full):
+    """Test score of some columns of `answers` minus that of full fine-tuning's, of the same seeds,
+    in points, with a 95 % interval over test rows and seeds (of questions: over questions); None
+    where not all are there."""
+    if own == full or not {*own, *full} <= set(answers):
+        return None
+    method, baseline = (np.array([answers[column] for column in columns])
+                        for columns in (own, full))  # (seeds, test rows)
+    if "label" not in answers:
+        return mean_interval(method.mean(0) - baseline.mean(0))
+    return paired_bootstrap(answers["label"], method, baseline)
+
+
+def entry_of(results, scores, rates_from):
     """What the table holds of one method on one number of rows. results: one a seed."""
     first, name = results[0], score_name(results[0]["settings"])
     entry = {"label": label_of(first["settings"]), "rows": first["rows"], "n": len(results),
              "lr": first["settings"]["lr"], "rates_from": rates_from,
              "tried": [{"lr": lr, "validation": score} for lr, score in scores.items()],
-             "trainable_params": first["trainable_params"]}
+             "trainable_params": first["trainable_params"], "vs_full": None}
     values = {"test": [r[name] for r in results],
               "validation": [validation_score(r) for r in results],
               "minutes": [r["train_time_s"] / 60 for r in results]}
@@ -100,15 +123,16 @@ def entry_of(results, scores, rates_from, full):
     if "exact_match" in first:
         entry["exact_match"] = mean_std([r["exact_match"] for r in results])[0]
     return entry | {
-        "vs_full": difference(results, full) if full and results is not full else None,
         "runs": [{key: r[key] for key in ("settings", "best_epoch", "history", "splits",
                                           "environment")} for r in results]}
 
 
 def held(path, s):
-    """The entries of the sweep at `path`, which a run with the settings `s` would join; ends if
-    they are of another task, model or setting."""
-    there = read_json(path) if path.exists() else {"entries": {}}
+    """({name: entry}, {column: answers}) of the sweep at `path`, which a run with the settings `s`
+    would join; ends if they are of another task, model or setting."""
+    if not path.exists():
+        return {}, {}
+    there = read_json(path)
     if not isinstance(there, dict) or "entries" not in there:
         fail(f"{path} is damaged (not a sweep); delete it")
     for entry in there["entries"].values():
@@ -117,7 +141,19 @@ def held(path, s):
             if s.get(key) != other.get(key):
                 fail(f"{path} holds results of another study ({key} {other.get(key)}, here "
                      f"{s.get(key)}); give this one an --output of its own")
-    return there["entries"]
+    try:
+        with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+            head, *rows = csv.reader(file)
+    except (OSError, ValueError) as e:
+        fail(f"{path.with_suffix('.csv')} is missing or damaged ({e}); delete {path}, too")
+    return there["entries"], {name: [int(x) if name == "label" or "label" in head else float(x)
+                                     for x in column] for name, column in zip(head, zip(*rows))}
+
+
+def is_done(entry, seeds, rates_from):
+    """Whether an entry is of these seeds, with its learning rate tried on this many rows."""
+    return entry is not None and rates_from == entry["rates_from"] and seeds == [
+        run["settings"]["seed"] for run in entry["runs"]]
 
 
 def size(text):
@@ -148,11 +184,14 @@ def main(argv):
     methods, sizes, rates_from, seeds, rest = parse(argv)
     args = read_flags([*rest, "--method", "full"])
     path = args.output / "metrics" / f"sweep_{args.settings['task']}.json"
-    entries = held(path, args.settings)
+    entries, answers = held(path, args.settings)
 
     for n in sizes:
-        rows, full = ["--train-rows", str(n)] if n else [], None
+        rows = ["--train-rows", str(n)] if n else []
         for flags in methods:
+            name = f"{shlex.join(flags[1:])}, {n or 'all'} rows"
+            if is_done(entries.get(name), seeds, rates_from):
+                continue
             common, base = [*rest, *flags], ["--seed", str(seeds[0])]
             tried_on = ["--train-rows", str(rates_from)] if rates_from else rows
             lr, scores = choose_rate([*common, *base, *tried_on])
@@ -160,10 +199,17 @@ def main(argv):
                        for seed in seeds]
             if None in results:
                 fail(f"a run of {shlex.join(flags)} failed; the same command tries it again")
-            full = results if flags == ["--method", "full"] else full
-            name = f"{shlex.join(flags[1:])}, {n or 'all'} rows"
-            entries[name] = {"command": command()} | entry_of(results, scores, rates_from, full)
+            answers |= truth_of(results[0]) | dict(zip(columns_of(name, seeds),
+                                                       map(answers_of, results)))
+            entries[name] = {"command": command(), **entry_of(results, scores, rates_from)}
+            # before the JSON, which says that they are there
+            write_csv(path.with_suffix(".csv"), [dict(zip(answers, row))
+                                                 for row in zip(*answers.values())])
             write_json(path, {"command": command(), "entries": entries})
+    for name, entry in entries.items():
+        own, full = (columns_of(who, seeds) for who in (name, re.sub("^[^,]*", "full", name)))
+        entry["vs_full"] = entry["vs_full"] or difference(answers, own, full)
+    write_json(path, {"command": command(), "entries": entries})
     from plots import draw_sweep  # matplotlib is slow to import
     draw_sweep(args.output, path.stem)
 

@@ -1,5 +1,7 @@
 """Parts of the training rows, whole sentences held out, and the sweep over rates and sizes."""
+import csv
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -206,6 +208,19 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     assert [line.split("|")[1].strip() for line in lines[2:6]] == ["30", "30", "60", "60"]
     one_line_error(run(*command, "--epochs", 1), "another study", "epochs")
 
+    # on another machine, without the runs: the committed files are enough, and nothing is lost
+    path = output / "metrics" / "sweep_mine.json"
+    before, answers = path.read_text(), path.with_suffix(".csv").read_text()
+    shutil.rmtree(output / "metrics" / "runs")
+    assert "== train.py" not in run(*command, "--train-rows", "all", 30).stdout
+    assert json.loads(path.read_text())["entries"] == json.loads(before)["entries"]
+    head, *rows = csv.reader(answers.splitlines())
+    assert head[:2] == ["label", "full, all rows, seed 42"] and len(head) == 9 and len(rows) == 40
+    assert [int(row[2]) for row in rows] == wrong(5).tolist()
+    assert sweep.is_done(entries["full, all rows"], [42, 43], None)
+    assert not sweep.is_done(entries["full, all rows"], [42, 44], None)
+    assert not sweep.is_done(entries["full, all rows"], [42, 43], 30)
+
 
 def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
     flags, _ = swept
@@ -233,12 +248,16 @@ def test_bad_flags_end_before_anything_runs(flags, words, data_dir):
 
 
 def test_questions_are_compared_one_by_one():
-    def result(answers):
-        return {"settings": {"stride": 128},
-                "test_predictions": [[["new york"], answer] for answer in answers]}
+    def answers(texts):
+        return sweep.answers_of({"settings": {"stride": 128}, "test_predictions": [
+            [["new york"], text] for text in texts]})
 
-    vs = sweep.difference([result(["new york", "york"] * 20)], [result(["new york"] * 40)])
-    assert vs["points"] == pytest.approx(-100 / 6) and vs["low"] < vs["points"] < vs["high"] < 0
+    held = {"own": answers(["new york", "york"] * 20), "full": answers(["new york"] * 40)}
+    assert held["own"][:2] == [100, 66.6667]
+    assert sweep.difference(held, ["own"], ["other"]) is None
+    vs = sweep.difference(held, ["own"], ["full"])
+    assert vs["points"] == pytest.approx(-100 / 6, abs=1e-4)
+    assert vs["low"] < vs["points"] < vs["high"] < 0
 
 
 def test_rates_of_another_model_are_around_its_default(tmp_path):
