@@ -36,20 +36,26 @@ def keep_memory():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def dropout_mask(x, p):
-    """A random tensor of x's shape and type: 0 with probability p, else 1 / (1 - p). Obeys
-    torch.manual_seed.
+def random_bits(n):
+    """n random 16-bit integers (n,), int16. Obeys torch.manual_seed.
 
-    torch draws a Bernoulli number per element, which takes longer than a layer's products. Here a
-    64-bit draw gives four elements their 16 random bits u in [0, 65536), and an element is kept if
-    u >= round(65536 p), so that p = 0.1 becomes 0.10001. torch's generator draws only the key of
-    the mask's own stream, SFC64's, which numpy draws from in half of torch's time.
+    torch's generator draws only the key of a stream of SFC64's, of which numpy takes 64 bits in
+    half of torch's time.
     """
-    n, key = x.numel(), torch.empty((), dtype=torch.int64).random_().item()
-    words = np.random.SFC64(key).random_raw(-(-n // 4))
-    bits = torch.from_numpy(words.view(np.int16))[:n]
+    key = torch.empty((), dtype=torch.int64).random_().item()
+    words = np.random.SFC64(key).random_raw(-(-n // 4))  # uint64
+    return torch.from_numpy(words.view(np.int16))[:n]
+
+
+def dropout_mask(x, p):
+    """A random tensor of x's shape and type: 0 with probability p, else 1 / (1 - p).
+
+    torch draws a Bernoulli number per element from a serial generator. Here an element has 16
+    random bits u in [0, 65536), and is kept if u >= round(65536 p), so that p = 0.1 becomes
+    0.10001.
+    """
     # int16 in place; through bool it would take three times as long
-    keep = bits.ge_(round(p * 65536) - 32768).view(x.shape)  # 0 or 1
+    keep = random_bits(x.numel()).ge_(round(p * 65536) - 32768).view(x.shape)  # 0 or 1
     scale = torch.tensor(1 / (1 - p), dtype=x.dtype)
     if x.element_size() == 2:  # 0 or the bits of 1 / (1 - p), as an integer of the same size
         return keep.mul_(scale.view(torch.int16)).view(x.dtype)

@@ -96,6 +96,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import gc
 import math
+from unittest import mock
 
 import torch
 import transformers
@@ -103,6 +104,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import BertConfig, BertForSequenceClassification
 
+import fast
 from lora import replace_modules
 from model import build, trained_tensors
 from plots import draw_ledger
@@ -155,6 +157,11 @@ def stand_in_encoder(model, compute_dtype):
     replace_modules(model.bert.encoder, nn.Linear, lambda linear: NF4StandIn(linear, compute_dtype))
 
 
+def bits_without_numbers(n):
+    """fast.random_bits for fake tensors, which numpy cannot fill: the same bytes."""
+    return torch.empty(-(-n // 4), dtype=torch.int64).view(torch.int16)[:n]
+
+
 def make_model(config, flags, dtype, quantize=None):
     """The model of one method as train.py makes it, in training mode; quantize: instead of
     quant.quantize_encoder."""
@@ -199,7 +206,8 @@ def predict(config, flags, batch_size, max_length, dtype, gb=()):
     with torch.device("meta"):  # trunc_normal_ does not know fake tensors
         model = make_model(config, flags, dtype, stand_in_encoder)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the meta tensors, until they are replaced
+    with (mock.patch.object(fast, "random_bits", bits_without_numbers),
+          FakeTensorMode(allow_non_fake_inputs=True)):  # the meta tensors, until they are replaced
         model.to_empty(device=DEVICE)
         trained = sum(p.numel() for p in trained_tensors(model).values())
         row = {"weights": sum(stored(model).values()), "gradients": 4 * trained,

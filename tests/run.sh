@@ -6,6 +6,14 @@
 set -euo pipefail
 # shellcheck source=../setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
+# gradio is demo.py's alone, and without it the tests of the page are skipped.
+if ! cmp -s "$here/requirements-demo.txt" "$venv/installed-demo.txt"; then
+  if "$python" -m pip install -qq --disable-pip-version-check --no-compile -r "$here/requirements-demo.txt"; then
+    cp "$here/requirements-demo.txt" "$venv/installed-demo.txt"
+  else
+    echo "warning: gradio could not be installed; the tests of demo.py are skipped" >&2
+  fi
+fi
 "$python" "$here/fetch.py"
 "$python" -m ruff check --quiet "$here"
 # Two workers of one thread each: most of the time goes into starting processes, and more threads than cores would wait
