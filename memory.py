@@ -30,16 +30,9 @@ from pathlib import Path
 
 from files import check_writable, write_json
 from methods import CASES
-from settings import DEFAULT_MODEL, Parser, case_label, make_parser, number, settings_of
+from settings import DEFAULT_MODEL, MODELS, Parser, case_label, make_parser, number, settings_of
 from start import command, fail, start
 from studies import PARTS, ledger_caption, markdown_table
-
-MODELS = {  # where they differ from BertConfig's defaults, which are bert-base-uncased
-    DEFAULT_MODEL: {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    "bert-base-uncased": {},
-    "bert-large-uncased": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-                           "intermediate_size": 4096},
-}
 
 
 def fields_of(name):

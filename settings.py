@@ -25,6 +25,14 @@ from start import fail, start
 
 SPLIT_SEED = 42  # splits are the same for every --seed: seeds are compared on the same test rows
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; other names are a folder or a hub id
+# Models whose configuration is known here: where it differs from BertConfig's defaults, which are
+# bert-base-uncased's
+MODELS = {
+    DEFAULT_MODEL: {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+    "bert-base-uncased": {},
+    "bert-large-uncased": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                           "intermediate_size": 4096},
+}
 PORTUGUESE_MODEL = "neuralmind/bert-base-portuguese-cased"  # BERTimbau
 RATED_TASKS = ["movies", "products", "tweets", "editorials"]  # fetch.py brings them, too
 HUB_TASKS = ["sst2", "ag_news", "mrpc", "rte", "qnli"]

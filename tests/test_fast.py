@@ -1,8 +1,12 @@
 """The fast dropout is dropout: right rate, right scale, independent, seeded; the fast attention is
 attention."""
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import METHODS, build, randomize, settings, tiny_bert, tiny_inputs
+from conftest import METHODS, ROOT, build, randomize, settings, tiny_bert, tiny_inputs
 from torch import nn
 
 import fast
@@ -24,6 +28,26 @@ def test_mask_has_the_rate_and_scale_of_dropout(p, dtype):
     for lag in 1, 2, 3, 4:
         both = (flat[lag:] * flat[:-lag]).mean().item()
         assert abs(both - p * p) < 5 * (p * p * (1 - p * p) / n) ** 0.5
+
+
+def test_masks_of_one_seed_and_of_neighbouring_seeds_know_nothing_of_each_other():
+    x, p, masks = torch.empty(1000, 1000), 0.3, []
+    for seed in 0, 1:
+        torch.manual_seed(seed)
+        masks += [(fast.dropout_mask(x, p) == 0).float() for _ in range(3)]
+    n, sd = x.numel(), (p * p * (1 - p * p)) ** 0.5
+    for i, one in enumerate(masks):
+        for other in masks[:i]:
+            assert abs((one * other).mean().item() - p * p) < 5 * sd / n ** 0.5
+
+
+def test_random_bits_are_uniform():
+    torch.manual_seed(0)
+    counts = torch.bincount(fast.random_bits(65536 * 64).long() + 32768, minlength=65536)
+    # chi squared with 65,535 degrees of freedom: five standard deviations of sqrt(2 * 65,535)
+    assert abs(((counts - 64) ** 2 / 64).sum().item() - 65535) < 5 * 362
+    for n in 0, 1, 2, 3, 5:
+        assert fast.random_bits(n).shape == (n,)
 
 
 def test_mask_obeys_the_seed():
@@ -75,6 +99,33 @@ def test_each_trick_can_be_left_out_and_changes_no_answer(without):
         assert torch.allclose(p.grad, trained_tensors(less)[name].grad, atol=1e-5), name
     less.train()
     assert not torch.allclose(less(**tiny_inputs()).logits, less(**tiny_inputs()).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("without", [[], ["kept_memory"]])
+def test_memory_is_kept_unless_it_is_left_out(without, monkeypatch):
+    calls = []
+    monkeypatch.setattr(fast, "keep_memory", lambda: calls.append(1))
+    fast.install(tiny_bert(), without)
+    assert len(calls) == (not without)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_kept_memory_is_not_mapped_anew():
+    code = """if True:
+        import resource, sys, torch, fast
+        if "keep" in sys.argv:
+            fast.keep_memory()
+        faults = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(faults[-1])
+    """
+    kept, usual = (int(subprocess.run([sys.executable, "-c", code, word], cwd=ROOT, check=True,
+                                      capture_output=True, text=True).stdout)
+                   for word in ("keep", "-"))
+    assert kept < 10 < usual
 
 
 @pytest.mark.parametrize("method", ["lora", "houlsby", "pfeiffer"])
