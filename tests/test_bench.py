@@ -1,5 +1,5 @@
-"""bench.py end to end on a tiny model, its arithmetic on made-up times, and the flags that
-it refuses."""
+"""bench.py end to end on a tiny model, growth.py on one that is a configuration alone, their
+arithmetic on made-up times, and the flags that they refuse."""
 import json
 import sys
 
@@ -9,6 +9,7 @@ from conftest import ROOT, one_line_error, run, save_small_bert
 
 import bench
 import data
+import growth
 import timing
 from methods import CASES
 from settings import TRICKS
@@ -104,3 +105,64 @@ def test_bench_measures_every_method(data_dir, tmp_path):
     (["--task", "synthetic"], ["sentence"]), (["--epochs", 0], ["--epochs"])])
 def test_bad_flags(flags, words):
     one_line_error(run(sys.executable, ROOT / "bench.py", *flags), *words)
+
+
+# --- random rows of one length --------------------------------------------------------------------
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """train.py's flags for a small model of which nothing but the configuration is known."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 64, "vocab_size": 99}
+    monkeypatch.setitem(timing.MODELS, "tiny", fields)
+    return ["--model", "tiny", "--max-length", "12"]
+
+
+def test_random_rows_train_without_anything_to_download(tiny):
+    place = timing.load(tiny, 6)
+    args = timing.make_parser().parse_args([*tiny, "--method", "lora", "--batch-size", "2"])
+    run_round, batches = timing.PREPARE["train"](args, place)
+    assert [len(batch) for batch in batches] == [2, 2, 2] and run_round() > 0
+    inputs = place.split.collate(batches[0])
+    assert inputs["input_ids"].shape == (2, 12) and inputs["attention_mask"].all()
+    longer = timing.load([*tiny, "--max-length", "24"], 6)
+    twice, _ = timing.PREPARE["train"](args, longer)
+    # less than twice: the last layer computes the first token alone
+    assert timing.flops_of(twice) > 1.6 * timing.flops_of(run_round)
+
+
+def test_what_to_expect_of_a_model_is_a_table_and_a_figure(tmp_path, monkeypatch):
+    def measured(cases, argv, random_rows):
+        length = int(argv[argv.index("--max-length") + 1])
+        asked.append((length, random_rows))
+        rows = {name: random_rows for name in cases}
+        # full fine-tuning takes twice as long
+        return ({name: [0.1 * length * (1 + (case.flags.split()[1] == "full"))] * 3
+                 for name, case in cases.items()},
+                {name: (1e9 * length, 1, n) for name, n in rows.items()})
+
+    asked = []
+    monkeypatch.setattr(growth, "measure", measured)
+    monkeypatch.setattr(growth, "matmul_rate", lambda *_: 1e11)
+    growth.main(*growth.parse_args(["--output", str(tmp_path)]))
+    result = json.loads((tmp_path / "metrics" / "growth_all-MiniLM-L6-v2.json").read_text())
+    assert asked[:3] == [(32, 32), (128, 32), (512, 8)] and (512, 8) in asked[3:]
+    assert {p["batch_size"] * p["length"] <= growth.MOST for p in result["grid"]} == {True}
+    part = result["lengths"]["128"]
+    assert part["batch_size"] == 32 and set(part["methods"]) == set(CASES)
+    lora, full = part["methods"]["lora_r8"], part["methods"]["full"]
+    assert lora["vs_full"] == [2, 2, 2] and lora["ms_per_sentence"] == pytest.approx(400)
+    assert lora["bound_ms"] == pytest.approx(1000 * 128e9 / 32 / 1e11)
+    assert lora["bytes"] < full["bytes"]
+    table = (tmp_path / "figures" / "growth_all-MiniLM-L6-v2.md").read_text()
+    row, = (line for line in table.splitlines() if line.startswith("| LoRA r=8 |"))
+    assert [cell.strip() for cell in row.split("|")][5:7] == ["2.50", "2.00"]
+    assert (tmp_path / "figures" / "growth_all-MiniLM-L6-v2.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "bert-base-uncased", "--max-length", 64], ["--max-length"]),
+    (["--model", "bert-base-uncased", "--tricks"], ["--tricks"])])
+def test_bad_flags_of_a_model_without_weights(flags, words):
+    one_line_error(run(sys.executable, ROOT / "bench.py", *flags), *words)
+    one_line_error(run(sys.executable, ROOT / "growth.py", "--model", "other"), "other", "large")
