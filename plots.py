@@ -294,7 +294,7 @@ def grid_time(runs, path):
                     label=f"{name}, {short(lr)}")
     ax.set(xlabel="training time (min, evaluation excluded)", ylabel="test F1 (%)", xlim=(0, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
-    fig.suptitle(study(list(runs.values())), fontsize=9)
+    fig.suptitle(textwrap.fill(study(list(runs.values())), 110), fontsize=9)
     save(fig, path)
 
 

@@ -118,7 +118,7 @@ import torch
 
 import stream
 from checkpoint import attach, check_tokenizer, file_of, hash_base, read_about
-from model import load_pretrained
+from model import load_pretrained, place
 from qa import Question
 from studies import best_of, rows_of
 
@@ -275,8 +275,8 @@ def main(args):
         fail(f"{methods[0].name} was trained on pairs of sentences; --input FILE with the columns "
              "sentence and sentence2 asks it")
     if args.input:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        methods = [method._replace(model=method.model.to(device)) for method in methods]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        methods = [method._replace(model=place(method.model, device)) for method in methods]
         ask = stream.predict_questions if is_qa else stream.predict_rows
         ask(methods, tokenizer, files, args)
     elif is_qa:

@@ -30,10 +30,12 @@ def parse_name(name):
         return None
     rest = name[:rate.start()] + " " + name[rate.end():]
     epochs = re.search(r"(?<![a-z\d])(?:epochs?[-_ ]?(\d+)|(\d+)[-_ ]?epochs?)(?![a-z\d])", rest)
-    methods = [METHODS[word] for word in re.findall("[a-z]+", rest) if word in METHODS]
-    if not epochs or len(set(methods)) != 1:
+    words = {word for word in re.findall("[a-z]+", rest) if word in METHODS}
+    if len(words) > 1:  # lora_bert-base_epoch-3_lr_2e-4
+        words.discard("base")
+    if not epochs or len(words) != 1:
         return None
-    return methods[0], int(epochs[1] or epochs[2]), float(rate[0])
+    return METHODS[words.pop()], int(epochs[1] or epochs[2]), float(rate[0])
 
 
 def find_state(folder):

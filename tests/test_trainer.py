@@ -18,6 +18,8 @@ import trainer
     ("qdora_epoch-2_lr_2e-4", ("qdora", 2, 2e-4)), ("QLoRA_lr_2e-4_epochs_3", ("qlora", 3, 2e-4)),
     ("dora_3epochs_lr_0.0002", ("dora", 3, 2e-4)), ("base_qa_12_epochs_5e-05", ("full", 12, 5e-5)),
     ("lora_lr-4.25e-5_epoch3", ("lora", 3, 4.25e-5)), ("loraplus_epoch-3_lr_2e-4", None),
+    ("qlora_bert-base_epoch-3_lr_2e-4", ("qlora", 3, 2e-4)),
+    ("bert-base_epoch-3_lr_2e-4", ("full", 3, 2e-4)),
     ("lora_qlora_epoch-2_lr_2e-4", None), ("epoch-3_lr_2e-4", None), ("lora_epoch-3", None),
     ("lora_lr_2e-4", None), ("logs", None)])
 def test_names_are_recognised_exactly(name, parsed):
