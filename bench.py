@@ -113,8 +113,10 @@ def markdown(bench):
 def has_effect(trick, method, bench):
     """Whether a trick does anything for a method where the bench ran; otherwise the numbers show
     the noise."""
+    if trick in ("half_weights", "cast_once") and bench["environment"]["amp"] == "off":
+        return False
     if trick == "half_weights":
-        return method != "full" and bench["environment"]["amp"] != "off"
+        return method != "full"
     return trick not in ("cheap_dropout", "cls_only") or "CPU" in bench["environment"]["device"]
 
 

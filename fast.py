@@ -83,6 +83,17 @@ AttentionInterface.register("fast_cpu", attention)
 AttentionMaskInterface.register("fast_cpu", eager_mask)
 
 
+def as_multiplied(x):
+    """x in the type in which autocast has it multiplied."""
+    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+
+
+def cast_once(module, inputs):
+    """A hook before BertSelfAttention.forward: query, key and value would otherwise each cast the
+    same hidden states, and LoRA's branches draw their masks for the wider type."""
+    return as_multiplied(inputs[0]), *inputs[1:]
+
+
 def cls_forward(layer, hidden, attention_mask=None, *_, **__):
     """BertLayer.forward for a last layer of which only the first token, [CLS], is read afterwards.
 
@@ -91,6 +102,8 @@ def cls_forward(layer, hidden, attention_mask=None, *_, **__):
     hidden^2 products fewer for other tokens.
     """
     attention_module, cls = layer.attention.self, hidden[:, :1]
+    for hook in attention_module._forward_pre_hooks.values():  # it is not called as a whole here
+        hidden, = hook(attention_module, (hidden,))
 
     def heads(x):  # (batch, tokens, hidden) -> (batch, heads, tokens, d)
         return x.unflatten(-1, (attention_module.num_attention_heads, -1)).transpose(1, 2)
@@ -111,6 +124,9 @@ def install(model, without=()):
     and their names stay as they are. without: names of settings.TRICKS to leave out."""
     if "kept_memory" not in without:
         keep_memory()
+    if "cast_once" not in without:
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.register_forward_pre_hook(cast_once)
     reads_all = model.bert.pooler is None  # question answering
     if "cls_only" not in without and not reads_all:
         last = model.bert.encoder.layer[-1]

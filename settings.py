@@ -44,6 +44,7 @@ TRICKS = {"length_groups": "batches of one sentence length (data.py)",
           "cheap_dropout": "16 random bits an element (fast.py)",
           "kept_memory": "freed memory stays in the process (fast.py)",
           "cls_only": "a last layer for [CLS] alone (fast.py)",
+          "cast_once": "one cast to 16 bits for query, key and value (fast.py)",
           "half_weights": "frozen weights stored in 16 bits (model.py)",
           "fused_adamw": "AdamW in one pass over memory (train.py)"}
 

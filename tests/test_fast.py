@@ -101,6 +101,29 @@ def test_each_trick_can_be_left_out_and_changes_no_answer(without):
     assert not torch.allclose(less(**tiny_inputs()).logits, less(**tiny_inputs()).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "houlsby"])
+def test_one_cast_gives_the_same_bits_as_three(method):
+    once, thrice = (randomize(build(method)) for _ in range(2))
+    fast.install(once)
+    fast.install(thrice, ["cast_once"])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = [model(**tiny_inputs()) for model in (once, thrice)]
+    assert torch.equal(out[0].logits, out[1].logits)
+    for o in out:
+        o.loss.backward()
+    one, three = (torch.cat([p.grad.flatten() for p in trained_tensors(model).values()])
+                  for model in (once, thrice))
+    # the three's gradients are added up in 16 bits
+    assert one.any() and (one - three).norm() < 0.01 * three.norm()
+    seen = []
+    for model in once, thrice:
+        query = model.bert.encoder.layer[0].attention.self.query
+        query.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**tiny_inputs())
+    assert seen == [torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize("without", [[], ["kept_memory"]])
 def test_memory_is_kept_unless_it_is_left_out(without, monkeypatch):
     calls = []
