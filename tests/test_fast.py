@@ -1,5 +1,6 @@
 """The fast dropout is dropout: right rate, right scale, independent, seeded; the fast attention is
 attention."""
+import contextlib
 import platform
 import subprocess
 import sys
@@ -10,7 +11,12 @@ from conftest import METHODS, ROOT, build, randomize, settings, tiny_bert, tiny_
 from torch import nn
 
 import fast
+import methods
 from model import apply_method, trained_tensors
+from model import build as build_model
+from settings import TRICKS
+from timing import RandomRows
+from train import make_optimizer, step
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -177,6 +183,28 @@ def test_dora_on_16_bit_weights_starts_as_these_weights():
     layer = model.bert.encoder.layer[0].attention.self.query
     assert layer.base.weight.dtype is torch.bfloat16 and layer.magnitude.dtype is torch.float32
     assert torch.equal(layer.magnitude, layer.row_norms())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "houlsby"])
+def test_no_trick_changes_the_losses_of_20_steps(method):
+    losses = {}
+    for without in (), tuple(TRICKS):
+        model, cpu = tiny_bert(), torch.device("cpu")
+        flags = ["--dropout", 0] if "dropout" in methods.METHODS[method].flags else []
+        s = settings(*METHODS[method], *flags) | {"without": without, "max_length": 16}
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        torch.manual_seed(0)
+        model = build_model(model, s, cpu).train()
+        split = RandomRows(80, model.config, s)
+        optimizer = make_optimizer(list(trained_tensors(model).values()), 1e-3,
+                                   fused="fused_adamw" not in without)
+        scaler, batches = torch.amp.GradScaler("cpu", enabled=False), torch.arange(80).view(20, 4)
+        losses[without] = [step(model, optimizer, split, batch.numpy(), cpu,
+                                contextlib.nullcontext(), scaler).item() for batch in batches]
+    quick, plain = losses.values()
+    assert len(set(quick)) == 20 and quick == pytest.approx(plain, abs=1e-5)
 
 
 def test_attention_weights_are_dropped():
