@@ -70,6 +70,11 @@ def file_of(path):
     return path / peft_format.TENSORS if path.is_dir() else path
 
 
+def files_of(path):
+    """All files of a checkpoint: its own, or of a folder peft's."""
+    return [file_of(path), *[path / peft_format.CONFIG] * path.is_dir()]
+
+
 def read(path, get):
     """get(file) of an open file, or one line on stderr."""
     try:

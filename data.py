@@ -210,6 +210,8 @@ def read_file(path, text="sentence", label="label"):
     for start, row in read_table(path, (text, label)):
         sentence = read_text(path, start, row, text)
         pair = (sentence, read_text(path, start, row, SECOND)) if SECOND in row else None
+        if rows.sentences and isinstance(rows.sentences[0], tuple) != bool(pair):
+            fail(f"{path}, line {start}: {'a' if pair else 'no'} {SECOND}, unlike the first row")
         # a .jsonl's labels may be numbers
         name = row[label] if isinstance(row[label], str) else json.dumps(row[label])
         if not sentence or not name.strip() or pair and not pair[1] or row[label] is None:

@@ -24,6 +24,8 @@ def parse_args(argv=None):
     p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
                    help="train.py's --output, with metrics/ and checkpoints/ (default: beside this "
                         "file)")
+    p.add_argument("--model", metavar="FOLDER",
+                   help="where the base is, if it was a folder (default: as in training)")
     p.add_argument("--port", type=number(int, 1, 65535), default=7860, metavar="N",
                    help="of 127.0.0.1 (default: 7860)")
     return p.parse_args(argv)
@@ -41,7 +43,7 @@ from matplotlib.figure import Figure
 from starlette.middleware import Middleware
 
 import predict
-from checkpoint import attach
+from checkpoint import attach, read_about
 from plots import STYLE
 from studies import entry_label, memory_key
 
@@ -106,12 +108,15 @@ def note(text):
 class Study:
     """The trained methods of one study on their base, or why there are none (`missing`)."""
 
-    def __init__(self, output, is_qa):
+    def __init__(self, output, is_qa, model=None):
         self.files, self.missing = {}, ""
         try:
             self.files = predict.find(output, is_qa)
-            self.tokenizer, self.base, self.base_hash = predict.load_base(
-                next(iter(self.files.values())))
+            first = next(iter(self.files.values()))
+            if read_about(first)["pairs"]:
+                fail("these methods were trained on pairs of sentences; predict.py --input asks "
+                     "them")
+            self.tokenizer, self.base, self.base_hash = predict.load_base(first, model)
         except SystemExit as e:
             self.files, self.missing = {}, str(e.code).removeprefix("error: ")
 
@@ -250,9 +255,9 @@ def draw(entries, cost):
     return f'<div class="picture">{svg}</div>'
 
 
-def make_page(output):
+def make_page(output, model=None):
     """The gradio.Blocks of the page."""
-    sentences, questions = Study(output, False), Study(output, True)
+    sentences, questions = (Study(output, is_qa, model) for is_qa in (False, True))
     entries = load_results(output)
     with gradio.Blocks(title="What do I lose if I don't fine-tune all of BERT?",
                        analytics_enabled=False) as page:
@@ -302,7 +307,7 @@ def launch(page, port, wait=True):
 
 
 def main(args):
-    page = make_page(args.output)
+    page = make_page(args.output, args.model)
     print(f"http://127.0.0.1:{args.port}   (Ctrl-C ends it)", flush=True)
     launch(page, args.port)
 

@@ -17,7 +17,7 @@ from files import check_writable, read_json, write_csv, write_json
 from methods import is_qa
 from settings import DEFAULT_MODEL, Parser, make_parser, model_of, settings_of
 from spread import mean_interval
-from start import fail, start, warn
+from start import command, fail, start, warn
 from studies import (
     GRID_RUNS,
     SYNTHETIC_RUNS,
@@ -93,7 +93,7 @@ def bring_trainer(argv):
     merged = args.output / "metrics" / "grid.json"
     if merged.exists() and not all("trainer" in held for held in read_json(merged).values()):
         fail(f"{merged} holds runs that train.py made; choose another --output")
-    write(args.output, results)
+    write(args.output, {name: result | {"command": command()} for name, result in results.items()})
     if missing:
         print(f"missing: {', '.join(missing)}")
 

@@ -23,6 +23,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, LAYERS = "base_model.model.", "bert.encoder.layer."
 ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 HUB_NAME = f"sentence-transformers/{DEFAULT_MODEL}"  # the same weights as fetch.py's
+TASK_TYPES = {"classifier.": "SEQ_CLS", "qa_outputs.": "QUESTION_ANS"}  # by the head
 # what peft's LoRA may have and ours has not
 FOREIGN = ("rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "use_qalora",
            "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
@@ -55,11 +56,12 @@ def make_config(s, names=()):
         fail(f"{label_of(s)} has no place in peft's format of LoRA; --format merged exports what "
              "can be merged")
     has_questions = "stride" in s
-    return {"peft_type": "LORA", "task_type": "QUESTION_ANS" if has_questions else "SEQ_CLS",
+    head = "qa_outputs" if has_questions else "classifier"
+    return {"peft_type": "LORA", "task_type": TASK_TYPES[f"{head}."],
             "base_model_name_or_path": HUB_NAME if s["model"] == DEFAULT_MODEL else s["model"],
             "r": s["r"], "lora_alpha": s["alpha"], "lora_dropout": s["dropout"],
             "target_modules": list(TARGETS[s.get("targets", DEFAULT_TARGETS)]),
-            "modules_to_save": ["qa_outputs" if has_questions else "classifier",
+            "modules_to_save": [head,
                                 # a new one, where the base has none
                                 *["pooler"] * any(".pooler." in name for name in names)],
             "use_dora": "magnitude" in row.adds, "use_rslora": False, "bias": "none",
@@ -83,6 +85,8 @@ def read_config(folder):
         fail(f"{folder} is peft's {kind}; LoRA and DoRA alone are read")
     if not isinstance(r, int) or not isinstance(alpha, (int, float)) or r < 1 or alpha <= 0:
         fail(f"{path}: r is {r} and lora_alpha {alpha}")
+    if config.get("task_type") not in (*TASK_TYPES.values(), None):
+        fail(f"{folder} is for {config['task_type']}; {' and '.join(TASK_TYPES.values())} are read")
     if found := [key for key in FOREIGN if config.get(key)]:
         fail(f"{folder}: {found[0]} is not supported")
     if config.get("bias", "none") != "none":
@@ -122,6 +126,10 @@ def make_about(folder, shapes, metadata):
              "it answers is not in it")
     n_labels = shapes[f"{PREFIX}{heads[0]}weight"][0]
     has_questions = heads[0] == "qa_outputs."
+    if config.get("task_type") not in (TASK_TYPES[heads[0]], None):
+        fail(f"{folder} is for {config['task_type']}, but its head is {heads[0]}weight")
+    if n_labels < 2:
+        fail(f"{folder} has a head with one output, a regression's, which is not supported")
     try:
         known = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
         before = known.get("settings", {})

@@ -292,7 +292,9 @@ def grid_time(runs, path):
             ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker,
                     color=color, markersize=8, fillstyle="full" if lr == rates[-1] else "none",
                     label=f"{name}, {short(lr)}")
-    ax.set(xlabel="training time (min, evaluation excluded)", ylabel="test F1 (%)", xlim=(0, None))
+    by_trainer = any("trainer" in run for run in runs.values())
+    ax.set(xlabel=f"training time (min, evaluation {'in' if by_trainer else 'ex'}cluded)",
+           ylabel="test F1 (%)", xlim=(0, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
     fig.suptitle(textwrap.fill(study(list(runs.values())), 110), fontsize=9)
     save(fig, path)

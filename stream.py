@@ -9,11 +9,13 @@ import csv
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from checkpoint import files_of
 from data import SECOND, Rows, Sentences
 from files import fingerprint, read_json, write_json
 from qa import Question, Windows, question_scores, read_squad
@@ -72,18 +74,20 @@ def chunks_of(rows, skip):
 
 
 class Part:
-    """The rows of an output that are there so far, in a file beside it. identity: what they are
-    of."""
+    """The rows of an output that are there so far, in a file beside it. identity: what they are of;
+    rows: how many there are; counts: what else is counted."""
 
     def __init__(self, to, identity):
-        self.to, self.identity, self.rows = to, identity, 0
+        self.to, self.identity, self.rows, self.counts = to, identity, 0, Counter()
         self.path, self.progress = (to.with_name(to.name + end) for end in (".part", ".progress"))
         before = read_json(self.progress) if self.progress.exists() else {}
         size = self.path.stat().st_size if self.path.exists() else -1
         if identity and before.get("of") == identity and size >= before["bytes"]:
-            self.rows = before["rows"]
+            self.rows, self.counts = before["rows"], Counter(before["counts"])
             os.truncate(self.path, before["bytes"])  # what was half-written
             print(f"going on after {self.rows:,} rows", file=sys.stderr)
+        else:
+            self.progress.unlink(missing_ok=True)  # it speaks of another part
         self.file = open(self.path, "a" if self.rows else "w", encoding="utf-8", newline="")
 
     def keep(self, n):
@@ -93,7 +97,7 @@ class Part:
         os.fsync(self.file.fileno())
         if self.identity:
             write_json(self.progress, {"of": self.identity, "rows": self.rows,
-                                       "bytes": self.path.stat().st_size})
+                                       "counts": self.counts, "bytes": self.path.stat().st_size})
 
     def finish(self, make=None):
         """Put the part in the place of the output; make(part file): what is put there instead."""
@@ -110,7 +114,7 @@ class Pipe:
     """The same for stdout, which keeps nothing."""
 
     def __init__(self):
-        self.rows, self.file = 0, sys.stdout
+        self.rows, self.file, self.counts = 0, sys.stdout, Counter()
 
     def keep(self, n):
         self.file.flush()
@@ -158,7 +162,8 @@ def is_empty(text):
 
 
 def answered(methods, tokenizer, texts):
-    """(a dict of label_columns a text, how many texts were cut). An empty text has no label."""
+    """(a dict of label_columns a text, how many texts were cut, at most). An empty text has no
+    label."""
     rows, most_cut = [{} for _ in texts], 0
     for method in methods:
         labels = method.about["label_names"]
@@ -188,33 +193,37 @@ def predict_rows(methods, tokenizer, files, args):
         fail(f"{args.input} has a column {both[0]!r} already, which a method is called")
     identity = None if is_stdin else {
         "input": fingerprint([args.input]), "columns": texts,
-        "methods": {name: fingerprint([path]) for name, path in files.items()}}
+        "methods": {name: fingerprint(files_of(path)) for name, path in files.items()}}
     out = Pipe() if args.to == STDOUT else Part(args.to, identity)
-    writer = csv.DictWriter(out.file, [*columns, *added], lineterminator="\n")
+    writer, careful = (csv.writer(out.file, lineterminator="\n", quoting=quoting)
+                       for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
     if not out.rows and not is_json:
-        writer.writeheader()
+        writer.writerow([*columns, *added])
 
-    n_empty = n_cut = 0
     with tqdm(total=n, initial=out.rows, unit="row", disable=None) as bar:
         for chunk in chunks_of((row for _, row in read_table(args.input)), out.rows):
             asked = [tuple(row[name] for name in texts) if has_pairs else row[texts[0]]
                      for row in chunk]
             labels, cut = answered(methods, tokenizer, asked)
-            n_cut, n_empty = n_cut + cut, n_empty + sum(map(is_empty, asked))
+            out.counts.update(cut=cut, empty=sum(map(is_empty, asked)))
             for row, own in zip(chunk, labels):
                 if is_json:
                     out.file.write(json.dumps(row | own, ensure_ascii=False) + "\n")
                 else:
-                    writer.writerow({name: json.dumps(value, ensure_ascii=False)
-                                     if isinstance(value, (dict, list)) else value
-                                     for name, value in (row | own).items()})
+                    cells = [json.dumps(value, ensure_ascii=False)
+                             if isinstance(value, (dict, list)) else value
+                             for value in map((row | own).get, [*columns, *added])]
+                    # csv leaves a lone carriage return unquoted, which ends a row when it is read
+                    has_return = any("\r" in cell for cell in cells if isinstance(cell, str))
+                    (careful if has_return else writer).writerow(cells)
             out.keep(len(chunk))
             bar.update(len(chunk))
     out.finish()
-    if n_empty:
-        warn(f"{n_empty:,} texts are empty and have no label")
-    if n_cut:
-        warn(f"{n_cut:,} texts were cut at the {methods[0].about['settings']['max_length']} tokens "
+    if out.counts["empty"]:
+        warn(f"{out.counts['empty']:,} texts are empty and have no label")
+    if out.counts["cut"]:
+        lengths = sorted({method.about["settings"]["max_length"] for method in methods})
+        warn(f"{out.counts['cut']:,} texts were cut at the {' or '.join(map(str, lengths))} tokens "
              "that training had")
 
 
@@ -225,9 +234,14 @@ def predict_questions(methods, tokenizer, files, args):
         fail(f"an answer file is of one method; --method NAME chooses among "
              f"{', '.join(method.name for method in methods)}")
     asked = read_squad(args.input)
+    name, n = Counter(q["id"] for q in asked).most_common(1)[0]
+    if n > 1:
+        fail(f"{args.input}: {n} questions have the id {name!r}, and an answer file tells them by "
+             "it")
     questions = [Question(q["context"], q["question"].strip(), q["answers"]["text"] or [""],
                           None, None) for q in asked]
-    identity = {"input": fingerprint([args.input]), "methods": fingerprint(files.values())}
+    (path,) = files.values()
+    identity = {"input": fingerprint([args.input]), "methods": fingerprint(files_of(path))}
     out = Part(args.to, identity)
     with tqdm(total=len(asked), initial=out.rows, unit="question", disable=None) as bar:
         for chunk in chunks_of(questions, out.rows):

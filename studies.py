@@ -40,7 +40,7 @@ SYNTHETIC_RUNS = twenty_runs(("1e-4", "5e-5"), ("1e-3", "5e-4"))
 
 
 def is_synthetic(s):
-    return s["task"] == "synthetic" and not s["data_sha256"]
+    return "generator" in s
 
 
 def grid_runs(s):
@@ -203,7 +203,7 @@ def study(runs):
 def command_of(script, run, seeds=()):
     """The command that made a study, told from one of its runs: its data, its model, its seeds."""
     if "trainer" in run:
-        return shlex.join(["python", "grid.py", "--trainer", run["trainer"]])
+        return run["command"]
     s, task = run["settings"], "synthetic" if is_qa(run["settings"]) else "movies"
     data = (["--data", s["task"]] if s["data_sha256"]
             else ["--task", s["task"]] * (s["task"] != task))
@@ -364,7 +364,8 @@ def sweep_caption(sweep):
     seeds = ", ".join(map(str, sorted({run["settings"]["seed"] for run in runs})))
     return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seeds {seeds}, {where['device']}, "
             f"amp {where['amp']}; each learning rate is the best of three by validation; [ ] is a "
-            "95 % interval, by a paired bootstrap over test rows and seeds")
+            "95 % interval, by a paired bootstrap over test "
+            + ("questions, their mean over seeds" if is_qa(s) else "rows and seeds"))
 
 
 def sweep_markdown(sweep):

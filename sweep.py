@@ -1,6 +1,6 @@
 """Each method's learning rate by validation, then its test score, on growing parts of the data.
 
-    python sweep.py --data DIR                         seven methods on your own files
+    python sweep.py --data DIR                         eight methods on your own files
     python sweep.py --data DIR --train-rows 1000 4000 all --seeds 42 43 44 --methods full lora_r16
 
 Of three learning rates a method takes the one with the best validation score under the first seed;
@@ -150,10 +150,17 @@ def held(path, s):
                                      for x in column] for name, column in zip(head, zip(*rows))}
 
 
-def is_done(entry, seeds, rates_from):
-    """Whether an entry is of these seeds, with its learning rate tried on this many rows."""
-    return entry is not None and rates_from == entry["rates_from"] and seeds == [
-        run["settings"]["seed"] for run in entry["runs"]]
+def seeds_of(entry):
+    return [run["settings"]["seed"] for run in entry["runs"]]
+
+
+def is_done(entry, seeds, rates_from, s):
+    """Whether an entry is of these seeds, its learning rate tried on this many rows, and its method
+    that of the settings `s`."""
+    if entry is None or entry["rates_from"] != rates_from or seeds_of(entry) != seeds:
+        return False
+    own = entry["runs"][0]["settings"]
+    return all(own.get(key) == s.get(key) for key in FREE - {"lr", "seed", "train_rows"})
 
 
 def size(text):
@@ -173,8 +180,14 @@ def parse(argv):
     seeds, rest = split_seeds(rest)
     methods = [shlex.split(CASES[name].flags if name in CASES else f"--method {name}")
                for name in known.methods]
+    common = read_flags([*rest, "--method", "full"]).settings
     for flags in methods:  # a bad flag ends here, not in the first run
-        read_flags([*rest, *flags])
+        refuse(["--lr", "--seed", "--fold", "--train-rows"], flags, "does not belong to a method")
+        s = read_flags([*rest, *flags]).settings
+        if other := [key for key in (s.keys() | common.keys()) - FREE if s.get(key) !=
+                     common.get(key)]:
+            fail(f"--methods {shlex.join(flags[1:])!r}: {other[0].replace('_', ' ')} must be the "
+                 "same for all methods")
     return methods, known.train_rows, known.rates_from, seeds, rest
 
 
@@ -190,7 +203,8 @@ def main(argv):
         rows = ["--train-rows", str(n)] if n else []
         for flags in methods:
             name = f"{shlex.join(flags[1:])}, {n or 'all'} rows"
-            if is_done(entries.get(name), seeds, rates_from):
+            s = read_flags([*rest, *flags]).settings
+            if is_done(entries.get(name), seeds, rates_from, s):
                 continue
             common, base = [*rest, *flags], ["--seed", str(seeds[0])]
             tried_on = ["--train-rows", str(rates_from)] if rates_from else rows
@@ -207,8 +221,9 @@ def main(argv):
                                                  for row in zip(*answers.values())])
             write_json(path, {"command": command(), "entries": entries})
     for name, entry in entries.items():
-        own, full = (columns_of(who, seeds) for who in (name, re.sub("^[^,]*", "full", name)))
-        entry["vs_full"] = entry["vs_full"] or difference(answers, own, full)
+        own, full = (columns_of(who, seeds_of(entry))
+                     for who in (name, re.sub("^[^,]*", "full", name)))
+        entry["vs_full"] = difference(answers, own, full)
     write_json(path, {"command": command(), "entries": entries})
     from plots import draw_sweep  # matplotlib is slow to import
     draw_sweep(args.output, path.stem)

@@ -17,7 +17,7 @@ def check_header(path, header, needed):
     for column in needed:
         if column not in header:
             fail(f"{path} has no column {column!r}; its first line is {','.join(header)!r}")
-    if twice := [name for name in header if name and header.count(name) > 1]:
+    if twice := [name for name in header if header.count(name) > 1]:
         fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} times")
 
 
@@ -71,6 +71,10 @@ def read_table(path, needed=()):
     with the line of a row that does not fit, and where a column that is `needed` is not there."""
     try:
         if path == STDIN:
+            if sys.stdin is None:
+                fail("stdin is closed")
+            if hasattr(sys.stdin, "reconfigure"):  # some locales let through what is not UTF-8
+                sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
             for n, line in enumerate(sys.stdin, 1):
                 yield n, {"text": line.rstrip("\r\n")}
             return

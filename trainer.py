@@ -6,8 +6,9 @@ Every folder in FOLDER is a run, told by its name, however it is written, if it 
 number of epochs and a learning rate: 2_epochs_base_qa_2e-4 (base is full fine-tuning),
 lora-epoch-3_lr_4.25e-05, qdora_epoch-2_lr_2e-4. Scores are the eval_f1 and eval_exact_match of its
 trainer_state.json, or of that in its last checkpoint-N: the evaluation with the best F1, and the
-last one. The time is Trainer's train_runtime; where that is not written, the one from the first to
-the last event in tensorboard's files, if tensorboard is installed; never that of file dates.
+last one. The time is Trainer's train_runtime, of a resumed training its last part; where that is
+not written, the one from the first to the last event in tensorboard's files, if tensorboard is
+installed; never that of file dates. Evaluation is among both.
 """
 import json
 import re
@@ -16,26 +17,27 @@ from settings import short
 from start import fail, warn
 from studies import GRID_METHODS
 
+# methods that are not the grid's
+UNKNOWN = "adapter|ia3|loraplus|lora[-_+]plus|adalora|loha|lokr|vera|bitfit|prefix|prompt"
 METHODS = {"base": "full", "full": "full", "lora": "lora", "qlora": "qlora", "dora": "dora",
            "qdora": "qdora"}
 
 
 def parse_name(name):
-    """(method, epochs, learning rate) of a run's folder, or None if its name does not say them all.
-    Words are taken whole, so that lora is not found in qlora; numbers are compared as numbers."""
-    name = name.lower()
-    # 2e-4, 4.25e-05; or lr_0.0002
-    rate = re.search(r"(?<![a-z\d.])\d+(\.\d+)?e-?\d+(?![\da-z])|(?<=lr[_-])\d*\.\d+", name)
-    if not rate:
+    """(method, epochs, learning rate) of a run's folder, or None if its name does not say each of
+    them once. Words are taken whole, so that lora is not found in qlora; numbers are compared as
+    numbers."""
+    name = re.sub(r"q[-_]?(lora|dora)", r"q\1", re.sub("bert[-_]base", "bert", name.lower()))
+    number = r"(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
+    # lr_2e-4, lr-0.0002; without lr the one number with an exponent
+    rates = (re.findall(rf"(?<![a-z])lr[-_=]?({number})(?![a-z\d])", name)
+             or re.findall(r"(?<![a-z\d.-])\d+(?:\.\d+)?e-\d+(?![a-z\d])", name))
+    epochs = (re.findall(r"(?<![a-z])epochs?[-_=]?(\d+)(?![a-z\d.])", name)
+              or re.findall(r"(?<![a-z\d.-])(\d+)[-_]?epochs?(?![a-z\d])", name))
+    methods = {METHODS[word] for word in re.findall("[a-z]+", name) if word in METHODS}
+    if {len(rates), len(epochs), len(methods)} != {1} or re.search(UNKNOWN, name):
         return None
-    rest = name[:rate.start()] + " " + name[rate.end():]
-    epochs = re.search(r"(?<![a-z\d])(?:epochs?[-_ ]?(\d+)|(\d+)[-_ ]?epochs?)(?![a-z\d])", rest)
-    words = {word for word in re.findall("[a-z]+", rest) if word in METHODS}
-    if len(words) > 1:  # lora_bert-base_epoch-3_lr_2e-4
-        words.discard("base")
-    if not epochs or len(words) != 1:
-        return None
-    return METHODS[words.pop()], int(epochs[1] or epochs[2]), float(rate[0])
+    return methods.pop(), int(epochs[0]), float(rates[0])
 
 
 def find_state(folder):

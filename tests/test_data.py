@@ -386,7 +386,11 @@ def test_pairs_are_read_split_and_tokenised_as_pairs(tmp_path):
 
 @pytest.mark.parametrize("files, words", [
     (dict(train_csv=PAIRS, dev_csv=GOOD_CSV), ["only train", "sentence2"]),
-    (dict(train_csv=PAIRS + "a,,1\n"), ["line 62", "no sentence2"])])
+    (dict(train_csv=PAIRS + "a,,1\n"), ["line 62", "no sentence2"]),
+    (dict(train_jsonl='{"sentence": "a", "sentence2": "b", "label": 1}\n'
+                      '{"sentence": "xyz", "label": 0}\n'), ["line 2", "no sentence2"]),
+    (dict(train_jsonl='{"sentence": "xyz", "label": 0}\n'
+                      '{"sentence": "a", "sentence2": "b", "label": 1}\n'), ["line 2", "unlike"])])
 def test_bad_pairs(files, words, tmp_path):
     d = folder(tmp_path / "d", **files)
     one_line_exit(lambda: data.load_folder(d), *words)

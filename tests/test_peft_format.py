@@ -26,6 +26,7 @@ from transformers import BertForQuestionAnswering, BertForSequenceClassification
 import checkpoint
 import export
 import peft_format
+import predict
 from model import apply_method, load_pretrained, trained_tensors
 from settings import checkpoint_path
 
@@ -140,7 +141,9 @@ def test_rslora_is_a_matter_of_the_scale_and_16_bits_are_read(tmp_path):
     ({"rank_pattern": {"query": 4}}, ["rank_pattern"]), ({"alpha_pattern": {"query": 4}},
                                                          ["alpha_pattern"]),
     ({"init_lora_weights": "pissa"}, ["pissa", "frozen weights"]), ({"r": 0}, ["r is 0"]),
-    ({"lora_alpha": None}, ["lora_alpha None"]), ({"r": 8}, ["shape"])])
+    ({"lora_alpha": None}, ["lora_alpha None"]), ({"r": 8}, ["shape"]),
+    ({"task_type": "TOKEN_CLS"}, ["TOKEN_CLS", "SEQ_CLS and QUESTION_ANS"]),
+    ({"task_type": "QUESTION_ANS"}, ["QUESTION_ANS", "classifier.weight"])])
 def test_what_is_not_supported_is_said_in_one_line(config, words, tmp_path):
     _, _, folder = saved(tmp_path, "lora")
     foreign(folder, **config)
@@ -154,7 +157,9 @@ def test_what_is_not_supported_is_said_in_one_line(config, words, tmp_path):
     (lambda t: {n.replace("bert.encoder", "vit.encoder"): p for n, p in t.items()}, ["vit"]),
     (lambda t: {n: p for n, p in t.items() if "layer.1" not in n}, ["lacks"]),
     (lambda t: t | {"base_model.model.bert.pooler.dense.weight": torch.ones(2)}, ["pooler"]),
-    (lambda t: {n: p for n, p in t.items() if "lora" not in n}, ["nothing"])])
+    (lambda t: {n: p for n, p in t.items() if "lora" not in n}, ["nothing"]),
+    (lambda t: {n: p[:1].clone() if "classifier" in n else p for n, p in t.items()},
+     ["one output"])])
 def test_tensors_that_do_not_fit(change, words, tmp_path):
     _, _, folder = saved(tmp_path, "lora")
     file = folder / "adapter_model.safetensors"
@@ -196,6 +201,13 @@ def test_an_export_is_asked_and_merged_like_a_checkpoint(trained, tmp_path):
     assert rows[0] == rows[1] and len(rows[0]) == 2
     export.main(export.parse_args([str(folder), "--to", str(tmp_path / "merged")]))
     assert (tmp_path / "merged" / "model.safetensors").exists()
+    (tmp_path / "in.txt").write_text("a good film\na bad film\n")
+    predict.main(predict.parse_args(["--checkpoint", str(folder), "--input",
+                                     str(tmp_path / "in.txt"), "--to", str(tmp_path / "o.csv")]))
+    lines = (tmp_path / "o.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines[1:]] == [words[0] for words in rows[1]]
+    for file in "in.txt", "o.csv":
+        (tmp_path / file).unlink()
     for name in "full_ft", "adapter":
         one_line_exit(lambda: export.main(export.parse_args(
             [str(trained[name]), "--to", str(tmp_path / name), "--format", "peft"])),

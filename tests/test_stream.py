@@ -130,6 +130,7 @@ def test_a_killed_process_goes_on_where_it_stopped(study, tmp_path, monkeypatch,
     ("sentence,sentence\na,b\n", [], ["'sentence' is there 2 times"]),
     ("a,b\n1,2\n", [], ["--column", "a, b"]), ("a,b\n1,2\n", ["--column", "c"], ["'c'", "a, b"]),
     ("sentence\n", [], ["no rows"]), ("", [], ["no rows"]),
+    ("sentence,,\na,b,c\n", [], ["'' is there 2 times"]),
     ('sentence\n"a\n', [], ["in.csv"]), ("sentence,lora_r8\na,b\n", [], ["'lora_r8' already"])])
 def test_bad_tables_are_one_line_before_anything_is_answered(text, flags, words, ask, tmp_path,
                                                              monkeypatch):
@@ -161,6 +162,13 @@ def test_flags_that_do_not_go_together(flags, words, ask):
     one_line_exit(lambda: ask(*flags), *words)
 
 
+def test_a_pipe_that_is_not_utf_8(study):
+    done = run("bash", "-c", f"printf 'a film\\n\\xff\\n' | LC_ALL=C {sys.executable} "
+               f"{ROOT / 'predict.py'} --output {study[0]} --method lora_r8 --input - --to -")
+    line, = done.stderr.splitlines()
+    assert done.returncode == 1 and "- is not UTF-8: byte 0xff" in line
+
+
 def test_a_pipe(study):
     done = run("bash", "-c", f"printf 'a good film\\na bad film\\n' | {sys.executable} "
                f"{ROOT / 'predict.py'} --output {study[0]} --method lora_r8 --input - --to - "
@@ -169,6 +177,42 @@ def test_a_pipe(study):
     head, *rows = done.stdout.splitlines()
     assert head == "text,lora_r8"
     assert [row.split(",")[0] for row in rows] == ["a good film", "a bad film"]
+
+
+def test_counts_survive_a_kill_and_old_progress_is_not_taken_for_another_part(
+        tmp_path, monkeypatch, ask, capsys):
+    texts = ["a film" if i % 4 else "" for i in range(40)]
+    source, out = write(tmp_path / "in.csv", texts), tmp_path / "out.csv"
+    monkeypatch.setattr(stream, "CHUNK", 8)
+    real, calls = stream.answered, []
+
+    def stops(methods, tokenizer, chunk):
+        calls.append(chunk)
+        if len(calls) in (3, 4, 6):
+            raise KeyboardInterrupt
+        return real(methods, tokenizer, chunk)
+
+    monkeypatch.setattr(stream, "answered", stops)
+    with pytest.raises(KeyboardInterrupt):  # after 16 rows
+        ask("--input", source, "--to", out, "--method", "lora_r8")
+    # another input is begun in its place, and does not get as far as a chunk
+    other = write(tmp_path / "other.csv", ["another film"] * 40)
+    with pytest.raises(KeyboardInterrupt):
+        ask("--input", other, "--to", out, "--method", "lora_r8")
+    assert not (tmp_path / "out.csv.progress").exists()
+    with pytest.raises(KeyboardInterrupt):  # after 8
+        ask("--input", source, "--to", out, "--method", "lora_r8")
+    ask("--input", source, "--to", out, "--method", "lora_r8")
+    said = capsys.readouterr().err
+    assert "going on after 8 rows" in said and "10 texts are empty" in said
+    assert [row["sentence"] for row in read(out)] == texts
+
+
+def test_a_lone_carriage_return_stays_in_its_row(tmp_path, ask):
+    texts = ["one\rrow", "and another", "three\r\nfour"]
+    ask("--input", write(tmp_path / "in.jsonl", texts), "--to", tmp_path / "o.csv", "--method",
+        "lora_r8")
+    assert [row["text"] for row in read(tmp_path / "o.csv")] == texts
 
 
 def test_kill_loses_no_chunk(study, tmp_path):

@@ -217,9 +217,13 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     head, *rows = csv.reader(answers.splitlines())
     assert head[:2] == ["label", "full, all rows, seed 42"] and len(head) == 9 and len(rows) == 40
     assert [int(row[2]) for row in rows] == wrong(5).tolist()
-    assert sweep.is_done(entries["full, all rows"], [42, 43], None)
-    assert not sweep.is_done(entries["full, all rows"], [42, 44], None)
-    assert not sweep.is_done(entries["full, all rows"], [42, 43], 30)
+    lora = entries["lora --r 16, all rows"]
+    same, wider = (settings("--method", "lora", "--r", 16, *more, *flags)
+                   for more in ([], ["--alpha", 64]))
+    assert sweep.is_done(lora, [42, 43], None, same)
+    assert not sweep.is_done(lora, [42, 44], None, same)
+    assert not sweep.is_done(lora, [42, 43], 30, same)
+    assert not sweep.is_done(lora, [42, 43], None, wider)
 
 
 def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
@@ -242,7 +246,9 @@ def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--lr", "1e-3"], ["--lr", "train.py"]), (["--methods", "lorra"], ["invalid choice"]),
-    (["--train-rows", "many"], ["whole number"]), (["--seeds", 42, 42], ["twice"])])
+    (["--train-rows", "many"], ["whole number"]), (["--seeds", 42, 42], ["twice"]),
+    (["--methods", "lora --lr 1e-3"], ["--lr"]),
+    (["--methods", "full", "lora --epochs 5"], ["epochs", "same for all"])])
 def test_bad_flags_end_before_anything_runs(flags, words, data_dir):
     one_line_exit(lambda: sweep.main(["--data", str(data_dir), *map(str, flags)]), *words)
 

@@ -19,7 +19,16 @@ import trainer
     ("dora_3epochs_lr_0.0002", ("dora", 3, 2e-4)), ("base_qa_12_epochs_5e-05", ("full", 12, 5e-5)),
     ("lora_lr-4.25e-5_epoch3", ("lora", 3, 4.25e-5)), ("loraplus_epoch-3_lr_2e-4", None),
     ("qlora_bert-base_epoch-3_lr_2e-4", ("qlora", 3, 2e-4)),
-    ("bert-base_epoch-3_lr_2e-4", ("full", 3, 2e-4)),
+    ("lora_r_16_epochs_3_lr_2e-4", ("lora", 3, 2e-4)),
+    ("lora_bs-8_epochs-3_lr-2e-4", ("lora", 3, 2e-4)),
+    ("qa_lora_seed_42_epochs_3_2e-4", ("lora", 3, 2e-4)),
+    ("lora_wd_1e-2_epoch-3_lr_2e-4", ("lora", 3, 2e-4)),
+    ("lora_eps-1e-8_lr-2e-4_epoch-3", ("lora", 3, 2e-4)),
+    ("lora_epoch-3_lr_.5e-4", ("lora", 3, 5e-5)), ("q-lora_epoch-3_lr_2e-4", ("qlora", 3, 2e-4)),
+    ("full_lr2e-5_3_epochs", ("full", 3, 2e-5)), ("lora_0.5_epochs_2e-4", None),
+    ("lora_1e-4_epoch-3_2e-4", None), ("lora_2_epochs_epoch-3_epoch-4_2e-4", None),
+    # the name of a model, not of a method
+    ("bert-base_epoch-3_lr_2e-4", None), ("adapter_base_epoch-3_lr_2e-4", None),
     ("lora_qlora_epoch-2_lr_2e-4", None), ("epoch-3_lr_2e-4", None), ("lora_epoch-3", None),
     ("lora_lr_2e-4", None), ("logs", None)])
 def test_names_are_recognised_exactly(name, parsed):
