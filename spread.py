@@ -111,14 +111,18 @@ def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES
 
 
 def mean_interval(differences, replicates=REPLICATES, seed=0):
-    """{points, low, high}: the mean of one difference a question (questions,), and the 2.5 and
-    97.5 % percentiles of the means of resamples of the questions (Efron & Tibshirani 1993, chapter
-    13). About these trainings: another seed is not in it."""
-    differences, rng = np.asarray(differences), np.random.default_rng(seed)
-    n = len(differences)
-    means = np.concatenate([differences[rng.integers(n, size=(min(CHUNK, replicates - start), n))]
-                            .mean(1) for start in range(0, replicates, CHUNK)])
-    low, high = np.percentile(means, [2.5, 97.5])
+    """{points, low, high}: the mean of the differences (seeds, questions), or (questions,) of one
+    seed, and the 2.5 and 97.5 % percentiles of the means of resamples that draw seeds and questions
+    with replacement (Efron & Tibshirani 1993, chapter 13). With a single seed another one is not in
+    it; with few it is too narrow, as in paired_bootstrap."""
+    differences, rng = np.atleast_2d(differences), np.random.default_rng(seed)
+    (n_seeds, n), means = differences.shape, []
+    for start in range(0, replicates, CHUNK):
+        size = min(CHUNK, replicates - start)
+        times = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size)  # (size, seeds)
+        drawn = times @ differences / n_seeds  # (size, questions)
+        means.append(np.take_along_axis(drawn, rng.integers(n, size=(size, n)), axis=1).mean(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return {"points": float(differences.mean()), "low": float(low), "high": float(high)}
 
 

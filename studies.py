@@ -364,8 +364,7 @@ def sweep_caption(sweep):
     seeds = ", ".join(map(str, sorted({run["settings"]["seed"] for run in runs})))
     return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seeds {seeds}, {where['device']}, "
             f"amp {where['amp']}; each learning rate is the best of three by validation; [ ] is a "
-            "95 % interval, by a paired bootstrap over test "
-            + ("questions, their mean over seeds" if is_qa(s) else "rows and seeds"))
+            "95 % interval, by a paired bootstrap over test rows and seeds")
 
 
 def sweep_markdown(sweep):

@@ -97,14 +97,13 @@ def columns_of(name, seeds):
 
 def difference(answers, own, full):
     """Test score of some columns of `answers` minus that of full fine-tuning's, of the same seeds,
-    in points, with a 95 % interval over test rows and seeds (of questions: over questions); None
-    where not all are there."""
+    in points, with a 95 % interval over test rows and seeds; None where not all are there."""
     if own == full or not {*own, *full} <= set(answers):
         return None
     method, baseline = (np.array([answers[column] for column in columns])
                         for columns in (own, full))  # (seeds, test rows)
     if "label" not in answers:
-        return mean_interval(method.mean(0) - baseline.mean(0))
+        return mean_interval(method - baseline)
     return paired_bootstrap(answers["label"], method, baseline)
 
 

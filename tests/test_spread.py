@@ -5,7 +5,15 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, log_loss
 
-from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
+from spread import (
+    corrected_interval,
+    ece,
+    macro_f1,
+    mean_interval,
+    mean_std,
+    nll,
+    paired_bootstrap,
+)
 
 
 @pytest.fixture
@@ -131,3 +139,19 @@ def test_likelihood_and_calibration():
     assert ece([0] * 9 + [1], [[0.9, 0.1]] * 10) == pytest.approx(0)
     assert ece([0, 1], [[1.0, 0.0]] * 2) == pytest.approx(0.5)
     assert ece([0, 1, 1], [[1 / 3, 1 / 3, 1 / 3]] * 3) == pytest.approx(0, abs=1e-9)
+
+
+def test_mean_interval_is_over_questions_and_seeds():
+    rng = np.random.default_rng(0)
+    one = rng.normal(3, 10, 900)
+    vs = mean_interval(one)
+    assert vs == mean_interval(one[None])
+    assert vs["points"] == pytest.approx(one.mean())
+    # 1.96 standard errors each way
+    assert vs["high"] - vs["low"] == pytest.approx(2 * 1.96 * one.std() / 30, rel=0.05)
+    # seeds that differ by 8 points: two of them are drawn as (0, 0), (0, 8), (8, 0) or (8, 8)
+    two = np.stack([one - 4, one + 4])
+    wide = mean_interval(two)
+    assert wide["points"] == pytest.approx(vs["points"])
+    assert wide["low"] == pytest.approx(one.mean() - 4 - 1.64 * one.std() / 30, abs=0.15)
+    assert wide["high"] - wide["points"] > 4
