@@ -83,9 +83,9 @@ def test_readme_tables_of_the_grid_are_those_of_the_results():
     results = json.loads(committed("metrics/grid.json"))
     tables = plots.grid_markdown(results)
     assert committed("figures/grid.md") == tables and tables in committed("docs/questions.md")
-    seeds = studies.sweep_markdown(json.loads(committed("metrics/sweep_synthetic.json")))
-    assert committed("figures/sweep_synthetic.md") == seeds and seeds in committed(
-        "docs/questions.md")
+    for name in "sweep_synthetic", "sweep_squad_en":
+        table = studies.sweep_markdown(json.loads(committed(f"metrics/{name}.json")))
+        assert committed(f"figures/{name}.md") == table and table in committed("docs/questions.md")
     rows = list(csv.DictReader(committed("metrics/grid_results.csv").splitlines()))
     assert ([row["run"] for row in rows] == [row["run"] for row in grid.rows_of(results)]
             and len(rows) == 20)
@@ -152,6 +152,7 @@ def generated():
     read = lambda name: json.loads(committed(f"metrics/{name}.json"))
     return [studies.markdown(read("comparison")), studies.fold_markdown(read("crossvalidation")),
             studies.grid_markdown(read("grid")), studies.sweep_markdown(read("sweep_synthetic")),
+            studies.sweep_markdown(read("sweep_squad_en")),
             bench.markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
             memory.markdown(read("memory")), studies.multitask_markdown(read("multitask")),
             export.markdown(read("requantized"))]
