@@ -18,6 +18,7 @@ import grid
 import memory
 import plots
 import studies
+import sweep
 
 
 def committed(path):
@@ -101,6 +102,19 @@ def test_committed_predictions_are_those_of_the_comparison():
         for r in entry["runs"]:
             predicted = [row[f"{name}_seed{r['settings']['seed']}"] for row in rows]
             assert f1_score(labels, predicted, average="macro") == pytest.approx(r["f1_macro"])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("metrics/sweep_*.json")), ids=lambda p: p.stem)
+def test_committed_answers_of_a_sweep_give_its_scores_and_intervals(path):
+    first = next(iter(json.loads(path.read_text())["entries"].values()))["runs"][0]["settings"]
+    entries, answers = sweep.held(path, first)
+    for name, entry in entries.items():
+        own, full = (sweep.columns_of(who, sweep.seeds_of(entry))
+                     for who in (name, re.sub("^[^,]*", "full", name)))
+        scores = [np.mean(answers[column]) if "label" not in answers else
+                  f1_score(answers["label"], answers[column], average="macro") for column in own]
+        assert np.mean(scores) == pytest.approx(entry["test"], abs=1e-4)
+        assert sweep.difference(answers, own, full) == pytest.approx(entry["vs_full"], abs=1e-3)
 
 
 def test_readme_tables_of_memory_and_speed_are_those_of_the_results():
