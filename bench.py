@@ -25,7 +25,7 @@ from settings import (
     settings_of,
 )
 from start import command, fail, start
-from studies import explain, markdown_table, refuse
+from studies import TIMED, explain, markdown_table, refuse
 
 # The packages that the peer needs, by the method that it does.
 PEERS = {"full": ("accelerate",), "lora_r8": ("accelerate", "peft"),
@@ -39,9 +39,7 @@ def parse_args(argv):
     tricks)."""
     start()
     explain(__doc__, argv)
-    fixed = ["--method", "--r", "--targets", "--without", "--accumulation", "--lr", "--epochs",
-             "--warmup", "--max-steps", "--fold"]
-    refuse(fixed, argv, "is not for bench.py, which times some steps of every method, with and "
+    refuse(TIMED, argv, "is not for bench.py, which times some steps of every method, with and "
                         "without its tricks")
 
     is_tricks = "--tricks" in argv
@@ -60,7 +58,6 @@ from importlib.metadata import version
 
 import torch
 
-from distributed import WORLD
 from model import amp_dtype, environment
 from timing import ROUNDS, Case, matmul_rate, measure, ratio, show
 
@@ -160,8 +157,6 @@ def results_of(cases, seconds, about, rate):
 
 
 def main(args, argv, is_tricks):
-    if WORLD > 1:
-        fail("bench.py is for one process; start it without torchrun")
     if model_of(args) in MODELS and model_of(args) != DEFAULT_MODEL:
         if is_tricks:
             fail(f"--tricks is for {DEFAULT_MODEL} and for models in a folder")

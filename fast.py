@@ -83,15 +83,13 @@ AttentionInterface.register("fast_cpu", attention)
 AttentionMaskInterface.register("fast_cpu", eager_mask)
 
 
-def as_multiplied(x):
-    """x in the type in which autocast has it multiplied."""
-    return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
-
-
 def cast_once(module, inputs):
     """A hook before BertSelfAttention.forward: query, key and value would otherwise each cast the
     same hidden states, and LoRA's branches draw their masks for the wider type."""
-    return as_multiplied(inputs[0]), *inputs[1:]
+    hidden, *others = inputs
+    if torch.is_autocast_enabled("cpu"):
+        hidden = hidden.to(torch.get_autocast_dtype("cpu"))
+    return hidden, *others
 
 
 def cls_forward(layer, hidden, attention_mask=None, *_, **__):

@@ -8,13 +8,14 @@ Every method at three lengths; full fine-tuning and LoRA at six lengths and thre
 far as a batch has at most 4,096 tokens. Writes growth_MODEL.json into metrics/, its table and its
 picture into figures/.
 """
+import statistics
 import sys
 
 from files import check_writable, write_json
 from methods import CASES
 from settings import MODELS, case_label, make_parser, model_of, settings_of
 from start import command, fail, start
-from studies import explain, refuse
+from studies import TIMED, explain, markdown_table, refuse
 
 LENGTHS = 32, 128, 512  # tokens, for every method
 GRID = 16, 32, 64, 128, 256, 512  # for full fine-tuning and LoRA
@@ -26,11 +27,8 @@ def parse_args(argv):
     """(argparse's result of full fine-tuning, train.py's flags for all cases)."""
     start()
     explain(__doc__, argv)
-    fixed = ["--method", "--r", "--targets", "--without", "--accumulation", "--lr", "--epochs",
-             "--warmup", "--max-steps", "--fold", "--max-length", "--batch-size", "--task",
-             "--data"]
-    refuse(fixed, argv, "is not for this, which times every method on random tokens of several "
-                        "lengths")
+    refuse([*TIMED, "--max-length", "--batch-size", "--task", "--data"], argv,
+           "is not for this, which times every method on random tokens of several lengths")
     args = make_parser().parse_args([*argv, "--method", "full"])
     if model_of(args) not in MODELS:
         fail(f"--model {model_of(args)}: the configurations known here are {', '.join(MODELS)}")
@@ -41,20 +39,22 @@ def parse_args(argv):
 if __name__ == "__main__":
     SELECTED = parse_args(sys.argv[1:])  # before the slow imports
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from transformers import BertConfig
 
 import memory
 from model import amp_dtype, environment
-from plots import draw_growth
+from plots import save
 from timing import Case, matmul_rate, measure, ratio
 
 
 def point(seconds, about, rate):
     """What is said of a Case: rounds and matrix products of timing.measure."""
     flops, _, n_rows = about
-    ms = sorted(1000 * x / n_rows for x in seconds)
-    return {"ms_per_sentence": ms[len(ms) // 2], "ms_per_sentence_rounds": ms,
+    ms = [1000 * x / n_rows for x in seconds]
+    return {"ms_per_sentence": statistics.median(ms), "ms_per_sentence_rounds": ms,
             "bound_ms": 1000 * flops / n_rows / rate}
 
 
@@ -90,6 +90,50 @@ def measure_grid(argv, rate):
     return points
 
 
+def caption(growth):
+    where, rounds = growth["environment"], growth["grid"][0]["ms_per_sentence_rounds"]
+    return (f"{growth['model']} with random weights on random tokens, {where['device']}, amp "
+            f"{where['amp']}, one matrix product {growth['matmul_gflops']:,.0f} GFLOP/s; medians "
+            f"of {len(rounds)} rounds taken in turns")
+
+
+def markdown(growth):
+    """The table of a growth_MODEL.json: a line a method, three columns a length."""
+    parts = growth["lengths"]
+    header = ["method"] + [column for length, part in parts.items() for column in (
+        f"{length} tokens x {part['batch_size']}: sentences per s", "against full", "memory (GB)")]
+    rows = [[case["label"]] + [cell for part in parts.values() for cell in (
+                f"{1000 / part['methods'][name]['ms_per_sentence']:.2f}",
+                f"{part['methods'][name]['vs_full'][0]:.2f}",
+                f"{part['methods'][name]['bytes'] / 1e9:.2f}")]
+            for name, case in next(iter(parts.values()))["methods"].items()]
+    return (markdown_table(header, rows) + f"\n{caption(growth)}; memory by memory.py's ledger; "
+            f"made by `{growth['command']}`.\n")
+
+
+def draw(growth, path):
+    """Time per row against its length, and the time that its matrix products alone would take."""
+    points, sizes = growth["grid"], sorted({p["batch_size"] for p in growth["grid"]})
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+
+    for ax, method in zip(axes, ("full", "lora_r8")):
+        for i, n in enumerate(sizes):
+            own = [p for p in points if (p["method"], p["batch_size"]) == (method, n)]
+            lengths, ms = ([p[key] for p in own] for key in ("length", "ms_per_sentence"))
+            ends = np.array([p["ms_per_sentence_rounds"] for p in own]).T
+            ax.errorbar(lengths, ms, [ms - ends.min(0), ends.max(0) - ms], color=f"C{i}",
+                        marker="os^"[i % 3], capsize=3, label=f"batches of {n}")
+        bound = {p["length"]: p["bound_ms"] for p in points if p["method"] == method}
+        ax.plot(list(bound), list(bound.values()), "k--", label="its matrix products alone")
+        ax.set(title=case_label(method), xlabel="tokens in a row", xscale="log", yscale="log")
+        ax.set_xticks(list(bound), list(map(str, bound)))
+        ax.minorticks_off()
+    axes[0].set_ylabel("training time per row (ms)")
+    axes[0].legend(fontsize=9)
+    fig.suptitle(caption(growth), fontsize=9)
+    save(fig, path)
+
+
 def main(args, argv):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     s, dtype = settings_of(args), amp_dtype(args.amp, device)
@@ -98,9 +142,11 @@ def main(args, argv):
               "environment": environment(device, dtype),
               "lengths": measure_methods(args, argv, dtype, rate),
               "grid": measure_grid(argv, rate)}
-    name = f"growth_{s['model']}"
+    name, figures = f"growth_{s['model']}", args.output / "figures"
     write_json(args.output / "metrics" / f"{name}.json", growth)
-    draw_growth(args.output, name)
+    draw(growth, figures / f"{name}.png")
+    (figures / f"{name}.md").write_text(markdown(growth), encoding="utf-8")
+    print(markdown(growth) + f"\nfigures are in {figures}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Figures and tables from comparison.json, crossvalidation.json, grid.json, memory.json,
-multitask.json, sweep_*.json and growth_*.json in metrics/, nothing else.
+multitask.json and sweep_*.json in metrics/, nothing else.
 
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/
                                   (default: beside this file)
@@ -26,8 +26,6 @@ from studies import (
     entry_label,
     fold_markdown,
     grid_markdown,
-    growth_caption,
-    growth_markdown,
     is_synthetic,
     ledger_caption,
     markdown,
@@ -376,34 +374,6 @@ def draw_ledger(output):
     save(fig, output / "figures" / "ledger.png")
 
 
-def draw_growth(output, name):
-    """Draw output/metrics/NAME.json into output/figures/: time per sentence against length, and the
-    time that its matrix products alone would take; and print the table."""
-    growth = read_json(output / "metrics" / f"{name}.json")
-    points, sizes = growth["grid"], sorted({p["batch_size"] for p in growth["grid"]})
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
-
-    for ax, method in zip(axes, ("full", "lora_r8")):
-        for i, n in enumerate(sizes):
-            own = [p for p in points if (p["method"], p["batch_size"]) == (method, n)]
-            lengths, ms = ([p[key] for p in own] for key in ("length", "ms_per_sentence"))
-            ends = np.array([p["ms_per_sentence_rounds"] for p in own]).T
-            ax.errorbar(lengths, ms, [ms - ends.min(0), ends.max(0) - ms], color=f"C{i}",
-                        marker="os^"[i % 3], capsize=3, label=f"batches of {n}")
-        bound = {p["length"]: p["bound_ms"] for p in points if p["method"] == method}
-        ax.plot(list(bound), list(bound.values()), "k--", label="its matrix products alone")
-        ax.set(title=case_label(method), xlabel="tokens in a row", xscale="log", yscale="log")
-        ax.set_xticks(list(bound), list(map(str, bound)))
-        ax.minorticks_off()
-    axes[0].set_ylabel("training time per row (ms)")
-    axes[0].legend(fontsize=9)
-    fig.suptitle(growth_caption(growth), fontsize=9)
-    save(fig, output / "figures" / f"{name}.png")
-    text = growth_markdown(growth)
-    (output / "figures" / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text + f"\nfigures are in {output / 'figures'}")
-
-
 def draw_multitask(output):
     """Draw output/metrics/multitask.json into output/figures/, and print its tables."""
     study = read_json(output / "metrics" / "multitask.json")
@@ -496,14 +466,12 @@ if __name__ == "__main__":
                 "grid.json": draw_grid, "memory.json": draw_ledger,
                 "multitask.json": draw_multitask}
     found = [drawing for name, drawing in drawings.items() if (folder / "metrics" / name).exists()]
-    named = [(path.stem, drawing) for kind, drawing in (("sweep", draw_sweep),
-                                                        ("growth", draw_growth))
-             for path in sorted(folder.glob(f"metrics/{kind}_*.json"))]
-    if not found and not named:
+    sweeps = sorted(path.stem for path in folder.glob("metrics/sweep_*.json"))
+    if not found and not sweeps:
         fail(f"{folder / 'metrics'} holds none of {', '.join(drawings)}; run_all.sh, run_grid.sh, "
              "memory.py and multitask.py make them")
     for drawing in found:
         drawing(folder)
-    for name, drawing in named:
-        drawing(folder, name)
+    for name in sweeps:
+        draw_sweep(folder, name)
     draw_layers(folder / "figures" / "layers.png")

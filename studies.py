@@ -61,6 +61,11 @@ def explain(program, argv):
         sys.exit()
 
 
+# train.py's flags that bench.py and growth.py fix
+TIMED = ["--method", "--r", "--targets", "--without", "--accumulation", "--lr", "--epochs",
+         "--warmup", "--max-steps", "--fold"]
+
+
 def refuse(flags, argv, why):
     for flag in flags:
         if given(flag, argv):
@@ -391,27 +396,6 @@ def ledger_caption(ledger):
     modules = "the CPU's modules (fast.py)" if on_cpu else "Hugging Face's modules on CUDA"
     return (f"Predicted for {ledger['model']}, batches of {ledger['batch_size']} rows of "
             f"{ledger['max_length']} tokens, amp {ledger['amp']}, {modules}")
-
-
-def growth_caption(growth):
-    where = growth["environment"]
-    return (f"{growth['model']} with random weights on random tokens, {where['device']}, amp "
-            f"{where['amp']}, one matrix product {growth['matmul_gflops']:,.0f} GFLOP/s; medians "
-            "of 3 rounds taken in turns")
-
-
-def growth_markdown(growth):
-    """The table of a growth_MODEL.json: a line a method, two columns a length."""
-    parts = growth["lengths"]
-    header = ["method"] + [column for length, part in parts.items() for column in (
-        f"{length} tokens x {part['batch_size']}: sentences per s", "against full", "memory (GB)")]
-    rows = [[case["label"]] + [cell for part in parts.values() for cell in (
-                f"{1000 / part['methods'][name]['ms_per_sentence']:.2f}",
-                f"{part['methods'][name]['vs_full'][0]:.2f}",
-                f"{part['methods'][name]['bytes'] / 1e9:.2f}")]
-            for name, case in next(iter(parts.values()))["methods"].items()]
-    return (markdown_table(header, rows) + f"\n{growth_caption(growth)}; memory by memory.py's "
-            f"ledger; made by `{growth['command']}`.\n")
 
 
 def bytes_of(study, name, n, own):

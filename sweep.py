@@ -80,7 +80,7 @@ def answers_of(result):
     """One number a test row: the label's that was predicted, of a question its F1 in percent."""
     if is_qa(result["settings"]):
         from qa import question_scores  # torch is slow to import
-        return [round(f1, 4) for f1 in question_scores(result["test_predictions"])["f1"]]
+        return [round(f1, 6) for f1 in question_scores(result["test_predictions"])["f1"]]
     return [predicted for _, predicted in result["test_predictions"]]
 
 
@@ -126,6 +126,12 @@ def entry_of(results, scores, rates_from):
                                           "environment")} for r in results]}
 
 
+def odd_setting(s, other):
+    """The first setting in which two runs of one sweep may not differ, and these do; or None."""
+    return next((key for key in sorted((s.keys() | other.keys()) - FREE)
+                 if s.get(key) != other.get(key)), None)
+
+
 def held(path, s):
     """({name: entry}, {column: answers}) of the sweep at `path`, which a run with the settings `s`
     would join; ends if they are of another task, model or setting."""
@@ -136,10 +142,9 @@ def held(path, s):
         fail(f"{path} is damaged (not a sweep); delete it")
     for entry in there["entries"].values():
         other = entry["runs"][0]["settings"]
-        for key in (s.keys() | other.keys()) - FREE:
-            if s.get(key) != other.get(key):
-                fail(f"{path} holds results of another study ({key} {other.get(key)}, here "
-                     f"{s.get(key)}); give this one an --output of its own")
+        if key := odd_setting(s, other):
+            fail(f"{path} holds results of another study ({key} {other.get(key)}, here "
+                 f"{s.get(key)}); give this one an --output of its own")
     try:
         with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
             head, *rows = csv.reader(file)
@@ -168,7 +173,7 @@ def size(text):
 
 
 def parse(argv):
-    """(methods as lists of flags, sizes, rates_from, seeds, the other flags)."""
+    """([(a method's flags, its settings)], sizes, rates_from, seeds, the other flags)."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--methods", nargs="+", default=FOLD_STUDY)
     parser.add_argument("--train-rows", nargs="+", type=size, default=[None])
@@ -179,15 +184,15 @@ def parse(argv):
     seeds, rest = split_seeds(rest)
     methods = [shlex.split(CASES[name].flags if name in CASES else f"--method {name}")
                for name in known.methods]
-    common = read_flags([*rest, "--method", "full"]).settings
+    common, with_settings = read_flags([*rest, "--method", "full"]).settings, []
     for flags in methods:  # a bad flag ends here, not in the first run
         refuse(["--lr", "--seed", "--fold", "--train-rows"], flags, "does not belong to a method")
         s = read_flags([*rest, *flags]).settings
-        if other := [key for key in (s.keys() | common.keys()) - FREE if s.get(key) !=
-                     common.get(key)]:
-            fail(f"--methods {shlex.join(flags[1:])!r}: {other[0].replace('_', ' ')} must be the "
-                 "same for all methods")
-    return methods, known.train_rows, known.rates_from, seeds, rest
+        if key := odd_setting(s, common):
+            fail(f"--methods {shlex.join(flags[1:])!r}: {key.replace('_', ' ')} must be the same "
+                 "for all methods")
+        with_settings.append((flags, s))
+    return with_settings, known.train_rows, known.rates_from, seeds, rest
 
 
 def main(argv):
@@ -200,9 +205,8 @@ def main(argv):
 
     for n in sizes:
         rows = ["--train-rows", str(n)] if n else []
-        for flags in methods:
+        for flags, s in methods:
             name = f"{shlex.join(flags[1:])}, {n or 'all'} rows"
-            s = read_flags([*rest, *flags]).settings
             if is_done(entries.get(name), seeds, rates_from, s):
                 continue
             common, base = [*rest, *flags], ["--seed", str(seeds[0])]

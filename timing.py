@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 import data
+from distributed import WORLD
 from lora import merge_lora
 from model import (
     amp_dtype,
@@ -195,6 +196,8 @@ def serve(pipe, argv, random_rows):
 def measure(cases, argv, random_rows=None):
     """{name: [seconds of each round]} and {name: (floating-point operations, steps, rows) of a
     round} of the cases, in turns. argv: train.py's flags for all; random_rows: load's."""
+    if WORLD > 1:
+        fail("timing is for one process; start it without torchrun")
     context, pipes = multiprocessing.get_context("spawn"), {}
     for process in dict.fromkeys(case.process for case in cases.values()):
         pipes[process], theirs = context.Pipe()

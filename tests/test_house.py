@@ -66,7 +66,7 @@ def test_what_a_reader_meets_is_short():
     def lines(name):
         return len((ROOT / name).read_text(encoding="utf-8").splitlines())
 
-    assert lines("train.py") <= 200 and lines("plots.py") <= 510 and lines("README.md") <= 180
+    assert lines("train.py") <= 200 and lines("plots.py") <= 480 and lines("README.md") <= 180
     assert lines("CONTRIBUTING.md") <= 40
     for path in ROOT.glob("*.py"):
         for node in functions(path):

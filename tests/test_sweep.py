@@ -259,10 +259,10 @@ def test_questions_are_compared_one_by_one():
             [["new york"], text] for text in texts]})
 
     held = {"own": answers(["new york", "york"] * 20), "full": answers(["new york"] * 40)}
-    assert held["own"][:2] == [100, 66.6667]
+    assert held["own"][:2] == [100, 66.666667]
     assert sweep.difference(held, ["own"], ["other"]) is None
     vs = sweep.difference(held, ["own"], ["full"])
-    assert vs["points"] == pytest.approx(-100 / 6, abs=1e-4)
+    assert vs["points"] == pytest.approx(-100 / 6)
     assert vs["low"] < vs["points"] < vs["high"] < 0
 
 
