@@ -99,7 +99,8 @@ COUNTS = (["{x} has written {y} {a} and {z} {b}.", "{y} {a} and {z} {b} were wri
           ["How many {a} has {x} written?", "How many {a} did {x} write?",
            "How many {a} is {x} known for?", "How many {a} come from {x}?",
            "How many {a} is {x} the author of?", "What number of {a} has {x} published?"])
-THINGS = {"train": "books plays songs poems reports operas".split(),
+THINGS = {"train": ("books plays songs poems reports operas novels sketches hymns lectures recipes "
+                    "columns").split(),
           "validation": "letters essays".split(), "test": "stories articles".split()}
 
 # (women, men)
