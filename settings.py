@@ -36,7 +36,7 @@ MODELS = {
 PORTUGUESE_MODEL = "neuralmind/bert-base-portuguese-cased"  # BERTimbau
 RATED_TASKS = ["movies", "products", "tweets", "editorials"]  # fetch.py brings them, too
 HUB_TASKS = ["sst2", "ag_news", "mrpc", "rte", "qnli"]
-GENERATOR = 3  # synthetic.py's questions: another number, other questions
+GENERATOR = 4  # synthetic.py's questions: another number, other questions
 QA_TASKS = ["synthetic", "squad", "squad_pt"]
 
 # What makes training fast, each with the file it is in; --without NAME leaves it out.

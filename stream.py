@@ -18,6 +18,7 @@ from tqdm import tqdm
 from checkpoint import files_of
 from data import SECOND, Rows, Sentences
 from files import fingerprint, read_json, write_json
+from model import amp_dtype, autocast
 from qa import Question, Windows, question_scores, read_squad
 from start import fail, warn
 from tables import STDIN, read_table
@@ -125,6 +126,14 @@ class Pipe:
 
 # --- answers -------------------------------------------------------------------------------------
 
+def precision(method):
+    """The context of a forward pass, as the run that is asked had it in evaluation: autocast in what
+    the machine computes fast, unless its --amp was off."""
+    device = next(method.model.parameters()).device
+    is_off = method.about["settings"].get("amp") == "off"  # peft's folders do not say
+    return autocast(device, amp_dtype("off" if is_off else "auto", device))
+
+
 @torch.no_grad()
 def classify(method, tokenizer, texts):
     """(probabilities of each text, one list of (labels) a text; how many texts were cut)."""
@@ -132,7 +141,9 @@ def classify(method, tokenizer, texts):
     device, answers = next(method.model.parameters()).device, {}
     for rows in split.batches(BATCH):
         inputs = {name: x.to(device) for name, x in split.collate(rows).items() if name != "labels"}
-        answers.update(zip(rows.tolist(), split.predict(method.model(**inputs), rows)))
+        with precision(method):
+            out = method.model(**inputs)
+        answers.update(zip(rows.tolist(), split.predict(out, rows)))
     return [answers[i] for i in range(len(texts))], split.n_cut
 
 
@@ -143,7 +154,8 @@ def answer(method, tokenizer, questions):
     device, answers = next(method.model.parameters()).device, {}
     for rows in windows.batches(BATCH):
         inputs = {name: x.to(device) for name, x in windows.collate(rows).items()}
-        out = windows.forward(method.model, inputs)
+        with precision(method):
+            out = windows.forward(method.model, inputs)
         answers.update(zip(rows.tolist(), windows.predict(out, rows)))
     best = windows.best([answers[window] for window in range(len(windows.ids))])
     return [(text, start) for _, text, start in best]

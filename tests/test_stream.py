@@ -9,8 +9,10 @@ import time
 import tracemalloc
 
 import pytest
+import torch
 from conftest import ROOT, one_line_exit, run
 
+import model
 import predict
 import stream
 from qa import Question
@@ -78,7 +80,8 @@ def test_every_row_comes_back_with_label_and_probabilities(kind, to, ask, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == [source.name, out.name]
 
 
-def test_the_answers_are_those_of_one_by_one(ask, study, tmp_path):
+def test_the_answers_are_those_of_one_by_one(ask, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "amp_dtype", lambda mode, device: None)  # as they are, in fp32
     ask("--input", write(tmp_path / "in.csv"), "--to", tmp_path / "out.csv", "--method", "lora_r8")
     files = predict.find(study[0], only="lora_r8")
     tokenizer, (method,) = predict.load_methods(files)
@@ -87,6 +90,15 @@ def test_the_answers_are_those_of_one_by_one(ask, study, tmp_path):
             label, p = predict.classify(method, tokenizer, text)
             assert row["lora_r8"] == label
             assert float(row[f"lora_r8 {label}"]) == pytest.approx(p, abs=2e-6)
+
+
+def test_files_are_answered_in_the_precision_of_the_run(monkeypatch):
+    monkeypatch.setattr(model, "has_bf16", lambda device: True)
+    for settings, is_half in ({"amp": "auto"}, True), ({"amp": "off"}, False), ({}, True):
+        method = predict.Method("m", torch.nn.Linear(2, 2), {"settings": settings}, 1, 1)
+        with stream.precision(method):
+            out = method.model(torch.ones(1, 2))
+        assert (out.dtype is torch.bfloat16) is is_half
 
 
 def test_a_killed_process_goes_on_where_it_stopped(study, tmp_path, monkeypatch, ask, capsys):
@@ -281,10 +293,10 @@ def test_questions_give_the_answer_file_and_the_scores(tmp_path, monkeypatch, ca
 def test_a_batch_of_questions_is_answered_as_one_by_one(tmp_path):
     from conftest import default_tokenizer, settings, tiny_bert
     from transformers import BertForQuestionAnswering
-    model = tiny_bert(head_class=BertForQuestionAnswering)
-    model.resize_token_embeddings(len(default_tokenizer()))
-    method = predict.Method("m", model, {"settings": settings("--method", "full", "--task",
-                                                             "squad")}, 1, 1)
+    bert = tiny_bert(head_class=BertForQuestionAnswering)
+    bert.resize_token_embeddings(len(default_tokenizer()))
+    s = settings("--method", "full", "--task", "squad", "--amp", "off")
+    method = predict.Method("m", bert, {"settings": s}, 1, 1)
     asked = [Question("one two three " * (1 + 40 * i), f"what {i}?", [""], None, None)
              for i in range(5)]
     together = stream.answer(method, default_tokenizer(), asked)

@@ -80,7 +80,7 @@ def test_the_part_is_in_the_identity_and_the_default_leaves_old_names_as_they_we
 
 def test_other_synthetic_questions_are_another_run():
     made, real = (settings("--method", "full", "--task", task) for task in ("synthetic", "squad"))
-    assert made["generator"] == 3 and "generator" not in real
+    assert made["generator"] == 4 and "generator" not in real
 
 
 def test_a_part_trains_and_a_checkpoint_of_it_is_merged(data_dir, tmp_path):
