@@ -73,7 +73,8 @@ DEFAULT_TARGETS = "query value"
 TARGETS = {DEFAULT_TARGETS: (ATTENTION[0], ATTENTION[2]),  # the LoRA paper's own, section 7.1
            "attention": ATTENTION,
            "all": (*ATTENTION, "intermediate.dense", "output.dense")}
-# the default rate of the other two on RATED_TASKS, where 1e-3 ends at chance (docs/measuring.md)
+# the default rate of the other two on RATED_TASKS, where 1e-3 ends at chance with "all"
+# (docs/measuring.md)
 WIDE_RATE = 5e-4
 
 # On the command line the two adapters are one method with a placement.

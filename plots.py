@@ -22,7 +22,6 @@ from studies import (
     GRID_METHODS,
     PARTS,
     bytes_of,
-    caption,
     entry_label,
     fold_markdown,
     grid_markdown,
@@ -37,7 +36,6 @@ from studies import (
     study_of,
     sweep_caption,
     sweep_markdown,
-    table,
 )
 from synthetic import CHANCE
 
@@ -122,26 +120,6 @@ def loss_against_full(entries, names, what, path):
     save(fig, path)
 
 
-def summary(entries, path):
-    header, rows = table(entries)
-    fig, ax = plt.subplots(figsize=(16, 2.9))
-    ax.axis("off")
-    drawn = ax.table(cellText=rows, colLabels=header, loc="center", cellLoc="right", colLoc="right")
-    drawn.auto_set_font_size(False)
-    drawn.set_fontsize(10)
-    drawn.auto_set_column_width(range(len(header)))
-
-    for (row, column), cell in drawn.get_celld().items():
-        cell.set_linewidth(0.4)
-        cell.set_height(0.22 if row == 0 else 0.13)
-        if row == 0:
-            cell.set_text_props(weight="bold")
-        elif column == 0:
-            cell.set_text_props(color=STYLE[list(entries)[row - 1]].color, weight="bold")
-    ax.set_title(textwrap.fill(caption(entries), 150), fontsize=11)
-    save(fig, path)
-
-
 def draw(output):
     """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the
     table."""
@@ -162,7 +140,6 @@ def draw(output):
         spread = f", ± standard deviation over the {over}" if any(stds) else ""
         bars(entries, means, stds, digits, xlabel + spread, figures / file)
 
-    summary(entries, figures / "summary.png")
     text = markdown(entries)
     (figures / "summary.md").write_text(text, encoding="utf-8")
     print(text + f"figures are in {figures}")

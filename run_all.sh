@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh        the default: a small BERT on 8,070 movie sentences, two CPU cores are enough
 #   bash run_all.sh --seeds 42 43 44        the same with three seeds each, for the spread
-#   bash run_all.sh --folds 5        eight methods on five folds of all sentences, so that each is tested once
+#   bash run_all.sh --folds 5        eight settings of six methods on five folds of all sentences, so that each is tested once
 #   bash run_all.sh --task sst2 --model bert-base-uncased --output results/sst2     the full-size study, for a GPU
 #
 # All other arguments go to every run (python train.py --help). Finished runs are skipped, so that an interrupted study

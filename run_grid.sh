@@ -15,7 +15,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 only_list=0
 for flag in "$@"; do
   case "$flag" in
-    -h | --help) exec "$python" "$here/train.py" --help ;;
+    -h | --help)
+      echo "run_grid.sh runs five methods, each for 2 and 3 epochs and with two learning rates; --list prints the commands."
+      echo "--method, --r, --epochs and --lr are what the runs differ in; all other flags are train.py's:"
+      exec "$python" "$here/train.py" --help ;;
     --list) only_list=1 ;;
   esac
 done

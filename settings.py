@@ -259,7 +259,7 @@ def settings_of(args):
     "without", only one with other targets than query and value "targets", only one of a
     cross-validation "fold", only one on a part of the training rows "train_rows", only one that
     validates by whole sentences "whole_sentences", only one whose files name their columns
-    otherwise "text_column" and "label_column"."""
+    otherwise "text_column" and "label_column", only one on synthetic questions "generator"."""
     model = model_of(args)
     is_local = model != DEFAULT_MODEL and Path(model).is_dir()
     if not is_local and (model.startswith((".", "/", "~")) or model.count("/") > 1):

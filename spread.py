@@ -73,7 +73,7 @@ def draw_sentences(rng, size, n, folds):
     return drawn
 
 
-def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES, seed=0):
+def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES):
     """Macro-F1 of `method` minus that of `baseline`, in points, over the same test sentences, the
     same seeds and the same folds.
 
@@ -93,7 +93,7 @@ def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES
     """
     labels, method, baseline = (np.asarray(x) for x in (labels, method, baseline))
     n_seeds, n = method.shape
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def differences(weights):  # (replicates, sentences) -> (replicates, seeds), in points
         return 100 * np.stack([macro_f1(labels, m, weights) - macro_f1(labels, b, weights)
@@ -110,15 +110,15 @@ def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES
             "high": float(high)}
 
 
-def mean_interval(differences, replicates=REPLICATES, seed=0):
+def mean_interval(differences):
     """{points, low, high}: the mean of the differences (seeds, questions), or (questions,) of one
     seed, and the 2.5 and 97.5 % percentiles of the means of resamples that draw seeds and questions
     with replacement (Efron & Tibshirani 1993, chapter 13). With a single seed another one is not in
     it; with few it is too narrow, as in paired_bootstrap."""
-    differences, rng = np.atleast_2d(differences), np.random.default_rng(seed)
+    differences, rng = np.atleast_2d(differences), np.random.default_rng(0)
     (n_seeds, n), means = differences.shape, []
-    for start in range(0, replicates, CHUNK):
-        size = min(CHUNK, replicates - start)
+    for start in range(0, REPLICATES, CHUNK):
+        size = min(CHUNK, REPLICATES - start)
         times = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size)  # (size, seeds)
         drawn = times @ differences / n_seeds  # (size, questions)
         means.append(np.take_along_axis(drawn, rng.integers(n, size=(size, n)), axis=1).mean(1))

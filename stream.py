@@ -127,8 +127,8 @@ class Pipe:
 # --- answers -------------------------------------------------------------------------------------
 
 def precision(method):
-    """The context of a forward pass, as the run that is asked had it in evaluation: autocast in what
-    the machine computes fast, unless its --amp was off."""
+    """The context of a forward pass: autocast in what this machine computes fast, unless the run
+    that is asked had --amp off."""
     device = next(method.model.parameters()).device
     is_off = method.about["settings"].get("amp") == "off"  # peft's folders do not say
     return autocast(device, amp_dtype("off" if is_off else "auto", device))

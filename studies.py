@@ -175,7 +175,6 @@ def correlation_of(rows):
 # --- captions and tables -------------------------------------------------------------------------
 
 def markdown_table(header, rows):
-    header = [" ".join(cell.split()) for cell in header]
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, rule, *rows])
 
@@ -252,9 +251,9 @@ def points(vs):
 def table(entries):
     """(header, rows) of the comparison, as strings."""
     key, what = memory_key(entries)
-    header = ["method", "lr", "trainable", "of which method /\nLayerNorm / head", "% of all", " n ",
-              "test\nmacro-F1", "vs full (points)", "accuracy", "best\nepochs", "s per epoch",
-              what.replace("memory", "\nmemory"), "trained\nfile (MB)"]
+    header = ["method", "lr", "trainable", "of which method / LayerNorm / head", "% of all", "n",
+              "test macro-F1", "vs full (points)", "accuracy", "best epochs", "s per epoch",
+              what, "trained file (MB)"]
 
     rows = []
     for name, entry in entries.items():
@@ -366,10 +365,15 @@ def sweep_caption(sweep):
     first = next(iter(sweep["entries"].values()))["runs"][0]
     s, where = first["settings"], first["environment"]
     runs = [run for entry in sweep["entries"].values() for run in entry["runs"]]
-    seeds = ", ".join(map(str, sorted({run["settings"]["seed"] for run in runs})))
-    return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seeds {seeds}, {where['device']}, "
-            f"amp {where['amp']}; each learning rate is the best of three by validation; [ ] is a "
-            "95 % interval, by a paired bootstrap over test rows and seeds")
+    seeds = sorted({run["settings"]["seed"] for run in runs})
+    several, tried = len(seeds) > 1, {e["rates_from"] for e in sweep["entries"].values()}
+    rows = f" of runs on {tried.pop():,} rows" if len(tried) == 1 and None not in tried else ""
+    return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seed{'s' * several} "
+            f"{', '.join(map(str, seeds))}, {where['device']}, amp {where['amp']}; each learning "
+            f"rate is the best of three by validation{rows}; "
+            + ("± is the standard deviation over the seeds; " if several else "")
+            + "[ ] is a 95 % interval, by a paired bootstrap over test rows"
+            + (" and seeds" if several else ""))
 
 
 def sweep_markdown(sweep):
@@ -379,8 +383,8 @@ def sweep_markdown(sweep):
               "vs full (points)", *["exact match"] * has_questions, "training (min)", "trainable"]
     rows = [[f"{e['rows']['train']:,}", e["label"], short(e["lr"]), str(e["n"]),
              *(plus_minus(e, key, 2 if has_questions else 4) for key in ("validation", "test")),
-             points(e["vs_full"]), *[f"{e['exact_match']:.2f}" for _ in range(has_questions)],
-             f"{e['minutes']:.1f}", f"{e['trainable_params']:,}"]
+             points(e["vs_full"]), *[plus_minus(e, "exact_match", 2) for _ in range(has_questions)],
+             plus_minus(e, "minutes", 1), f"{e['trainable_params']:,}"]
             for e in sorted(sweep["entries"].values(), key=lambda e: e["rows"]["train"])]
     return (markdown_table(header, rows)
             + f"\n{sweep_caption(sweep)}; made by `{sweep['command']}`.\n")

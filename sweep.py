@@ -117,10 +117,10 @@ def entry_of(results, scores, rates_from):
     values = {"test": [r[name] for r in results],
               "validation": [validation_score(r) for r in results],
               "minutes": [r["train_time_s"] / 60 for r in results]}
+    if "exact_match" in first:
+        values["exact_match"] = [r["exact_match"] for r in results]
     for key, own in values.items():
         entry[key], entry[f"{key}_std"] = mean_std(own)
-    if "exact_match" in first:
-        entry["exact_match"] = mean_std([r["exact_match"] for r in results])[0]
     return entry | {
         "runs": [{key: r[key] for key in ("settings", "best_epoch", "history", "splits",
                                           "environment")} for r in results]}
