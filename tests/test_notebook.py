@@ -1,7 +1,10 @@
 """The notebook runs from top to bottom on what run_all.sh leaves, and is committed with the outputs
 of such a run."""
+import base64
 import json
+import re
 import shutil
+import subprocess
 
 import nbformat
 from conftest import ROOT
@@ -45,3 +48,8 @@ def test_the_committed_outputs_are_those_of_the_committed_results():
     last, = [text for text in tables if text.startswith("- **Quality**")]
     full = json.loads(committed("metrics/comparison.json"))["full_ft"]
     assert f"{full['f1_macro']:.4f}" in last and f"n = {full['n']}" in last
+    shown = re.findall(r"figures/\w+\.png", "\n".join(cell.source for cell in cells))
+    for name in dict.fromkeys(shown):
+        picture = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True)
+        assert base64.b64encode(picture.stdout).decode() in [
+            text.replace("\n", "") for text in outputs(notebook, "image/png")], name
