@@ -362,15 +362,15 @@ def grid_markdown(runs):
 
 
 def sweep_caption(sweep):
-    first = next(iter(sweep["entries"].values()))["runs"][0]
-    s, where = first["settings"], first["environment"]
+    entry = next(iter(sweep["entries"].values()))
+    s, where = entry["runs"][0]["settings"], entry["runs"][0]["environment"]
     runs = [run for entry in sweep["entries"].values() for run in entry["runs"]]
     seeds = sorted({run["settings"]["seed"] for run in runs})
     several, tried = len(seeds) > 1, {e["rates_from"] for e in sweep["entries"].values()}
     rows = f" of runs on {tried.pop():,} rows" if len(tried) == 1 and None not in tried else ""
     return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seed{'s' * several} "
             f"{', '.join(map(str, seeds))}, {where['device']}, amp {where['amp']}; each learning "
-            f"rate is the best of three by validation{rows}; "
+            f"rate is the best of {len(entry['tried'])} by validation{rows}; "
             + ("± is the standard deviation over the seeds; " if several else "")
             + "[ ] is a 95 % interval, by a paired bootstrap over test rows"
             + (" and seeds" if several else ""))

@@ -3,12 +3,13 @@
     python sweep.py --data DIR                         eight methods on your own files
     python sweep.py --data DIR --train-rows 1000 4000 all --seeds 42 43 44 --methods full lora_r16
 
-Of three learning rates a method takes the one with the best validation score under the first seed;
-with that one the other seeds run, too. --rates-from N tries them on N training rows instead of on
-all. --methods are names of methods.CASES, or train.py's flags in quotes: "lora --r 64". The runs
-are train.py's, one after the other, and other flags are its flags. --train-rows or --methods of a
-later call join the table of the earlier ones; what metrics/sweep_NAME.json and sweep_NAME.csv, the
-answers, hold already is not run again, even if another machine ran it.
+Of three learning rates (of synthetic questions run_grid.sh's two) a method takes the one with the
+best validation score under the first seed; with that one the other seeds run, too. --rates-from N
+tries them on N training rows instead of on all. --methods are names of methods.CASES, or train.py's
+flags in quotes: "lora --r 64". The runs are train.py's, one after the other, and other flags are
+its flags. --train-rows or --methods of a later call join the table of the earlier ones; what
+metrics/sweep_NAME.json and sweep_NAME.csv, the answers, hold already is not run again, even if
+another machine ran it.
 """
 import csv
 import re
@@ -24,7 +25,7 @@ from methods import CASES, FOLD_STUDY, METHODS, WIDE_RATE, is_qa, label_of, row_
 from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, settings_of
 from spread import mean_interval, mean_std, paired_bootstrap
 from start import command, fail, start
-from studies import explain, refuse, split_seeds
+from studies import explain, is_synthetic, refuse, split_seeds
 
 TRAIN = Path(__file__).with_name("train.py")
 # settings in which the runs of one sweep differ
@@ -33,8 +34,12 @@ FREE = {"method", "r", "alpha", "dropout", "placement", "bottleneck", "reduction
 
 
 def rates_of(s):
-    """The three learning rates that are tried, for the method and the model of the settings `s`."""
+    """The learning rates that are tried, for the method, the task and the model of the settings
+    `s`."""
     row = row_of(s)
+    if is_synthetic(s):
+        # run_grid.sh's own two: at twice the better one DoRA does not always start
+        return (5e-5, 1e-4) if row == METHODS["full"] else (5e-4, 1e-3)
     if s["model"] != DEFAULT_MODEL:
         # a half, one and two times the default
         default = row.rates.questions if is_qa(s) else row.rates.sentences

@@ -13,6 +13,7 @@ from conftest import ROOT, one_line_error, one_line_exit, run, settings, train, 
 import data
 import qa
 import spread
+import studies
 import sweep
 from settings import parse_args, result_path, run_name
 
@@ -274,3 +275,8 @@ def test_rates_of_another_model_are_around_its_default(tmp_path):
     assert sweep.rates_of(settings("--method", "lora")) == (5e-4, 1e-3, 2e-3)
     assert sweep.rates_of(settings("--method", "lora", "--targets", "all")) == (2.5e-4, 5e-4, 1e-3)
     assert sweep.rates_of(settings("--method", "full", "--task", "squad")) == (5e-5, 1e-4, 2e-4)
+    for name in "full", "dora":  # those of the grid
+        s = settings("--method", name, "--task", "synthetic")
+        own = [float(flags.split("--lr ")[1].split()[0]) for run, flags in
+               studies.SYNTHETIC_RUNS.items() if run.startswith(f"{name}_")]
+        assert len(own) == 4 and set(sweep.rates_of(s)) == set(own)
