@@ -36,7 +36,8 @@ def twenty_runs(full, others):
 # The rates of the study on Portuguese SQuAD; with them no low-rank method of the small model learns
 # the synthetic questions, which have rates of their own (docs/questions.md).
 GRID_RUNS = twenty_runs(("2e-4", "4.25e-5"), ("2e-4", "4.25e-5"))
-SYNTHETIC_RUNS = twenty_runs(("1e-4", "5e-5"), ("1e-3", "5e-4"))
+SYNTHETIC_RATES = ("1e-4", "5e-5"), ("1e-3", "5e-4")  # full fine-tuning's, the others'
+SYNTHETIC_RUNS = twenty_runs(*SYNTHETIC_RATES)
 
 
 def is_synthetic(s):
@@ -366,8 +367,10 @@ def sweep_caption(sweep):
     s, where = entry["runs"][0]["settings"], entry["runs"][0]["environment"]
     runs = [run for entry in sweep["entries"].values() for run in entry["runs"]]
     seeds = sorted({run["settings"]["seed"] for run in runs})
-    several, tried = len(seeds) > 1, {e["rates_from"] for e in sweep["entries"].values()}
-    rows = f" of runs on {tried.pop():,} rows" if len(tried) == 1 and None not in tried else ""
+    several, rates_from = len(seeds) > 1, {e["rates_from"] for e in sweep["entries"].values()}
+    rows = ""  # where all were tried on as many rows as they train on
+    if len(rates_from) == 1 and None not in rates_from:
+        rows = f" of runs on {rates_from.pop():,} rows"
     return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seed{'s' * several} "
             f"{', '.join(map(str, seeds))}, {where['device']}, amp {where['amp']}; each learning "
             f"rate is the best of {len(entry['tried'])} by validation{rows}; "

@@ -25,7 +25,7 @@ from methods import CASES, FOLD_STUDY, METHODS, WIDE_RATE, is_qa, label_of, row_
 from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, settings_of
 from spread import mean_interval, mean_std, paired_bootstrap
 from start import command, fail, start
-from studies import explain, is_synthetic, refuse, split_seeds
+from studies import SYNTHETIC_RATES, explain, is_synthetic, refuse, split_seeds
 
 TRAIN = Path(__file__).with_name("train.py")
 # settings in which the runs of one sweep differ
@@ -37,9 +37,9 @@ def rates_of(s):
     """The learning rates that are tried, for the method, the task and the model of the settings
     `s`."""
     row = row_of(s)
-    if is_synthetic(s):
-        # run_grid.sh's own two: at twice the better one DoRA does not always start
-        return (5e-5, 1e-4) if row == METHODS["full"] else (5e-4, 1e-3)
+    if is_synthetic(s):  # the grid's, so that other seeds repeat its better configurations
+        full, others = SYNTHETIC_RATES
+        return tuple(sorted(map(float, full if row == METHODS["full"] else others)))
     if s["model"] != DEFAULT_MODEL:
         # a half, one and two times the default
         default = row.rates.questions if is_qa(s) else row.rates.sentences

@@ -4,12 +4,11 @@ import base64
 import json
 import re
 import shutil
-import subprocess
 
 import nbformat
 from conftest import ROOT
 from nbclient import NotebookClient
-from test_readme import committed
+from test_readme import committed, committed_bytes
 
 
 def outputs(notebook, kind):
@@ -49,7 +48,6 @@ def test_the_committed_outputs_are_those_of_the_committed_results():
     full = json.loads(committed("metrics/comparison.json"))["full_ft"]
     assert f"{full['f1_macro']:.4f}" in last and f"n = {full['n']}" in last
     shown = re.findall(r"figures/\w+\.png", "\n".join(cell.source for cell in cells))
+    pictures = [base64.b64decode(text) for text in outputs(notebook, "image/png")]
     for name in dict.fromkeys(shown):
-        picture = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=ROOT, capture_output=True)
-        assert base64.b64encode(picture.stdout).decode() in [
-            text.replace("\n", "") for text in outputs(notebook, "image/png")], name
+        assert committed_bytes(name) in pictures, name

@@ -4,10 +4,11 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, settings
+from conftest import ROOT, settings
 from sklearn.metrics import f1_score
 from test_house import PAPERS
 
@@ -21,11 +22,17 @@ import studies
 import sweep
 
 
-def committed(path):
+def committed_bytes(path):
     """The file as committed: a user's own run_all.sh may have put other results in its place."""
-    if not shutil.which("git") or not (done := run("git", "show", f"HEAD:{path}", cwd=ROOT)).stdout:
+    command = ["git", "show", f"HEAD:{path}"]
+    if not shutil.which("git") or \
+            not (done := subprocess.run(command, cwd=ROOT, capture_output=True)).stdout:
         pytest.skip("not a git checkout")
     return done.stdout
+
+
+def committed(path):
+    return committed_bytes(path).decode("utf-8").replace("\r\n", "\n")
 
 
 def test_committed_comparison_is_the_five_default_runs_of_three_seeds():

@@ -259,7 +259,8 @@ def test_twenty_times_as_many_rows_need_no_more_memory(tmp_path, monkeypatch):
         stream.predict_rows([predict.Method("m", None, {"pairs": False}, 0, 0)], None, {}, args)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.6 * peaks[0] < (tmp_path / "60000.txt").stat().st_size
+    assert peaks[1] < 1.5 * peaks[0]
+    assert 1.6 * peaks[0] < (tmp_path / "60000.txt").stat().st_size
     assert len((tmp_path / "60000.csv").read_text().splitlines()) == 60_001
 
 
