@@ -59,6 +59,7 @@ CSS = """
 .answers td:first-child, .answers th:first-child { text-align: left; white-space: normal;
   min-width: 9rem; }
 .answers tr + tr { border-top: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+.note { overflow-wrap: anywhere; }
 .answers td.differs { font-weight: 700; background: color-mix(in srgb, #E69F00 30%, transparent); }
 .answers mark { background: color-mix(in srgb, #56B4E9 45%, transparent); color: inherit;
   padding: 0 0.15em; border-radius: 3px; }
@@ -196,17 +197,18 @@ def load_results(output):
     return {}
 
 
-HEADER = ["method", "lr", "trainable", "n", "macro-F1", "vs full (points)", "95 %: from", "to",
-          "NLL", "ECE (%)", "s per epoch", "memory (GB)", "file (MB)"]
+HEADER = ["method", "lr", "trainable", "n", "macro-F1", "vs full (points)", "at least (95 %)",
+          "at most (95 %)", "NLL", "ECE (%)", "s per epoch", "memory (GB)", "file (MB)"]
 
 
 def numbers_of(entries):
     """The table of HEADER with numbers, so that it can be sorted by any of them."""
     rows = []
     for entry in entries.values():
-        vs = entry["vs_full"] or {"points": None, "low": None, "high": None}
+        vs = entry["vs_full"]
+        points = [vs and round(vs[key], 1) for key in ("points", "low", "high")]
         values = [entry["runs"][0]["settings"]["lr"], entry["trainable_params"], entry["n"],
-                  entry["f1_macro"], vs["points"], vs["low"], vs["high"], entry.get("nll"),
+                  entry["f1_macro"], *points, entry.get("nll"),
                   entry.get("ece") and 100 * entry["ece"], entry["epoch_time_s"],
                   entry[memory_key({"": entry})[0]], entry["checkpoint_mb"]]
         rows.append([entry_label(entry), *(value if value is None else float(f"{value:.4g}")
@@ -266,8 +268,10 @@ def make_page(output, model=None):
             text = gradio.Textbox("\n".join(predict.SENTENCES), lines=5, max_lines=12,
                                   label="Sentences, one a line", elem_id="sentences")
             ticked = gradio.CheckboxGroup(list(sentences.files), value=list(sentences.files),
-                                          label="Methods", elem_id="methods")
-            button = gradio.Button("Ask", variant="primary", elem_id="ask")
+                                          label="Methods", elem_id="methods",
+                                          visible=not sentences.missing)
+            button = gradio.Button("Ask", variant="primary", elem_id="ask",
+                                   interactive=not sentences.missing)
             answers = gradio.HTML(note(sentences.missing) if sentences.missing else "",
                                   elem_id="answers")
             button.click(lambda text, names: ask(sentences, text, names), [text, ticked], answers,
@@ -277,8 +281,10 @@ def make_page(output, model=None):
             passage = gradio.Textbox(PASSAGE, lines=4, max_lines=16, label="Passage",
                                      elem_id="passage")
             found_by = gradio.CheckboxGroup(list(questions.files), value=list(questions.files),
-                                            label="Methods", elem_id="passage_methods")
-            find = gradio.Button("Find the answer", variant="primary", elem_id="find")
+                                            label="Methods", elem_id="passage_methods",
+                                            visible=not questions.missing)
+            find = gradio.Button("Find the answer", variant="primary", elem_id="find",
+                                 interactive=not questions.missing)
             marked = gradio.HTML(note(questions.missing) if questions.missing else "",
                                  elem_id="marked")
             find.click(lambda question, passage, names: ask_passage(questions, question, passage,
@@ -290,6 +296,9 @@ def make_page(output, model=None):
             cost = gradio.Radio(list(COSTS), value="seconds per epoch", label="Cost",
                                 elem_id="cost")
             picture = gradio.HTML(draw(entries, "seconds per epoch"), elem_id="picture")
+            if entries:
+                gradio.HTML(note("Bars: the 95 % interval of the difference to full fine-tuning, "
+                                 "which has none."))
             cost.change(lambda cost: draw(entries, cost), cost, picture, api_name="draw")
     return page
 
@@ -307,6 +316,8 @@ def launch(page, port, wait=True):
 
 
 def main(args):
+    if not (args.output / "metrics").is_dir():
+        fail(f"--output {args.output}: there is no folder metrics in it, which train.py makes")
     page = make_page(args.output, args.model)
     print(f"http://127.0.0.1:{args.port}   (Ctrl-C ends it)", flush=True)
     launch(page, args.port)

@@ -231,12 +231,14 @@ def predict_rows(methods, tokenizer, files, args):
             out.keep(len(chunk))
             bar.update(len(chunk))
     out.finish()
+    if args.to != STDOUT:
+        print(f"wrote {args.to}: {out.rows:,} rows")
     if out.counts["empty"]:
-        warn(f"{out.counts['empty']:,} texts are empty and have no label")
+        warn(f"{out.counts['empty']:,} of the texts are empty and have no label")
     if out.counts["cut"]:
         lengths = sorted({method.about["settings"]["max_length"] for method in methods})
-        warn(f"{out.counts['cut']:,} texts were cut at the {' or '.join(map(str, lengths))} tokens "
-             "that training had")
+        warn(f"{out.counts['cut']:,} of the texts were cut at the "
+             f"{' or '.join(map(str, lengths))} tokens that training had")
 
 
 def predict_questions(methods, tokenizer, files, args):
@@ -272,3 +274,4 @@ def predict_questions(methods, tokenizer, files, args):
             print(f"F1 {scores['f1']:.2f}, exact match {scores['exact_match']:.2f} "
                   f"({len(known):,} questions)")
     out.finish(make)
+    print(f"wrote {args.to}: {out.rows:,} answers")

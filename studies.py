@@ -363,17 +363,19 @@ def grid_markdown(runs):
 
 
 def sweep_caption(sweep):
-    entry = next(iter(sweep["entries"].values()))
-    s, where = entry["runs"][0]["settings"], entry["runs"][0]["environment"]
-    runs = [run for entry in sweep["entries"].values() for run in entry["runs"]]
-    seeds = sorted({run["settings"]["seed"] for run in runs})
-    several, rates_from = len(seeds) > 1, {e["rates_from"] for e in sweep["entries"].values()}
-    rows = ""  # where all were tried on as many rows as they train on
-    if len(rates_from) == 1 and None not in rates_from:
-        rows = f" of runs on {rates_from.pop():,} rows"
+    entries = sweep["entries"].values()
+    first = next(iter(entries))
+    runs = [run for entry in entries for run in entry["runs"]]
+    s, seeds = runs[0]["settings"], sorted({run["settings"]["seed"] for run in runs})
+    several = len(seeds) > 1
+    # parts of a sweep may be from different machines
+    where = " or ".join(sorted({"{device}, amp {amp}".format(**run["environment"])
+                                for run in runs}))
+    tried_on = " or ".join(f"{n:,} rows" if n else "all these rows"
+                           for n in sorted({entry["rates_from"] or 0 for entry in entries}))
     return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seed{'s' * several} "
-            f"{', '.join(map(str, seeds))}, {where['device']}, amp {where['amp']}; each learning "
-            f"rate is the best of {len(entry['tried'])} by validation{rows}; "
+            f"{', '.join(map(str, seeds))}, {where}; each learning rate is the best of "
+            f"{len(first['tried'])} by validation, of runs on {tried_on}; "
             + ("± is the standard deviation over the seeds; " if several else "")
             + "[ ] is a 95 % interval, by a paired bootstrap over test rows"
             + (" and seeds" if several else ""))
@@ -389,8 +391,9 @@ def sweep_markdown(sweep):
              points(e["vs_full"]), *[plus_minus(e, "exact_match", 2) for _ in range(has_questions)],
              plus_minus(e, "minutes", 1), f"{e['trainable_params']:,}"]
             for e in sorted(sweep["entries"].values(), key=lambda e: e["rows"]["train"])]
+    commands = dict.fromkeys(f"`{entry['command']}`" for entry in sweep["entries"].values())
     return (markdown_table(header, rows)
-            + f"\n{sweep_caption(sweep)}; made by `{sweep['command']}`.\n")
+            + f"\n{sweep_caption(sweep)}; made by {' and '.join(commands)}.\n")
 
 
 # The parts of a ledger (memory.py)

@@ -174,6 +174,7 @@ def generated():
     return [studies.markdown(read("comparison")), studies.fold_markdown(read("crossvalidation")),
             studies.grid_markdown(read("grid")), studies.sweep_markdown(read("sweep_synthetic")),
             studies.sweep_markdown(read("sweep_squad_en")),
+            studies.sweep_markdown(read("sweep_sst2")),
             bench.markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
             memory.markdown(read("memory")), studies.multitask_markdown(read("multitask")),
             export.markdown(read("requantized"))]
