@@ -28,7 +28,10 @@ def parse_args(argv=None):
                    help="where the base is, if it was a folder (default: as in training)")
     p.add_argument("--port", type=number(int, 1, 65535), default=7860, metavar="N",
                    help="of 127.0.0.1 (default: 7860)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if not (args.output / "metrics").is_dir():
+        fail(f"--output {args.output}: there is no folder metrics in it, which train.py makes")
+    return args
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports
@@ -316,8 +319,6 @@ def launch(page, port, wait=True):
 
 
 def main(args):
-    if not (args.output / "metrics").is_dir():
-        fail(f"--output {args.output}: there is no folder metrics in it, which train.py makes")
     page = make_page(args.output, args.model)
     print(f"http://127.0.0.1:{args.port}   (Ctrl-C ends it)", flush=True)
     launch(page, args.port)

@@ -68,7 +68,9 @@ def read_squad(path):
         root = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as e:
         fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
-    except (OSError, ValueError, RecursionError) as e:
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror}")
+    except (ValueError, RecursionError) as e:
         fail(f"cannot read {path}: {e}")
 
     questions = []

@@ -100,8 +100,9 @@ class Part:
             write_json(self.progress, {"of": self.identity, "rows": self.rows,
                                        "counts": self.counts, "bytes": self.path.stat().st_size})
 
-    def finish(self, make=None):
-        """Put the part in the place of the output; make(part file): what is put there instead."""
+    def finish(self, what, make=None):
+        """Put the part in the place of the output and say so; what: its rows are called that;
+        make(part file): puts something else there."""
         self.file.close()
         if make:
             make(self.path)
@@ -109,6 +110,7 @@ class Part:
         else:
             os.replace(self.path, self.to)
         self.progress.unlink(missing_ok=True)
+        print(f"wrote {self.to}: {self.rows:,} {what}")
 
 
 class Pipe:
@@ -120,7 +122,7 @@ class Pipe:
     def keep(self, n):
         self.file.flush()
 
-    def finish(self):
+    def finish(self, what):
         pass
 
 
@@ -230,9 +232,7 @@ def predict_rows(methods, tokenizer, files, args):
                     (careful if has_return else writer).writerow(cells)
             out.keep(len(chunk))
             bar.update(len(chunk))
-    out.finish()
-    if args.to != STDOUT:
-        print(f"wrote {args.to}: {out.rows:,} rows")
+    out.finish("rows")
     if out.counts["empty"]:
         warn(f"{out.counts['empty']:,} of the texts are empty and have no label")
     if out.counts["cut"]:
@@ -273,5 +273,4 @@ def predict_questions(methods, tokenizer, files, args):
             scores = {name: sum(own) / len(own) for name, own in question_scores(known).items()}
             print(f"F1 {scores['f1']:.2f}, exact match {scores['exact_match']:.2f} "
                   f"({len(known):,} questions)")
-    out.finish(make)
-    print(f"wrote {args.to}: {out.rows:,} answers")
+    out.finish("answers", make)

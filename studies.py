@@ -371,8 +371,8 @@ def sweep_caption(sweep):
     # parts of a sweep may be from different machines
     where = " or ".join(sorted({"{device}, amp {amp}".format(**run["environment"])
                                 for run in runs}))
-    tried_on = " or ".join(f"{n:,} rows" if n else "all these rows"
-                           for n in sorted({entry["rates_from"] or 0 for entry in entries}))
+    tried_on = " or on ".join(f"{n:,} rows" if n else "as many rows"
+                              for n in sorted({entry["rates_from"] or 0 for entry in entries}))
     return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seed{'s' * several} "
             f"{', '.join(map(str, seeds))}, {where}; each learning rate is the best of "
             f"{len(first['tried'])} by validation, of runs on {tried_on}; "

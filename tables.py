@@ -88,4 +88,4 @@ def read_table(path, needed=()):
     except UnicodeDecodeError as e:
         fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
     except OSError as e:
-        fail(f"cannot read {path}: {e.strerror or e}")
+        fail(f"cannot read {path}: {e.strerror}")

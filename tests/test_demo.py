@@ -109,6 +109,10 @@ def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(ser
     one_line_exit(lambda: demo.launch(demo.make_page(ROOT / "nothing"), port), "is taken", "--port")
 
 
+def test_an_output_without_results_ends_in_one_line(tmp_path):
+    one_line_exit(lambda: demo.parse_args(["--output", str(tmp_path)]), "--output", "no folder")
+
+
 def test_without_gradio_one_line_says_how_to_install_it(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError")
     done = run(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, "

@@ -21,6 +21,10 @@ import plots
 import studies
 import sweep
 
+# the committed sweeps, and where their tables are shown
+SWEEPS = {"sweep_synthetic": "docs/questions.md", "sweep_squad_en": "docs/questions.md",
+          "sweep_sst2": "docs/full-size.md"}
+
 
 def committed_bytes(path):
     """The file as committed: a user's own run_all.sh may have put other results in its place."""
@@ -91,9 +95,9 @@ def test_readme_tables_of_the_grid_are_those_of_the_results():
     results = json.loads(committed("metrics/grid.json"))
     tables = plots.grid_markdown(results)
     assert committed("figures/grid.md") == tables and tables in committed("docs/questions.md")
-    for name in "sweep_synthetic", "sweep_squad_en":
+    for name, paper in SWEEPS.items():
         table = studies.sweep_markdown(json.loads(committed(f"metrics/{name}.json")))
-        assert committed(f"figures/{name}.md") == table and table in committed("docs/questions.md")
+        assert committed(f"figures/{name}.md") == table and table in committed(paper)
     rows = list(csv.DictReader(committed("metrics/grid_results.csv").splitlines()))
     assert ([row["run"] for row in rows] == [row["run"] for row in grid.rows_of(results)]
             and len(rows) == 20)
@@ -172,9 +176,8 @@ def generated():
     """The tables that are made by code, and compared as a whole above."""
     read = lambda name: json.loads(committed(f"metrics/{name}.json"))
     return [studies.markdown(read("comparison")), studies.fold_markdown(read("crossvalidation")),
-            studies.grid_markdown(read("grid")), studies.sweep_markdown(read("sweep_synthetic")),
-            studies.sweep_markdown(read("sweep_squad_en")),
-            studies.sweep_markdown(read("sweep_sst2")),
+            studies.grid_markdown(read("grid")),
+            *(studies.sweep_markdown(read(name)) for name in SWEEPS),
             bench.markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
             memory.markdown(read("memory")), studies.multitask_markdown(read("multitask")),
             export.markdown(read("requantized"))]

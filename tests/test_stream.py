@@ -75,7 +75,8 @@ def test_every_row_comes_back_with_label_and_probabilities(kind, to, ask, tmp_pa
             assert row[name] == "01"[p[1] > p[0]]
     if kind == "jsonl":
         assert rows[2]["more"] == ({"a": 2} if to == "jsonl" else '{"a": 2}')
-    said = capsys.readouterr().err
+    done, said = capsys.readouterr()
+    assert f"wrote {out}: {len(TEXTS)} rows" in done
     for words in "1 of the texts are empty", "1 of the texts were cut at the 128 tokens":
         assert words in said
     assert sorted(p.name for p in tmp_path.iterdir()) == [source.name, out.name]
