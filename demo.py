@@ -21,6 +21,10 @@ from start import fail, start
 def parse_args(argv=None):
     start()
     p = Parser(description="A page to play with the trained methods.", allow_abbrev=False)
+    p.add_argument("--checkpoint", type=Path, action="append", default=[], metavar="FILE",
+                   help="ask this instead, any that train.py left in checkpoints/, or a folder of "
+                        "peft's; give it several times to compare (default: those of run_all.sh "
+                        "and run_grid.sh)")
     p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
                    help="train.py's --output, with metrics/ and checkpoints/ (default: beside this "
                         "file)")
@@ -29,7 +33,7 @@ def parse_args(argv=None):
     p.add_argument("--port", type=number(int, 1, 65535), default=7860, metavar="N",
                    help="of 127.0.0.1 (default: 7860)")
     args = p.parse_args(argv)
-    if not (args.output / "metrics").is_dir():
+    if not args.checkpoint and not (args.output / "metrics").is_dir():
         fail(f"--output {args.output}: there is no folder metrics in it, which train.py makes")
     return args
 
@@ -46,9 +50,10 @@ from matplotlib.figure import Figure
 from starlette.middleware import Middleware
 
 import predict
-from checkpoint import attach, read_about
+from checkpoint import attach, check_tokenizer, read_about
+from methods import is_qa as asks_questions
 from plots import STYLE
-from studies import entry_label, memory_key
+from studies import entry_label, memory_key, study_of
 
 QUESTION = "Which company does Laura Nolan work for?"
 PASSAGE = ("Laura Nolan spent the early years in Zurich. She is on the staff of Atlas Pictures. "
@@ -60,7 +65,7 @@ CSS = """
 .answers th, .answers td { padding: 0.35rem 0.6rem; text-align: right; white-space: nowrap;
   border: none; }
 .answers td:first-child, .answers th:first-child { text-align: left; white-space: normal;
-  min-width: 9rem; }
+  min-width: 9rem; position: sticky; left: 0; background: var(--body-background-fill); }
 .answers tr + tr { border-top: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
 .note { overflow-wrap: anywhere; }
 .answers td.differs { font-weight: 700; background: color-mix(in srgb, #E69F00 30%, transparent); }
@@ -110,17 +115,22 @@ def note(text):
 
 
 class Study:
-    """The trained methods of one study on their base, or why there are none (`missing`)."""
+    """The trained methods of one study on their base, or why there are none (`missing`). files:
+    these, {name: checkpoint}, instead of those that `output` has."""
 
-    def __init__(self, output, is_qa, model=None):
+    def __init__(self, output, is_qa, model=None, files=None):
         self.files, self.missing = {}, ""
         try:
-            self.files = predict.find(output, is_qa)
+            self.files = predict.find(output, is_qa) if files is None else files
+            if not files and files is not None:
+                fail(f"no --checkpoint was trained on {'questions' if is_qa else 'sentences'}")
             first = next(iter(self.files.values()))
             if read_about(first)["pairs"]:
                 fail("these methods were trained on pairs of sentences; predict.py --input asks "
                      "them")
             self.tokenizer, self.base, self.base_hash = predict.load_base(first, model)
+            for name, path in self.files.items():  # what does not fit is said now
+                check_tokenizer(path, self.switch(name)[0].about, self.tokenizer)
         except SystemExit as e:
             self.files, self.missing = {}, str(e.code).removeprefix("error: ")
 
@@ -162,7 +172,7 @@ def ask(study, text, names):
     rows, kinds = [["", *names]], {}
     for i, sentence in enumerate(sentences):
         labels = [column[i][0] for column in columns]
-        usual = max(labels, key=labels.count)
+        usual = predict.most_say(labels)
         rows.append([sentence if len(sentence) <= 300 else sentence[:299] + "…",
                      *(f"{label} {p:.2f}" for label, p in (column[i] for column in columns))])
         kinds |= {(len(rows) - 1, j): "differs" for j, label in enumerate(labels, 1)
@@ -195,8 +205,9 @@ def ask_passage(study, question, passage, names):
 def load_results(output):
     """The entries of the cross-validation, or else of the comparison, or {}."""
     for name in "crossvalidation.json", "comparison.json":
-        if (output / "metrics" / name).exists():
-            return read_json(output / "metrics" / name)
+        path = output / "metrics" / name
+        if path.exists() and "full_ft" in (entries := read_json(path)):
+            return entries
     return {}
 
 
@@ -205,7 +216,8 @@ HEADER = ["method", "lr", "trainable", "n", "macro-F1", "vs full (points)", "at 
 
 
 def numbers_of(entries):
-    """The table of HEADER with numbers, so that it can be sorted by any of them."""
+    """(header, rows): the table of HEADER with numbers, so that it can be sorted by any of them;
+    without the columns that no result has."""
     rows = []
     for entry in entries.values():
         vs = entry["vs_full"]
@@ -217,7 +229,8 @@ def numbers_of(entries):
         rows.append([entry_label(entry), *(value if value is None else float(f"{value:.4g}")
                                            if isinstance(value, float) else value
                                            for value in values)])
-    return rows
+    kept = [j for j in range(len(HEADER)) if not rows or any(row[j] is not None for row in rows)]
+    return [HEADER[j] for j in kept], [[row[j] for j in kept] for row in rows]
 
 
 COSTS = {"trainable parameters": lambda e: e["trainable_params"],
@@ -260,9 +273,12 @@ def draw(entries, cost):
     return f'<div class="picture">{svg}</div>'
 
 
-def make_page(output, model=None):
-    """The gradio.Blocks of the page."""
-    sentences, questions = (Study(output, is_qa, model) for is_qa in (False, True))
+def make_page(output, model=None, checkpoints=()):
+    """The gradio.Blocks of the page. checkpoints: to ask instead of those that `output` has."""
+    given = {is_qa: {name: path for name, path in predict.name_files(checkpoints).items()
+                     if asks_questions(read_about(path)["settings"]) is is_qa}
+             if checkpoints else None for is_qa in (False, True)}
+    sentences, questions = (Study(output, is_qa, model, files) for is_qa, files in given.items())
     entries = load_results(output)
     with gradio.Blocks(title="What do I lose if I don't fine-tune all of BERT?",
                        analytics_enabled=False) as page:
@@ -294,8 +310,11 @@ def make_page(output, model=None):
                                                                     names),
                        [question, passage, found_by], marked, api_name="ask_passage")
         with gradio.Tab("Compare"):
-            gradio.Dataframe(numbers_of(entries), headers=HEADER, interactive=False, wrap=True,
-                             datatype=["str"] + ["number"] * (len(HEADER) - 1), elem_id="results")
+            if entries:
+                gradio.HTML(note(study_of(entries)))
+            header, rows = numbers_of(entries)
+            gradio.Dataframe(rows, headers=header, interactive=False, wrap=True,
+                             datatype=["str"] + ["number"] * (len(header) - 1), elem_id="results")
             cost = gradio.Radio(list(COSTS), value="seconds per epoch", label="Cost",
                                 elem_id="cost")
             picture = gradio.HTML(draw(entries, "seconds per epoch"), elem_id="picture")
@@ -306,12 +325,12 @@ def make_page(output, model=None):
     return page
 
 
-def launch(page, port, wait=True):
-    """Serve the page on 127.0.0.1; wait: until Ctrl-C."""
+def launch(page, port):
+    """Serve the page on 127.0.0.1, in threads of its own."""
     try:
         return page.launch(
             server_name="127.0.0.1", server_port=port, share=False, quiet=True, footer_links=[],
-            css=CSS, ssr_mode=False, prevent_thread_lock=not wait,
+            css=CSS, ssr_mode=False, prevent_thread_lock=True,
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             app_kwargs={"middleware": [Middleware(ContentPolicy)]})
     except OSError:
@@ -319,9 +338,10 @@ def launch(page, port, wait=True):
 
 
 def main(args):
-    page = make_page(args.output, args.model)
-    print(f"http://127.0.0.1:{args.port}   (Ctrl-C ends it)", flush=True)
+    page = make_page(args.output, args.model, args.checkpoint)
     launch(page, args.port)
+    print(f"http://127.0.0.1:{args.port}   (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

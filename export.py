@@ -16,7 +16,7 @@ undo what was learned. --requantized JSON does that all the same, and scores the
 import argparse
 from pathlib import Path
 
-from files import check_writable, data_files, fingerprint, write_json
+from files import check_writable, data_files, fingerprint, usual_mode, write_json
 from methods import is_4bit, is_qa, label_of, row_of
 from settings import Parser
 from start import command, fail, start
@@ -118,9 +118,10 @@ def export(path, folder, model_name=None, is_peft=False):
     folder = folder.resolve()
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name[:100] + "."))
     try:
-        part.chmod(0o755)
         write_peft(path, part) if is_peft else model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        for made in (part, *part.iterdir()):
+            usual_mode(made)
         part.rename(folder)
     except Exception as e:  # OSError, or safetensors' own for the same causes
         shutil.rmtree(part, ignore_errors=True)

@@ -103,10 +103,19 @@ def part_of(path):
     return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.part")
 
 
+def usual_mode(path):
+    """Let others read a file or a folder as they may read every new one (safetensors and tempfile
+    make theirs for their owner alone)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def put_in_place(part, path):
     """Rename a written file to `path`, which so never exists half-written, whoever else writes
     it."""
     try:
+        usual_mode(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -104,8 +104,9 @@ def find_targets(folder, names):
         if name.endswith(".lora_A.weight"):
             found = re.fullmatch(re.escape(PREFIX + LAYERS) + r"(\d+)\.(.+)\.lora_A\.weight", name)
             if not found:
-                fail(f"{folder}: {name.removesuffix('.lora_A.weight')} is no linear layer of a "
-                     "BERT with a head")
+                where = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+                fail(f"{folder}: LoRA is on {where}, which is not supported; on {LAYERS}* alone "
+                     'it is (peft\'s "all-linear" takes the pooler, too)')
             modules.setdefault(int(found[1]), set()).add(found[2])
     for targets, own in TARGETS.items():
         if modules and all(found == set(own) for found in modules.values()):

@@ -159,9 +159,17 @@ def find(output, is_qa=False, only=None):
         if not file.exists():
             result = result_path(output, runs[name])
             delete = f"delete {result}, and " if result.exists() else ""
-            fail(f"{file}, the checkpoint of {name}, is not there; {delete}bash {script} with the "
-                 f"flags of {path} trains it")
+            fail(f"{file}, the checkpoint of {name} in {path}, is not there (checkpoints are not "
+                 f"part of a clone); {delete}bash {script}, with the flags that it was made with, "
+                 "trains it, and --checkpoint FILE asks any other")
     return files
+
+
+def name_files(paths):
+    """{name: checkpoint}, each called as its file, or where two files are called the same, as its
+    path."""
+    stems = {path.stem for path in paths}
+    return {path.stem if len(stems) == len(paths) else str(path): path for path in paths}
 
 
 def load_base(path, model_name=None):
@@ -213,6 +221,12 @@ def milliseconds(ask, n=3):
     return result, statistics.median(times)
 
 
+def most_say(labels):
+    """The label that most methods give, or None where no single one has the most."""
+    (first, n), *others = Counter(labels).most_common(2)
+    return None if others and others[0][1] == n else first
+
+
 def print_table(rows):
     """Rows of strings, the first left-aligned, in columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -223,8 +237,8 @@ def print_table(rows):
 
 
 def compare_sentences(methods, tokenizer, sentences):
-    """Print the table: sentences down, methods across. A * marks the label that most of the others
-    do not give."""
+    """Print the table: sentences down, methods across. A * marks a label that is not the one of
+    most methods."""
     for method in methods:
         classify(method, tokenizer, sentences[0])  # to warm up
 
@@ -233,7 +247,7 @@ def compare_sentences(methods, tokenizer, sentences):
         asked = [milliseconds(lambda: classify(method, tokenizer, sentence)) for method in methods]
         for own, (_, ms) in zip(times, asked):
             own.append(ms)
-        usual, _ = Counter(label for (label, _), _ in asked).most_common(1)[0]
+        usual = most_say(label for (label, _), _ in asked)
         short = sentence if len(sentence) <= 60 else sentence[:59] + "…"
         rows.append([short, *(f"{'' if label == usual else '* '}{label} {probability:.2f}"
                               for (label, probability), _ in asked)])
@@ -258,12 +272,8 @@ def compare_answers(methods, tokenizer, question, context):
 
 def main(args):
     is_qa = args.question is not None or bool(args.input) and args.input.suffix == ".json"
-    if args.checkpoint:
-        stems = {path.stem for path in args.checkpoint}
-        files = {path.stem if len(stems) == len(args.checkpoint) else str(path): path
-                 for path in args.checkpoint}
-    else:
-        files = find(args.output, is_qa, args.method)
+    files = (name_files(args.checkpoint) if args.checkpoint else
+             find(args.output, is_qa, args.method))
 
     tokenizer, methods = load_methods(files, args.model)
     for method in methods:

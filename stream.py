@@ -87,8 +87,11 @@ class Part:
             self.rows, self.counts = before["rows"], Counter(before["counts"])
             os.truncate(self.path, before["bytes"])  # what was half-written
             print(f"going on after {self.rows:,} rows", file=sys.stderr)
+        elif before and size >= before["bytes"]:
+            fail(f"{self.path} holds {before['rows']:,} answers to another input, or of other "
+                 "methods; the command that began it goes on, or delete it, or choose another --to")
         else:
-            self.progress.unlink(missing_ok=True)  # it speaks of another part
+            self.progress.unlink(missing_ok=True)  # what it speaks of is gone
         self.file = open(self.path, "a" if self.rows else "w", encoding="utf-8", newline="")
 
     def keep(self, n):

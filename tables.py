@@ -12,8 +12,12 @@ from start import fail
 STDIN = Path("-")
 
 
-def check_header(path, header, needed):
-    """End if the first line of a file does not name the columns that are `needed`, or one twice."""
+def check_header(path, header, needed, delimiter):
+    """End if the first line of a file does not name the columns that are `needed`, or one twice, or
+    seems to have another delimiter, with which all of a row would be one text."""
+    if len(header) == 1 and (found := [c for c in "\t;,|" if c != delimiter and c in header[0]]):
+        fail(f"{path}, line 1: one column, {header[0]!r}; is {found[0]!r} between the columns? A "
+             f"{path.suffix} has {delimiter!r}")
     for column in needed:
         if column not in header:
             fail(f"{path} has no column {column!r}; its first line is {','.join(header)!r}")
@@ -24,12 +28,14 @@ def check_header(path, header, needed):
 def read_fields(file, path, needed):
     """read_table of an open .csv or .tsv file."""
     csv.field_size_limit(2**31 - 1)
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(file, **(style if path.suffix == ".tsv" else {"strict": True}))
+    style = {"strict": True}
+    if path.suffix == ".tsv":
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(file, **style)
     start = 1
     try:
         header = next(reader, [])
-        check_header(path, header, needed)
+        check_header(path, header, needed, reader.dialect.delimiter)
         start = reader.line_num + 1
         for fields in reader:
             if fields and len(fields) != len(header):
@@ -86,6 +92,7 @@ def read_table(path, needed=()):
                 yield from (read_objects if path.suffix == ".jsonl" else read_fields)(
                     file, path, needed)
     except UnicodeDecodeError as e:
-        fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
+        name, advice = ("stdin", "") if path == STDIN else (path, "; save it as UTF-8")
+        fail(f"{name} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}){advice}")
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror}")

@@ -110,6 +110,8 @@ BAD |= {
                         ["train.csv, line 62", "found 2, expected 3"]),
     "a column twice": (dict(train_csv="sentence,label,label\n" + "good,yes,a\n" * 60),
                        ["train.csv, line 1", "'label'", "2 times"]),
+    "another separator": (dict(train_csv=GOOD_CSV.replace(",", ";")),
+                          ["train.csv, line 1", "';' between the columns", "','"]),
     "another column twice": (dict(train_csv="id,id,sentence,label\n" + "1,1,good,yes\n" * 60),
                              ["train.csv, line 1", "'id'"]),
     "a quote that never closes": (dict(train_csv=GOOD_CSV + '"good,yes\n' + GOOD_CSV),

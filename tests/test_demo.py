@@ -16,6 +16,8 @@ from conftest import ROOT, one_line_exit, run
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 pytestmark = pytest.mark.skipif(not HAS_GRADIO, reason="gradio is not installed")
 if HAS_GRADIO:
+    from gradio_client import Client
+
     import demo
     import predict
 
@@ -30,14 +32,13 @@ def free_port():
 def served(study):
     """(address, the page) over a small study of sentences; no questions were trained on."""
     page, port = demo.make_page(study[0]), free_port()
-    demo.launch(page, port, wait=False)
+    demo.launch(page, port)
     yield f"http://127.0.0.1:{port}", page
     page.close()
 
 
 @pytest.fixture(scope="module")
 def client(served):
-    from gradio_client import Client
     return Client(served[0], verbose=False)
 
 
@@ -63,6 +64,8 @@ def test_disagreement_is_marked(monkeypatch):
     answers = demo.ask(here, "a film", ["a", "ab", "c"])
     assert answers.count('class="differs"') == 1 and '<td class="differs">c 0.50</td>' in answers
     assert "Marked" in answers and "Marked" not in demo.ask(here, "a film", ["a", "ab"])
+    # of two that disagree neither is what most say
+    assert demo.ask(here, "a film", ["a", "c"]).count('class="differs"') == 2
 
 
 @pytest.mark.parametrize("text, names, words", [
@@ -107,6 +110,39 @@ def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(ser
             s.settimeout(2)
             assert s.connect_ex((other, port)) != 0
     one_line_exit(lambda: demo.launch(demo.make_page(ROOT / "nothing"), port), "is taken", "--port")
+
+
+def test_any_checkpoints_can_be_asked(study, tmp_path):
+    paths = [predict.find(study[0])[name] for name in ("lora_r8", "qlora")]
+    port = free_port()
+    page = subprocess.Popen([sys.executable, ROOT / "demo.py", "--port", str(port), "--output",
+                             tmp_path, *(arg for path in paths for arg in ("--checkpoint", path))],
+                            stdout=subprocess.PIPE, text=True)
+    try:
+        assert str(port) in page.stdout.readline()  # said when it answers
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        answers = client.predict("A good film.", [path.stem for path in paths], api_name="/ask")
+        assert all(f"<th>{path.stem}</th>" in answers for path in paths)
+        said = client.predict("Who?", "A passage.", [], api_name="/ask_passage")
+        assert "no --checkpoint was trained on questions" in said
+    finally:
+        page.kill()
+
+
+def test_a_checkpoint_that_does_not_fit_is_said_at_the_start(study, tmp_path):
+    good = predict.find(study[0])["lora_r8"]
+    bad = tmp_path / "half.safetensors"
+    bad.write_bytes(good.read_bytes()[:1000])
+    one_line_exit(lambda: demo.make_page(tmp_path, None, [bad]), "half.safetensors")
+    files = {"a": good, "b": bad}
+    assert "half.safetensors" in demo.Study(study[0], False, None, files).missing
+
+
+def test_columns_without_a_number_are_left_out(study):
+    header, rows = demo.numbers_of(demo.load_results(study[0]))
+    assert {len(row) for row in rows} == {len(header)} and header[0] == "method"
+    assert all(any(row[j] is not None for row in rows) for j in range(len(header)))
+    assert demo.numbers_of({}) == (demo.HEADER, [])
 
 
 def test_an_output_without_results_ends_in_one_line(tmp_path):

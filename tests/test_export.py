@@ -81,6 +81,11 @@ def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, tmp_
         plain = base(**tokenizer(SENTENCES, padding=True, return_tensors="pt")).logits
     assert (found - expected).abs().max() < 1e-5 and (found - plain).abs().max() > 1e-3
     assert labels == ["0", "1"] and not list(tmp_path.glob("*.part"))
+    # for whom a new file is, too
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    assert {file.stat().st_mode for file in (*(tmp_path / "out").iterdir(), checkpoints[name])} \
+        == {usual}
 
 
 PIPELINE = """

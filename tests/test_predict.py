@@ -70,6 +70,10 @@ def test_disagreement_is_marked(monkeypatch, capsys):
     answers["c"] = ("yes", 0.5)
     predict.compare_sentences(methods, None, ["perhaps"])
     assert "*" not in capsys.readouterr().out
+    # of two that disagree neither is what most say
+    answers["b"] = ("no", 0.5)
+    predict.compare_sentences(methods[:2], None, ["perhaps"])
+    assert capsys.readouterr().out.splitlines()[1].count("*") == 2
 
 
 def test_nothing_there(tmp_path, ask):

@@ -130,13 +130,6 @@ def test_a_killed_process_goes_on_where_it_stopped(study, tmp_path, monkeypatch,
     assert not part.exists() and not (tmp_path / "out.csv.progress").exists()
     one_line_exit(lambda: ask("--input", source, "--to", out), "is there already")
 
-    # another input, or another method, begins anew
-    with pytest.raises(KeyboardInterrupt):
-        calls.clear()
-        ask("--input", source, "--to", tmp_path / "second.csv", "--method", "lora_r8")
-    ask("--input", source, "--to", tmp_path / "second.csv", "--method", "lora_r16")
-    assert "lora_r16" in read(tmp_path / "second.csv")[0]
-
 
 @pytest.mark.parametrize("text, flags, words", [
     ("id,sentence\n1,a\n2\n", [], ["line 3", "expected 2"]),
@@ -145,6 +138,8 @@ def test_a_killed_process_goes_on_where_it_stopped(study, tmp_path, monkeypatch,
     ("a,b\n1,2\n", [], ["--column", "a, b"]), ("a,b\n1,2\n", ["--column", "c"], ["'c'", "a, b"]),
     ("sentence\n", [], ["no rows"]), ("", [], ["no rows"]),
     ("sentence,,\na,b,c\n", [], ["'' is there 2 times"]),
+    ("id;text\n1;a film\n", [], ["line 1", "'id;text'", "';' between", "','"]),
+    ("id\ttext\n1\ta film\n", [], ["line 1", "'\\t' between"]),
     ('sentence\n"a\n', [], ["in.csv"]), ("sentence,lora_r8\na,b\n", [], ["'lora_r8' already"])])
 def test_bad_tables_are_one_line_before_anything_is_answered(text, flags, words, ask, tmp_path,
                                                              monkeypatch):
@@ -209,9 +204,15 @@ def test_counts_survive_a_kill_and_old_progress_is_not_taken_for_another_part(
     monkeypatch.setattr(stream, "answered", stops)
     with pytest.raises(KeyboardInterrupt):  # after 16 rows
         ask("--input", source, "--to", out, "--method", "lora_r8")
-    # another input is begun in its place, and does not get as far as a chunk
+    # other answers do not take its place
     other = write(tmp_path / "other.csv", ["another film"] * 40)
-    with pytest.raises(KeyboardInterrupt):
+    part = tmp_path / "out.csv.part"
+    before = part.read_bytes()
+    for flags in ("--input", other, "--method", "lora_r8"), ("--input", source):
+        one_line_exit(lambda: ask(*flags, "--to", out), "out.csv.part", "16 answers", "delete it")
+    assert part.read_bytes() == before
+    part.unlink()
+    with pytest.raises(KeyboardInterrupt):  # it is begun anew, and does not get as far as a chunk
         ask("--input", other, "--to", out, "--method", "lora_r8")
     assert not (tmp_path / "out.csv.progress").exists()
     with pytest.raises(KeyboardInterrupt):  # after 8
