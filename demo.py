@@ -62,11 +62,12 @@ MOST = 50  # sentences at a time
 CSS = """
 .answers { overflow-x: auto; }
 .answers table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
-.answers th, .answers td { padding: 0.35rem 0.6rem; text-align: right; white-space: nowrap;
-  border: none; }
+.answers table, .answers tr, .answers th, .answers td { border: none !important; }
+.answers th, .answers td { padding: 0.35rem 0.6rem; text-align: right; white-space: nowrap; }
 .answers td:first-child, .answers th:first-child { text-align: left; white-space: normal;
   min-width: 9rem; position: sticky; left: 0; background: var(--body-background-fill); }
-.answers tr + tr { border-top: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+.answers tr + tr { border-top: 1px solid color-mix(in srgb, currentColor 20%, transparent)
+  !important; }
 .note { overflow-wrap: anywhere; }
 .answers td.differs { font-weight: 700; background: color-mix(in srgb, #E69F00 30%, transparent); }
 .answers mark { background: color-mix(in srgb, #56B4E9 45%, transparent); color: inherit;
