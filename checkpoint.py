@@ -94,6 +94,8 @@ def read_tensors(path):
 
 def read_about(path):
     """What describe() gave when the file was written."""
+    if path.is_dir():
+        peft_format.read_config(path)  # says what is no peft folder
     metadata = read(path, lambda file: file.metadata() or {})
     if path.is_dir():
         shapes = read(path, lambda file: {name: file.get_slice(name).get_shape()

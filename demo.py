@@ -7,6 +7,7 @@ It asks the methods of run_all.sh and of run_grid.sh, as predict.py does, and sh
 your own results (metrics/). It listens on 127.0.0.1 only, and its pages may load nothing from
 outside: it works without a network.
 """
+import functools
 import html
 import io
 import os
@@ -94,6 +95,17 @@ class ContentPolicy:
         await self.app(scope, receive, with_policy)
 
 
+def in_a_line(answer):
+    """A function that gives fail's line where `answer` would end the program."""
+    @functools.wraps(answer)
+    def answer_or_line(*args):
+        try:
+            return answer(*args)
+        except SystemExit as e:
+            return note(str(e.code))
+    return answer_or_line
+
+
 def rows_as_html(rows, kinds=None):
     """A table of strings, the first row its header; kinds: {(row, column): CSS class}."""
     lines = []
@@ -125,10 +137,8 @@ class Study:
             self.files = predict.find(output, is_qa) if files is None else files
             if not files and files is not None:
                 fail(f"no --checkpoint was trained on {'questions' if is_qa else 'sentences'}")
+            predict.check_kinds(self.files, is_qa, False)
             first = next(iter(self.files.values()))
-            if read_about(first)["pairs"]:
-                fail("these methods were trained on pairs of sentences; predict.py --input asks "
-                     "them")
             self.tokenizer, self.base, self.base_hash = predict.load_base(first, model)
             for name, path in self.files.items():  # what does not fit is said now
                 check_tokenizer(path, self.switch(name)[0].about, self.tokenizer)
@@ -136,7 +146,8 @@ class Study:
             self.files, self.missing = {}, str(e.code).removeprefix("error: ")
 
     def switch(self, name):
-        """(predict.Method, milliseconds from its file to a model that answers)."""
+        """(predict.Method, milliseconds from its file to a model that answers); SystemExit if the
+        file is not what it was at the start."""
         begin = time.perf_counter()
         model, about = attach(self.base, self.base_hash, self.files[name])
         ms = 1000 * (time.perf_counter() - begin)
@@ -154,6 +165,7 @@ def refuse(study, names, *texts):
     return None
 
 
+@in_a_line
 def ask(study, text, names):
     """Every sentence of a text (one a line) by every ticked method, as a table."""
     if why := refuse(study, names, text):
@@ -184,6 +196,7 @@ def ask(study, text, names):
     return rows_as_html(rows, kinds) + said
 
 
+@in_a_line
 def ask_passage(study, question, passage, names):
     """The passage with the answer marked, once for every ticked method."""
     if why := refuse(study, names, question, passage):

@@ -123,7 +123,7 @@ def export(path, folder, model_name=None, is_peft=False):
         for made in (part, *part.iterdir()):
             usual_mode(made)
         part.rename(folder)
-    except Exception as e:  # OSError, or safetensors' own for the same causes
+    except (Exception, SystemExit) as e:  # OSError, safetensors' own for the same causes, or fail
         shutil.rmtree(part, ignore_errors=True)
         fail(f"cannot write {folder}: {e}")
 
@@ -138,6 +138,17 @@ def load_test(s, tokenizer, folder):
     return task.encode(task.test, tokenizer, s)
 
 
+def check_requantized(paths):
+    """End if some checkpoints cannot be measured together."""
+    all_settings = [read_about(path)["settings"] for path in paths]
+    for path, s in zip(paths, all_settings):
+        if not is_4bit(s):
+            fail(f"{path} is {s['method']}; only QLoRA and QDoRA have 4-bit weights that could be "
+                 "requantised")
+    if len(set(map(is_qa, all_settings))) > 1:
+        fail("some of these were trained on sentences and some on questions; a table is of one")
+
+
 @torch.no_grad()
 def requantize(path, model_name, folder):
     """What merging a 4-bit model does to its scores on the test rows: in float, and rounded to 4
@@ -146,10 +157,6 @@ def requantize(path, model_name, folder):
     tokenizer, base, base_hash = load_base(path, model_name)
     model, about = attach(base, base_hash, path)
     s = about["settings"]
-    if not is_4bit(s):
-        fail(f"{path} is {s['method']}; only QLoRA and QDoRA have 4-bit weights that could be "
-             "requantised")
-
     split = load_test(s, tokenizer, folder)
     device = torch.device("cpu")
     amp = autocast(device, None)
@@ -196,6 +203,7 @@ def main(args):
         export(args.checkpoint[0], args.to, args.model, args.format == "peft")
         print(f"wrote {args.to}")
     else:
+        check_requantized(args.checkpoint)
         results = [{"command": command()} | requantize(path, args.model, args.data)
                    for path in args.checkpoint]
         write_json(args.requantized, results)

@@ -88,7 +88,7 @@ def fingerprint(files):
     digest = hashlib.sha256()
     try:
         for path in sorted(files):
-            digest.update(path.name.encode() + b"\0")
+            digest.update(os.fsencode(path.name) + b"\0")  # some are not UTF-8
             with open(path, "rb") as file:  # in pieces: it may be larger than the memory
                 while piece := file.read(2**20):
                     digest.update(piece)

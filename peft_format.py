@@ -26,7 +26,7 @@ HUB_NAME = f"sentence-transformers/{DEFAULT_MODEL}"  # the same weights as fetch
 TASK_TYPES = {"classifier.": "SEQ_CLS", "qa_outputs.": "QUESTION_ANS"}  # by the head
 # what peft's LoRA may have and ours has not
 FOREIGN = ("rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "use_qalora",
-           "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+           "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "revision")
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the frozen weights
 
 

@@ -142,6 +142,8 @@ def find(output, is_qa=False, only=None):
 
     try:
         if is_qa:
+            if any(result.get("trainer") for result in results.values()):
+                fail(f"{path} is of Trainer's runs, whose checkpoints are not here")
             runs = {row["method"]: results[row["run"]]["settings"]
                     for row in best_of(rows_of(results))}
         else:
@@ -168,8 +170,8 @@ def find(output, is_qa=False, only=None):
 def name_files(paths):
     """{name: checkpoint}, each called as its file, or where two files are called the same, as its
     path."""
-    stems = {path.stem for path in paths}
-    return {path.stem if len(stems) == len(paths) else str(path): path for path in paths}
+    names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
+    return dict(zip(names if len({*names}) == len(paths) else map(str, paths), paths))
 
 
 def load_base(path, model_name=None):
@@ -187,11 +189,17 @@ def load_base(path, model_name=None):
 
 def load_methods(files, model_name=None):
     """(tokenizer, [Method]) of {name: checkpoint}, all on one base."""
-    tokenizer, base, base_hash = load_base(next(iter(files.values())), model_name)
+    first, *_ = files.values()
+    trained_on = read_about(first)["settings"]["model"]
+    tokenizer, base, base_hash = load_base(first, model_name)
     methods = []
     for name, path in files.items():
         (model, about), switch_ms = milliseconds(lambda: attach(base, base_hash, path))
         check_tokenizer(path, about, tokenizer)
+        own = about["settings"]["model"]
+        if about["base"] is None and own != trained_on and not model_name:
+            fail(f"{path} is for the base {own}, and {first} for {trained_on}; if they are the "
+                 "same, --model FOLDER says where it is")
         methods.append(Method(name, model, about, file_of(path).stat().st_size / 1e6, switch_ms))
     return tokenizer, methods
 
@@ -270,20 +278,26 @@ def compare_answers(methods, tokenizer, question, context):
     print_table(rows)
 
 
+def check_kinds(files, is_qa, has_input):
+    """End if one of {name: checkpoint} cannot be asked what is asked."""
+    for name, path in files.items():
+        about = read_about(path)
+        if is_qa is not asks_questions(about["settings"]):
+            fail(f"{name} was trained on "
+                 + ("sentences, not on questions" if is_qa else
+                    "questions; it needs --question and --context, or a .json"))
+        if about["pairs"] and not has_input:
+            fail(f"{name} was trained on pairs of sentences; --input FILE with the columns "
+                 "sentence and sentence2 asks it")
+
+
 def main(args):
     is_qa = args.question is not None or bool(args.input) and args.input.suffix == ".json"
     files = (name_files(args.checkpoint) if args.checkpoint else
              find(args.output, is_qa, args.method))
 
+    check_kinds(files, is_qa, bool(args.input))
     tokenizer, methods = load_methods(files, args.model)
-    for method in methods:
-        if is_qa is not asks_questions(method.about["settings"]):
-            fail(f"{method.name} was trained on "
-                 + ("sentences, not on questions" if is_qa else
-                    "questions; it needs --question and --context, or a .json"))
-    if not args.input and methods[0].about["pairs"]:
-        fail(f"{methods[0].name} was trained on pairs of sentences; --input FILE with the columns "
-             "sentence and sentence2 asks it")
     if args.input:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         methods = [method._replace(model=place(method.model, device)) for method in methods]

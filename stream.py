@@ -1,11 +1,12 @@
 """A file of texts or of questions, answered by trained methods: predict.py's --input and --to.
 
-It is read twice: once to find what is wrong with it before anything is answered, and once in chunks
-of CHUNK rows, so that a million rows need no more memory than a thousand. After each chunk its rows
+It is read to find what is wrong with it before anything is answered, and again in chunks of CHUNK
+rows, so that a million rows need no more memory than a thousand. After each chunk its rows
 lie in TO.part, and TO.progress says how many there are and of what; the same command then goes on
 there. TO itself is there when all of it is.
 """
 import csv
+import fcntl
 import json
 import os
 import sys
@@ -52,6 +53,9 @@ def check(path, asked, has_pairs):
     if not n:
         fail(f"{path} has no rows")
     texts = [find_column(path, list(columns), asked)] + [SECOND] * has_pairs
+    if SECOND in columns and SECOND not in texts:
+        warn(f"{path}: {SECOND} is not read; as far as is known these methods were trained on "
+             "single sentences")
     if SECOND in texts and SECOND not in columns:
         fail(f"{path} has no column {SECOND!r}, and these methods were trained on pairs")
     for line, row in read_table(path, texts):
@@ -81,18 +85,24 @@ class Part:
     def __init__(self, to, identity):
         self.to, self.identity, self.rows, self.counts = to, identity, 0, Counter()
         self.path, self.progress = (to.with_name(to.name + end) for end in (".part", ".progress"))
+        self.file = open(self.path, "a", encoding="utf-8", newline="")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is writing {self.path}")
         before = read_json(self.progress) if self.progress.exists() else {}
-        size = self.path.stat().st_size if self.path.exists() else -1
-        if identity and before.get("of") == identity and size >= before["bytes"]:
+        is_whole = before and self.path.stat().st_size >= before["bytes"]
+        if is_whole and identity and before["of"] == identity:
             self.rows, self.counts = before["rows"], Counter(before["counts"])
-            os.truncate(self.path, before["bytes"])  # what was half-written
+            self.file.truncate(before["bytes"])  # what was half-written
             print(f"going on after {self.rows:,} rows", file=sys.stderr)
-        elif before and size >= before["bytes"]:
+        elif is_whole:
+            self.file.close()  # and with it the lock
             fail(f"{self.path} holds {before['rows']:,} answers to another input, or of other "
                  "methods; the command that began it goes on, or delete it, or choose another --to")
         else:
             self.progress.unlink(missing_ok=True)  # what it speaks of is gone
-        self.file = open(self.path, "a" if self.rows else "w", encoding="utf-8", newline="")
+            self.file.truncate(0)
 
     def keep(self, n):
         """n more rows have been written."""
@@ -106,13 +116,14 @@ class Part:
     def finish(self, what, make=None):
         """Put the part in the place of the output and say so; what: its rows are called that;
         make(part file): puts something else there."""
-        self.file.close()
+        self.file.flush()
         if make:
             make(self.path)
             self.path.unlink()
         else:
             os.replace(self.path, self.to)
         self.progress.unlink(missing_ok=True)
+        self.file.close()  # and lets others write
         print(f"wrote {self.to}: {self.rows:,} {what}")
 
 
@@ -121,6 +132,8 @@ class Pipe:
 
     def __init__(self):
         self.rows, self.file, self.counts = 0, sys.stdout, Counter()
+        if hasattr(sys.stdout, "reconfigure"):  # as files are, whatever the locale
+            sys.stdout.reconfigure(encoding="utf-8")
 
     def keep(self, n):
         self.file.flush()
@@ -209,13 +222,20 @@ def predict_rows(methods, tokenizer, files, args):
     if both := [name for name in added if name in columns]:
         fail(f"{args.input} has a column {both[0]!r} already, which a method is called")
     identity = None if is_stdin else {
-        "input": fingerprint([args.input]), "columns": texts,
-        "methods": {name: fingerprint(files_of(path)) for name, path in files.items()}}
+        "input": fingerprint([args.input]), "texts": texts, "columns": [*columns, *added],
+        "model": args.model and str(Path(args.model).resolve()),
+        "methods": [fingerprint(files_of(path)) for path in files.values()]}
     out = Pipe() if args.to == STDOUT else Part(args.to, identity)
     writer, careful = (csv.writer(out.file, lineterminator="\n", quoting=quoting)
                        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+
+    def write(cells):
+        # csv leaves a lone carriage return unquoted, which ends a row when it is read
+        has_return = any("\r" in cell for cell in cells if isinstance(cell, str))
+        (careful if has_return else writer).writerow(cells)
+
     if not out.rows and not is_json:
-        writer.writerow([*columns, *added])
+        write([*columns, *added])
 
     with tqdm(total=n, initial=out.rows, unit="row", disable=None) as bar:
         for chunk in chunks_of((row for _, row in read_table(args.input)), out.rows):
@@ -227,12 +247,9 @@ def predict_rows(methods, tokenizer, files, args):
                 if is_json:
                     out.file.write(json.dumps(row | own, ensure_ascii=False) + "\n")
                 else:
-                    cells = [json.dumps(value, ensure_ascii=False)
-                             if isinstance(value, (dict, list)) else value
-                             for value in map((row | own).get, [*columns, *added])]
-                    # csv leaves a lone carriage return unquoted, which ends a row when it is read
-                    has_return = any("\r" in cell for cell in cells if isinstance(cell, str))
-                    (careful if has_return else writer).writerow(cells)
+                    write([json.dumps(value, ensure_ascii=False)
+                           if isinstance(value, (dict, list)) else value
+                           for value in map((row | own).get, [*columns, *added])])
             out.keep(len(chunk))
             bar.update(len(chunk))
     out.finish("rows")
@@ -258,7 +275,8 @@ def predict_questions(methods, tokenizer, files, args):
     questions = [Question(q["context"], q["question"].strip(), q["answers"]["text"] or [""],
                           None, None) for q in asked]
     (path,) = files.values()
-    identity = {"input": fingerprint([args.input]), "methods": fingerprint(files_of(path))}
+    identity = {"input": fingerprint([args.input]), "methods": fingerprint(files_of(path)),
+                "model": args.model and str(Path(args.model).resolve())}
     out = Part(args.to, identity)
     with tqdm(total=len(asked), initial=out.rows, unit="question", disable=None) as bar:
         for chunk in chunks_of(questions, out.rows):

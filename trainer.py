@@ -30,12 +30,13 @@ def parse_name(name):
     name = re.sub(r"q[-_]?(lora|dora)", r"q\1", re.sub("bert[-_]base", "bert", name.lower()))
     number = r"(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
     # lr_2e-4, lr-0.0002; without lr the one number with an exponent
-    rates = (re.findall(rf"(?<![a-z])lr[-_=]?({number})(?![a-z\d])", name)
+    rates = (re.findall(rf"(?<![a-z])lr[-_=]?({number})(?![a-z\d]|\.\d)", name)
              or re.findall(r"(?<![a-z\d.-])\d+(?:\.\d+)?e-\d+(?![a-z\d])", name))
     epochs = (re.findall(r"(?<![a-z])epochs?[-_=]?(\d+)(?![a-z\d.])", name)
               or re.findall(r"(?<![a-z\d.-])(\d+)[-_]?epochs?(?![a-z\d])", name))
     methods = {METHODS[word] for word in re.findall("[a-z]+", name) if word in METHODS}
-    if {len(rates), len(epochs), len(methods)} != {1} or re.search(UNKNOWN, name):
+    if ({len(rates), len(epochs), len(methods)} != {1} or not float(rates[0])
+            or re.search(UNKNOWN, name)):
         return None
     return methods.pop(), int(epochs[0]), float(rates[0])
 

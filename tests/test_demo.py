@@ -112,6 +112,15 @@ def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(ser
     one_line_exit(lambda: demo.launch(demo.make_page(ROOT / "nothing"), port), "is taken", "--port")
 
 
+def test_a_checkpoint_that_goes_while_the_page_is_open_is_a_line(study, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    shutil.copy(predict.find(study[0])["lora_r8"], path)
+    here = demo.Study(study[0], False, None, {"mine": path})
+    assert "ms per" in demo.ask(here, "a film", ["mine"])
+    path.unlink()
+    assert "cannot read the checkpoint" in demo.ask(here, "a film", ["mine"])
+
+
 def test_any_checkpoints_can_be_asked(study, tmp_path):
     paths = [predict.find(study[0])[name] for name in ("lora_r8", "qlora")]
     port = free_port()

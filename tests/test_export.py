@@ -135,7 +135,7 @@ def test_requantizing_is_measured(checkpoints, tmp_path, study):
     (["adapter", "--to", "{tmp}/out"], ["adapters cannot be merged"]),
     (["lora_r8", "--to", "{tmp}"], ["is there already", "--to"]),
     (["lora_r8", "qlora", "--to", "{tmp}/out"], ["one checkpoint"]),
-    (["lora_r8", "--requantized", "{tmp}/x.json"], ["only QLoRA and QDoRA"]),
+    (["qlora", "lora_r8", "--requantized", "{tmp}/x.json"], ["lora", "only QLoRA and QDoRA"]),
     (["qlora", "--requantized", "{tmp}/x.json"], ["--data"]),
     (["qlora", "--requantized", "{tmp}/x.json", "--data", "{tmp}"], ["not what it was trained on"]),
     (["qlora", "--requantized", "{tmp}"], ["is there already"]),

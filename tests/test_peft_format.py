@@ -2,6 +2,7 @@
 supported, and where peft is installed, peft itself."""
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -141,6 +142,7 @@ def test_rslora_is_a_matter_of_the_scale_and_16_bits_are_read(tmp_path):
     ({"rank_pattern": {"query": 4}}, ["rank_pattern"]), ({"alpha_pattern": {"query": 4}},
                                                          ["alpha_pattern"]),
     ({"init_lora_weights": "pissa"}, ["pissa", "frozen weights"]), ({"r": 0}, ["r is 0"]),
+    ({"revision": "v2"}, ["revision"]),
     ({"lora_alpha": None}, ["lora_alpha None"]), ({"r": 8}, ["shape"]),
     ({"task_type": "TOKEN_CLS"}, ["TOKEN_CLS", "SEQ_CLS and QUESTION_ANS"]),
     ({"task_type": "QUESTION_ANS"}, ["QUESTION_ANS", "classifier.weight"])])
@@ -174,7 +176,10 @@ def test_folders_that_are_none(tmp_path):
     _, _, folder = saved(tmp_path, "lora")
     empty = tmp_path / "empty"
     empty.mkdir()
-    one_line_exit(lambda: checkpoint.read_about(empty), "adapter_model.safetensors")
+    one_line_exit(lambda: checkpoint.read_about(empty), "no peft folder")
+    (empty / "adapter_config.json").write_text("{}")
+    (empty / "adapter_model.bin").touch()
+    one_line_exit(lambda: checkpoint.read_about(empty), "safe_serialization")
     (folder / "adapter_config.json").write_text("[")
     one_line_exit(lambda: checkpoint.read_about(folder), "damaged")
     (folder / "adapter_config.json").unlink()
@@ -210,6 +215,12 @@ def test_an_export_is_asked_and_merged_like_a_checkpoint(trained, tmp_path):
     assert [line.split(",")[1] for line in lines[1:]] == [words[0] for words in rows[1]]
     for file in "in.txt", "o.csv":
         (tmp_path / file).unlink()
+    # of another program, which does not say which weights it was trained on
+    other = foreign(shutil.copytree(folder, tmp_path / "other"),
+                    base_model_name_or_path="google-bert/bert-base-uncased")
+    files = {"a": trained["lora_r8"], "b": other}
+    one_line_exit(lambda: predict.load_methods(files), "other", "bert-base-uncased", "--model")
+    shutil.rmtree(other)
     for name in "full_ft", "adapter":
         one_line_exit(lambda: export.main(export.parse_args(
             [str(trained[name]), "--to", str(tmp_path / name), "--format", "peft"])),

@@ -1,5 +1,6 @@
 """Files of texts and of questions, answered by predict.py --input and --to."""
 import csv
+import gc
 import io
 import json
 import signal
@@ -54,6 +55,14 @@ def read(path):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def interrupted(ask, *flags):
+    """Do what the command line does until it is interrupted, and let go of its files, as a process
+    does that ends."""
+    with pytest.raises(KeyboardInterrupt):
+        ask(*flags)
+    gc.collect()
 
 
 @pytest.mark.parametrize("kind, to", [("csv", "csv"), ("tsv", "jsonl"), ("jsonl", "csv"),
@@ -118,8 +127,7 @@ def test_a_killed_process_goes_on_where_it_stopped(study, tmp_path, monkeypatch,
         return real(methods, tokenizer, chunk)
 
     monkeypatch.setattr(stream, "answered", stops)
-    with pytest.raises(KeyboardInterrupt):
-        ask("--input", source, "--to", out, "--method", "lora_r8")
+    interrupted(ask, "--input", source, "--to", out, "--method", "lora_r8")
     assert not out.exists()
     # as if the power had gone while the next chunk was written
     part = tmp_path / "out.csv.part"
@@ -175,21 +183,22 @@ def test_a_pipe_that_is_not_utf_8(study):
     done = run("bash", "-c", f"printf 'a film\\n\\xff\\n' | LC_ALL=C {sys.executable} "
                f"{ROOT / 'predict.py'} --output {study[0]} --method lora_r8 --input - --to -")
     line, = done.stderr.splitlines()
-    assert done.returncode == 1 and "- is not UTF-8: byte 0xff" in line
+    assert done.returncode == 1 and "stdin is not UTF-8: byte 0xff" in line
 
 
 def test_a_pipe(study):
-    done = run("bash", "-c", f"printf 'a good film\\na bad film\\n' | {sys.executable} "
+    done = run("bash", "-c", "export PYTHONIOENCODING=latin-1; "
+               f"printf 'a good film\\na bad film for 5 €\\n' | {sys.executable} "
                f"{ROOT / 'predict.py'} --output {study[0]} --method lora_r8 --input - --to - "
                "| cut -d, -f1,2")
     assert done.returncode == 0 and not done.stderr, done.stderr
     head, *rows = done.stdout.splitlines()
     assert head == "text,lora_r8"
-    assert [row.split(",")[0] for row in rows] == ["a good film", "a bad film"]
+    assert [row.split(",")[0] for row in rows] == ["a good film", "a bad film for 5 €"]
 
 
 def test_counts_survive_a_kill_and_old_progress_is_not_taken_for_another_part(
-        tmp_path, monkeypatch, ask, capsys):
+        tmp_path, monkeypatch, ask, capsys, study):
     texts = ["a film" if i % 4 else "" for i in range(40)]
     source, out = write(tmp_path / "in.csv", texts), tmp_path / "out.csv"
     monkeypatch.setattr(stream, "CHUNK", 8)
@@ -202,25 +211,66 @@ def test_counts_survive_a_kill_and_old_progress_is_not_taken_for_another_part(
         return real(methods, tokenizer, chunk)
 
     monkeypatch.setattr(stream, "answered", stops)
-    with pytest.raises(KeyboardInterrupt):  # after 16 rows
-        ask("--input", source, "--to", out, "--method", "lora_r8")
+    # after 16 rows
+    interrupted(ask, "--input", source, "--to", out, "--method", "lora_r8")
     # other answers do not take its place
     other = write(tmp_path / "other.csv", ["another film"] * 40)
     part = tmp_path / "out.csv.part"
     before = part.read_bytes()
-    for flags in ("--input", other, "--method", "lora_r8"), ("--input", source):
+    files = predict.find(study[0])
+    for flags in (("--input", other, "--method", "lora_r8"), ("--input", source),
+                  ("--input", source, "--checkpoint", files["lora_r8"])):  # another column
         one_line_exit(lambda: ask(*flags, "--to", out), "out.csv.part", "16 answers", "delete it")
     assert part.read_bytes() == before
     part.unlink()
-    with pytest.raises(KeyboardInterrupt):  # it is begun anew, and does not get as far as a chunk
-        ask("--input", other, "--to", out, "--method", "lora_r8")
+    # it is begun anew, and does not get as far as a chunk
+    interrupted(ask, "--input", other, "--to", out, "--method", "lora_r8")
     assert not (tmp_path / "out.csv.progress").exists()
-    with pytest.raises(KeyboardInterrupt):  # after 8
-        ask("--input", source, "--to", out, "--method", "lora_r8")
+    # after 8
+    interrupted(ask, "--input", source, "--to", out, "--method", "lora_r8")
     ask("--input", source, "--to", out, "--method", "lora_r8")
     said = capsys.readouterr().err
     assert "going on after 8 rows" in said and "10 of the texts are empty" in said
     assert [row["sentence"] for row in read(out)] == texts
+
+
+def test_the_order_of_the_methods_is_part_of_an_output(tmp_path, monkeypatch, ask, study):
+    source, out = write(tmp_path / "in.csv", ["a film"] * 20), tmp_path / "out.csv"
+    files = predict.find(study[0])
+    flags = [["--checkpoint", files[name]] for name in ("lora_r8", "adapter")]
+    monkeypatch.setattr(stream, "CHUNK", 8)
+    real, calls = stream.answered, []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(stream, "answered", stops)
+    interrupted(ask, "--input", source, "--to", out, *flags[0], *flags[1])
+    one_line_exit(lambda: ask("--input", source, "--to", out, *flags[1], *flags[0]), "8 answers")
+    ask("--input", source, "--to", out, *flags[0], *flags[1])
+    assert len(read(out)) == 20
+
+
+def test_two_processes_do_not_write_one_output(tmp_path):
+    first = stream.Part(tmp_path / "out.csv", {"input": 1})
+    first.file.write("a\n")
+    first.keep(1)
+    for identity in {"input": 1}, {"input": 2}, None:
+        one_line_exit(lambda: stream.Part(tmp_path / "out.csv", identity), "another process")
+    first.file.write("b\n")
+    first.keep(1)
+    first.finish("rows")
+    assert (tmp_path / "out.csv").read_text() == "a\nb\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_a_second_sentence_that_is_not_read_is_said(tmp_path, ask, capsys):
+    (tmp_path / "in.csv").write_text("sentence,sentence2\na film,another\n")
+    ask("--input", tmp_path / "in.csv", "--to", tmp_path / "o.csv", "--method", "lora_r8")
+    assert "sentence2 is not read" in capsys.readouterr().err
 
 
 def test_a_lone_carriage_return_stays_in_its_row(tmp_path, ask):
@@ -228,6 +278,15 @@ def test_a_lone_carriage_return_stays_in_its_row(tmp_path, ask):
     ask("--input", write(tmp_path / "in.jsonl", texts), "--to", tmp_path / "o.csv", "--method",
         "lora_r8")
     assert [row["text"] for row in read(tmp_path / "o.csv")] == texts
+    (tmp_path / "head.csv").write_bytes(b'sentence,"a\rb"\na film,1\n')
+    ask("--input", tmp_path / "head.csv", "--to", tmp_path / "p.csv", "--method", "lora_r8")
+    assert read(tmp_path / "p.csv")[0]["a\rb"] == "1"
+
+
+def test_a_file_name_may_be_no_utf_8(tmp_path, ask):
+    source = tmp_path / b"caf\xe9.csv".decode("utf-8", "surrogateescape")
+    ask("--input", write(source), "--to", tmp_path / "o.csv", "--method", "lora_r8")
+    assert len(read(tmp_path / "o.csv")) == len(TEXTS)
 
 
 def test_kill_loses_no_chunk(study, tmp_path):

@@ -30,7 +30,9 @@ import trainer
     # the name of a model, not of a method
     ("bert-base_epoch-3_lr_2e-4", None), ("adapter_base_epoch-3_lr_2e-4", None),
     ("lora_qlora_epoch-2_lr_2e-4", None), ("epoch-3_lr_2e-4", None), ("lora_epoch-3", None),
-    ("lora_lr_2e-4", None), ("logs", None)])
+    ("lora_lr_2e-4", None), ("logs", None), ("lora_lr0.0001bs16_epochs3", None),
+    ("lora_lr_1.5e-4x_epoch_2", None), ("lora_epoch-2_lr_0_0002", None),
+    ("lora_epoch-2_lr_1e-04.old", ("lora", 2, 1e-4))])
 def test_names_are_recognised_exactly(name, parsed):
     assert trainer.parse_name(name) == parsed
 
