@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from files import read_json
-from methods import CASES, FOLD_STUDY, STUDY, is_qa, label_of
-from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, short
+from methods import ADAPTER, CASES, FOLD_STUDY, LORA, STUDY, is_qa, label_of
+from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, settings_of, short
 from spread import mean_std
 from start import fail
 from synthetic import CHANCE
@@ -33,8 +33,7 @@ def twenty_runs(full, others):
             for lr in (full if method == "full" else others)}
 
 
-# The rates of the study on Portuguese SQuAD; with them no low-rank method of the small model learns
-# the synthetic questions, which have rates of their own (docs/questions.md).
+# The rates of the study on Portuguese SQuAD; the small model's on synthetic questions are higher.
 GRID_RUNS = twenty_runs(("2e-4", "4.25e-5"), ("2e-4", "4.25e-5"))
 SYNTHETIC_RATES = ("1e-4", "5e-5"), ("1e-3", "5e-4")  # full fine-tuning's, the others'
 SYNTHETIC_RUNS = twenty_runs(*SYNTHETIC_RATES)
@@ -193,7 +192,8 @@ def study(runs):
     s, rows = run["settings"], run["rows"]
     what = "questions" if is_qa(s) else "sentences"
     task = "SYNTHETIC questions" if s["task"] == "synthetic" else s["task"]
-    devices = " and ".join(sorted({r["environment"]["device"] for r in runs}))
+    devices, amps = (" and ".join(sorted({r["environment"][key] for r in runs}))
+                     for key in ("device", "amp"))
     seeds = sorted({r["settings"]["seed"] for r in runs})
     numbers, n = ", ".join(map(str, seeds)), len(seeds)
     size = f"{rows['train']:,} training, {rows['test']:,} test {what}"
@@ -202,20 +202,32 @@ def study(runs):
         about = "" if all(r["rows"] == rows for r in runs) else "about "
         size, n = f"{n_folds} folds, each {about}{size}", n * n_folds
     return (f"{s['model']} on {task} ({size}), seed{'s' if len(seeds) > 1 else ''} {numbers} (n = "
-            f"{n}), {devices}, amp {run['environment']['amp']}")
+            f"{n}), {devices}, amp {amps}")
 
 
 def command_of(script, run, seeds=()):
-    """The command that made a study, told from one of its runs: its data, its model, its seeds."""
+    """The command that made a study, told from one of its runs: its data, its model, its seeds,
+    and what is not the default."""
     if "trainer" in run:
         return run["command"]
-    s, task = run["settings"], "synthetic" if is_qa(run["settings"]) else "movies"
-    data = (["--data", s["task"]] if s["data_sha256"]
-            else ["--task", s["task"]] * (s["task"] != task))
+    s, has_questions = run["settings"], is_qa(run["settings"])
+    data = (["--data", s["task"]] if s["data_sha256"] else
+            ["--task", s["task"]] * (s["task"] != ("synthetic" if has_questions else "movies")))
     model = ["--model", s["model"]] if s["model"] != DEFAULT_MODEL else []
-    seeds = ["--seeds", *map(str, seeds)] if len(seeds) > 1 else []
     folds = ["--folds", str(s["fold"][1])] if "fold" in s else []
-    return shlex.join(["bash", script, *folds, *data, *model, *seeds])
+
+    # the defaults for one's own data are those for a task of the hub
+    like = ("squad" if has_questions else "sst2") if s["data_sha256"] else s["task"]
+    usual = settings_of(make_parser().parse_args(["--method", "full", "--task", like, *model]))
+    told = {"method", *LORA, *ADAPTER, "task", "data_sha256", "model", "model_sha256", "fold",
+            "generator", *["epochs", "lr"] * has_questions, *["seed"] * (len(seeds) > 1)}
+    others = []
+    for key, value in s.items():
+        if key not in told and value != usual.get(key):
+            values = value if isinstance(value, list) else [value] * (value is not True)
+            others += [f"--{key.replace('_', '-')}", *map(str, values)]
+    seeds = ["--seeds", *map(str, seeds)] if len(seeds) > 1 else []
+    return shlex.join(["bash", script, *folds, *data, *model, *others, *seeds])
 
 
 def study_of(entries):

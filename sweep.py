@@ -12,7 +12,6 @@ metrics/sweep_NAME.json and sweep_NAME.csv, the answers, hold already is not run
 another machine ran it.
 """
 import csv
-import re
 import shlex
 import subprocess
 import sys
@@ -24,8 +23,16 @@ from files import read_json, write_csv, write_json
 from methods import CASES, FOLD_STUDY, METHODS, WIDE_RATE, is_qa, label_of, row_of
 from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, settings_of
 from spread import mean_interval, mean_std, paired_bootstrap
-from start import command, fail, start
-from studies import SYNTHETIC_RATES, explain, is_synthetic, refuse, split_seeds
+from start import command, fail, start, warn
+from studies import (
+    GRID_METHODS,
+    SYNTHETIC_RATES,
+    explain,
+    is_synthetic,
+    mixed_hardware,
+    refuse,
+    split_seeds,
+)
 
 TRAIN = Path(__file__).with_name("train.py")
 # settings in which the runs of one sweep differ
@@ -37,7 +44,8 @@ def rates_of(s):
     """The learning rates that are tried, for the method, the task and the model of the settings
     `s`."""
     row = row_of(s)
-    if is_synthetic(s):  # the grid's, so that other seeds repeat its better configurations
+    if is_synthetic(s) and s["method"] in GRID_METHODS:
+        # the grid's, so that other seeds repeat its better configurations
         full, others = SYNTHETIC_RATES
         return tuple(sorted(map(float, full if row == METHODS["full"] else others)))
     if s["model"] != DEFAULT_MODEL:
@@ -113,7 +121,8 @@ def difference(answers, own, full):
 
 
 def entry_of(results, scores, rates_from):
-    """What the table holds of one method on one number of rows. results: one a seed."""
+    """What the table holds of one method on one number of rows. results: one a seed; scores:
+    choose_rate's."""
     first, name = results[0], score_name(results[0]["settings"])
     entry = {"label": label_of(first["settings"]), "rows": first["rows"], "n": len(results),
              "lr": first["settings"]["lr"], "rates_from": rates_from,
@@ -159,14 +168,21 @@ def held(path, s):
                                      for x in column] for name, column in zip(head, zip(*rows))}
 
 
+def method_of(name):
+    """The method's flags in the name of an entry."""
+    return name.rsplit(", ", 1)[0]
+
+
 def seeds_of(entry):
     return [run["settings"]["seed"] for run in entry["runs"]]
 
 
 def is_done(entry, seeds, rates_from, s):
-    """Whether an entry is of these seeds, its learning rate tried on this many rows, and its method
-    that of the settings `s`."""
+    """Whether an entry is of these seeds, its learning rate tried on this many rows, no try of it
+    failed, and its method is that of the settings `s`."""
     if entry is None or entry["rates_from"] != rates_from or seeds_of(entry) != seeds:
+        return False
+    if any(tried["validation"] is None for tried in entry["tried"]):
         return False
     own = entry["runs"][0]["settings"]
     return all(own.get(key) == s.get(key) for key in FREE - {"lr", "seed", "train_rows"})
@@ -221,17 +237,26 @@ def main(argv):
                        for seed in seeds]
             if None in results:
                 fail(f"a run of {shlex.join(flags)} failed; the same command tries it again")
+            answers = {column: own for column, own in answers.items()
+                       if not column.startswith(f"{name}, seed ")}  # of another rate or seed
             answers |= truth_of(results[0]) | dict(zip(columns_of(name, seeds),
                                                        map(answers_of, results)))
-            entries[name] = {"command": command(), **entry_of(results, scores, rates_from)}
+            entry = {"command": command(), **entry_of(results, scores, rates_from)}
+            taken = {other["label"] for who, other in entries.items()
+                     if method_of(who) != method_of(name)}
+            if entry["label"] in taken:  # two methods that differ in --alpha, say
+                entry["label"] = method_of(name)
+            entries[name] = entry
             # before the JSON, which says that they are there
             write_csv(path.with_suffix(".csv"), [dict(zip(answers, row))
                                                  for row in zip(*answers.values())])
             write_json(path, {"command": command(), "entries": entries})
     for name, entry in entries.items():
         own, full = (columns_of(who, seeds_of(entry))
-                     for who in (name, re.sub("^[^,]*", "full", name)))
+                     for who in (name, name.replace(method_of(name), "full", 1)))
         entry["vs_full"] = difference(answers, own, full)
+    if line := mixed_hardware([run for entry in entries.values() for run in entry["runs"]]):
+        warn(line)
     write_json(path, {"command": command(), "entries": entries})
     from plots import draw_sweep  # matplotlib is slow to import
     draw_sweep(args.output, path.stem)

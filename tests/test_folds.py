@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score, log_loss
 import compare
 import data
 import plots
+import studies
 from settings import read_flags
 from spread import corrected_interval, ece, paired_bootstrap
 from studies import FOLD_RUNS
@@ -220,6 +221,23 @@ def test_made_up_folds_are_pooled_and_compared(made_up):
         predicted = [int(row[f"bitfit_seed{seed}"]) for row in rows]
         assert predicted == [p for k in (1, 2, 3)
                              for _, p in results["bitfit", seed, k]["test_predictions"]]
+
+
+@pytest.mark.parametrize("flags, seeds, said", [
+    ([], [42], ""), ([], [42, 7], " --seeds 42 7"), (["--seed", 7], [7], " --seed 7"),
+    (["--fold", "1/5"], [42], " --folds 5"), (["--task", "sst2"], [42], " --task sst2"),
+    (["--lr", 1e-3, "--epochs", 1, "--train-rows", 500, "--without", "cls_only"], [42],
+     " --lr 0.001 --epochs 1 --without cls_only --train-rows 500"),
+    (["--data", "{pool}"], [42], " --data pool"),
+    (["--data", "{pool}", "--amp", "off", "--whole-sentences"], [42],
+     " --data pool --amp off --whole-sentences"),
+    (["--task", "synthetic", "--lr", 1e-3, "--epochs", 2], [42], ""),
+    (["--task", "squad", "--batch-size", 4], [42], " --task squad --batch-size 4")])
+def test_a_caption_s_command_has_what_is_not_the_default(flags, seeds, said, tmp_path):
+    pool = write_splits(tmp_path / "pool", {"train": 60}, lambda i, _: f"film {i}\t{i % 2}")
+    flags = [str(flag).format(pool=pool) for flag in flags]
+    run = {"settings": settings("--method", "full", *flags)}
+    assert studies.command_of("run.sh", run, seeds) == f"bash run.sh{said}"
 
 
 def test_the_frontier_is_what_nothing_beats_in_both():

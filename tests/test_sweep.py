@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, one_line_error, one_line_exit, run, settings, train, write_splits
 
 import data
+import plots
 import qa
 import spread
 import studies
@@ -225,6 +226,40 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     assert not sweep.is_done(lora, [42, 44], None, same)
     assert not sweep.is_done(lora, [42, 43], 30, same)
     assert not sweep.is_done(lora, [42, 43], None, wider)
+    failed = lora | {"tried": [{"lr": 1.0, "validation": None}, *lora["tried"]]}
+    assert not sweep.is_done(failed, [42, 43], None, same)
+
+
+def test_answers_of_another_rate_or_seed_are_in_no_interval(swept, monkeypatch):
+    flags, output = swept
+    monkeypatch.setattr(sweep, "start", lambda: None)
+    monkeypatch.setattr(plots, "draw_sweep", lambda *_: None)
+
+    def entries(*more):
+        sweep.main([*flags, *map(str, more)])
+        return json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
+
+    both = entries("--methods", "full", "lora --r 16", "--seeds", 42, 43)
+    assert both["lora --r 16, all rows"]["vs_full"]
+    fewer = entries("--methods", "full", "--seeds", 42, "--rates-from", 30)
+    assert fewer["full, all rows"]["n"] == 1 and fewer["lora --r 16, all rows"]["vs_full"] is None
+    with open(output / "metrics" / "sweep_mine.csv") as file:
+        assert "full, all rows, seed 43" not in next(csv.reader(file))
+
+
+def test_methods_of_one_label_are_told_by_their_flags(swept, monkeypatch):
+    flags, output = swept
+    monkeypatch.setattr(sweep, "start", lambda: None)
+    monkeypatch.setattr(plots, "draw_sweep", lambda *_: None)
+    labels = [i % 2 for i in range(40)]
+    wide = ["--method", "lora", "--r", 16, "--alpha", 64]
+    for lr in sweep.rates_of(settings(*wide, *flags)):
+        s = settings(*wide, *flags, "--lr", lr)
+        result_path(output, s).write_text(json.dumps(made_up(s, [0.5], list(zip(labels, labels)))))
+    sweep.main([*flags, "--methods", "full", "lora --r 16", "lora --r 16 --alpha 64"])
+    entries = json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
+    assert [e["label"] for e in entries.values()] == ["full fine-tuning", "LoRA r=16",
+                                                      "lora --r 16 --alpha 64"]
 
 
 def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
@@ -280,3 +315,5 @@ def test_rates_of_another_model_are_around_its_default(tmp_path):
         own = [float(flags.split("--lr ")[1].split()[0]) for run, flags in
                studies.SYNTHETIC_RUNS.items() if run.startswith(f"{name}_")]
         assert len(own) == 4 and set(sweep.rates_of(s)) == set(own)
+    for name, best in ("head", 1e-1), ("bitfit", 5e-3):
+        assert sweep.rates_of(settings("--method", name, "--task", "synthetic"))[1] == best
