@@ -59,7 +59,7 @@ from importlib.metadata import version
 import torch
 
 from model import amp_dtype, environment
-from timing import ROUNDS, Case, matmul_rate, measure, ratio, show
+from timing import ROUNDS, Case, measure, ratio, show
 
 
 def train_case(name):
@@ -142,7 +142,7 @@ def tricks_markdown(bench):
 
 
 def results_of(cases, seconds, about, rate):
-    """{name: what bench.json says of a case}; seconds, about: measure's; rate: matmul_rate's."""
+    """{name: what bench.json says of a case}; seconds, about, rate: measure's."""
     results = {}
     for name, own in seconds.items():
         (flops, n_steps, n_rows), median = about[name], statistics.median(own)
@@ -165,8 +165,7 @@ def main(args, argv, is_tricks):
     cases = trick_cases() if is_tricks else method_cases()
     s, device = settings_of(args), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = amp_dtype(args.amp, device)
-    rate = matmul_rate(device, dtype or torch.float32)
-    seconds, about = measure(cases, argv)
+    seconds, about, rate = measure(cases, argv)
     results = results_of(cases, seconds, about, rate)
 
     packages = {package for name in PEERS if f"{name} peer" in cases for package in PEERS[name]}

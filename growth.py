@@ -47,7 +47,7 @@ from transformers import BertConfig
 import memory
 from model import amp_dtype, environment
 from plots import save
-from timing import Case, matmul_rate, measure, ratio
+from timing import Case, measure, ratio
 
 
 def point(seconds, about, rate):
@@ -58,15 +58,17 @@ def point(seconds, about, rate):
             "bound_ms": 1000 * flops / n_rows / rate}
 
 
-def measure_methods(args, argv, dtype, rate):
-    """{length: {name: point, times as fast as full fine-tuning, bytes by memory.py's ledger}}."""
+def measure_methods(args, argv, dtype, rates):
+    """{length: {name: point, times as fast as full fine-tuning, bytes by memory.py's ledger}}.
+    rates: those of measure are added to it."""
     config, table = BertConfig(**MODELS[model_of(args)], num_labels=2), {}
     for length in LENGTHS:
         batch = min(32, MOST // length)
         flags = ["--max-length", str(length), "--batch-size", str(batch)]
         cases = {name: Case(f"{case_label(name)}, {length} tokens", "train", case.flags)
                  for name, case in CASES.items()}
-        seconds, about = measure(cases, [*argv, *flags], batch)
+        seconds, about, rate = measure(cases, [*argv, *flags], batch)
+        rates.append(rate)
         table[length] = {"batch_size": batch, "methods": {}}
         for name, case in CASES.items():
             ledger = memory.predict(config, case.flags, batch, length, dtype)
@@ -76,15 +78,16 @@ def measure_methods(args, argv, dtype, rate):
     return table
 
 
-def measure_grid(argv, rate):
-    """[{method, length, batch_size, point}] of full fine-tuning and LoRA."""
+def measure_grid(argv, rates):
+    """[{method, length, batch_size, point}] of full fine-tuning and LoRA. rates: as above."""
     points = []
     for length in GRID:
         sizes = [n for n in BATCHES if n * length <= MOST]
         cases = {(name, n): Case(f"{case_label(name)}, {n} x {length} tokens", "train",
                                  f"{CASES[name].flags} --batch-size {n}")
                  for name in ("full", "lora_r8") for n in sizes}
-        seconds, about = measure(cases, [*argv, "--max-length", str(length)], max(sizes))
+        seconds, about, rate = measure(cases, [*argv, "--max-length", str(length)], max(sizes))
+        rates.append(rate)
         points += [{"method": name, "length": length, "batch_size": n,
                     **point(seconds[name, n], about[name, n], rate)} for name, n in cases]
     return points
@@ -137,11 +140,12 @@ def draw(growth, path):
 def main(args, argv):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     s, dtype = settings_of(args), amp_dtype(args.amp, device)
-    rate = matmul_rate(device, dtype or torch.float32)
-    growth = {"command": command(), "model": s["model"], "matmul_gflops": rate / 1e9,
+    rates = []
+    growth = {"command": command(), "model": s["model"],
               "environment": environment(device, dtype),
-              "lengths": measure_methods(args, argv, dtype, rate),
-              "grid": measure_grid(argv, rate)}
+              "lengths": measure_methods(args, argv, dtype, rates),
+              "grid": measure_grid(argv, rates)}
+    growth["matmul_gflops"] = statistics.median(rates) / 1e9
     name, figures = f"growth_{s['model']}", args.output / "figures"
     write_json(args.output / "metrics" / f"{name}.json", growth)
     draw(growth, figures / f"{name}.png")

@@ -44,17 +44,8 @@ class Case(NamedTuple):
     process: str = "ours"  # in which process: "ours", "default" memory, or the "peer"'s
 
 
-def matmul_rate(device, dtype):
-    """FLOP/s of a product of two square matrices, the best of 10: what the steps are held
-    against."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-
-    def seconds():
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the GPU
-        return time.perf_counter() - start
-    return 2 * n**3 / min(seconds() for _ in range(10))
+# what the steps are held against: products of two square matrices
+PRODUCT = Case("one matrix product", "product", "--method full")
 
 
 def nf4_flops(x_shape, packed_shape, weight_shape, *_, out_shape=None, **__):
@@ -175,8 +166,21 @@ def prepare_peer(args, place):
     return prepare(model, tokenizer, s, place.split, batches, place.dtype), batches
 
 
+def prepare_product(_, place):
+    """The same for PRODUCT."""
+    device, n = place.device, 8192 if place.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=place.dtype or torch.float32) for _ in range(2))
+
+    def multiply_round():
+        for _ in range(STEPS):
+            c = a @ b  # (n, n)
+        c[0, 0].item()  # waits for the GPU
+    return timed(multiply_round), [range(n)] * STEPS
+
+
 PREPARE = {"train": prepare_training, "plain": prepare_inference, "unmerged": prepare_inference,
-           "merged": functools.partial(prepare_inference, is_merged=True), "peer": prepare_peer}
+           "merged": functools.partial(prepare_inference, is_merged=True), "peer": prepare_peer,
+           "product": prepare_product}
 
 
 def serve(pipe, argv, random_rows):
@@ -195,10 +199,11 @@ def serve(pipe, argv, random_rows):
 
 def measure(cases, argv, random_rows=None):
     """{name: [seconds of each round]} and {name: (floating-point operations, steps, rows) of a
-    round} of the cases, in turns. argv: train.py's flags for all; random_rows: load's."""
+    round} of the cases, in turns, and the FLOP/s of PRODUCT, which takes its turn. argv: train.py's
+    flags for all; random_rows: load's."""
     if WORLD > 1:
         fail("timing is for one process; start it without torchrun")
-    context, pipes = multiprocessing.get_context("spawn"), {}
+    context, pipes, cases = multiprocessing.get_context("spawn"), {}, {None: PRODUCT, **cases}
     for process in dict.fromkeys(case.process for case in cases.values()):
         pipes[process], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, argv, random_rows), daemon=True).start()
@@ -218,7 +223,8 @@ def measure(cases, argv, random_rows=None):
     for pipe in pipes.values():
         pipe.send(None)
     about = {name: own.pop(0) for name, own in answers.items()}
-    return answers, about
+    rate = about.pop(None)[0] / statistics.median(answers.pop(None))
+    return answers, about, rate
 
 
 def ratio(slow, quick):

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, one_line_error, run, save_small_bert
 
 import bench
@@ -89,6 +90,7 @@ def test_bench_measures_every_method(data_dir, tmp_path):
     def flops(name):  # a step's, up to a factor that all cases share
         return cases[name]["matmul_share"] * cases[name]["step_ms"]
 
+    assert result["matmul_gflops"] > 1
     # 4-bit products are counted, too
     assert flops("qlora") == pytest.approx(flops("lora_r16"), rel=0.05)
     assert (flops("lora_r8") < flops("lora_r16") < flops("dora")
@@ -126,6 +128,8 @@ def test_random_rows_train_without_anything_to_download(tiny):
     assert [len(batch) for batch in batches] == [2, 2, 2] and run_round() > 0
     inputs = place.split.collate(batches[0])
     assert inputs["input_ids"].shape == (2, 12) and inputs["attention_mask"].all()
+    product, rows = timing.PREPARE["product"](args, place)
+    assert timing.flops_of(product) == len(rows) * 2 * 2048**3 or torch.cuda.is_available()
     longer = timing.load([*tiny, "--max-length", "24"], 6)
     twice, _ = timing.PREPARE["train"](args, longer)
     # less than twice: the last layer computes the first token alone
@@ -140,11 +144,10 @@ def test_what_to_expect_of_a_model_is_a_table_and_a_figure(tmp_path, monkeypatch
         # full fine-tuning takes twice as long
         return ({name: [0.1 * length * (1 + (case.flags.split()[1] == "full"))] * 3
                  for name, case in cases.items()},
-                {name: (1e9 * length, 1, n) for name, n in rows.items()})
+                {name: (1e9 * length, 1, n) for name, n in rows.items()}, 1e11)
 
     asked = []
     monkeypatch.setattr(growth, "measure", measured)
-    monkeypatch.setattr(growth, "matmul_rate", lambda *_: 1e11)
     growth.main(*growth.parse_args(["--output", str(tmp_path)]))
     result = json.loads((tmp_path / "metrics" / "growth_all-MiniLM-L6-v2.json").read_text())
     assert asked[:3] == [(32, 32), (128, 32), (512, 8)] and (512, 8) in asked[3:]
