@@ -1,8 +1,8 @@
 """Bottleneck adapters: Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751) and Pfeiffer et al.
 2021 (https://arxiv.org/abs/2005.00247).
 
-Each half of a BERT layer ends in `dense -> dropout -> add & norm`. With h = dropout(dense(.)), a =
-what came into the half (its residual), LN = the layer's own LayerNorm:
+Each sub-layer of a BERT layer ends in `dense -> dropout -> add & norm`. With h = dropout(dense(x)),
+a = what came into the sub-layer (its residual), LN = its own LayerNorm:
 
     BERT       y = LN(h + a)
     Houlsby    y = LN(h + Adapter(h) + a)              after attention and FFN: two per layer
@@ -10,10 +10,10 @@ what came into the half (its residual), LN = the layer's own LayerNorm:
 
     Adapter(x) = W_up act(W_down x + b_down) + b_up        hidden -> bottleneck -> hidden
 
-"Houlsby" here is the authors' code (google-research/adapter-bert): tanh-GELU, weights from N(0,
-1e-3) cut at two standard deviations, and every LayerNorm trains. "Pfeiffer" is adapter-hub's
-`seq_bn`: ReLU, N(0, 0.02), LayerNorms frozen. Both pass the skip connection around the adapter; it
-is the `h +` in the equations.
+"Houlsby" here is the authors' code (google-research/adapter-bert): tanh-GELU, normal weights of
+standard deviation 1e-3 cut at two of them, and every LayerNorm trains. "Pfeiffer" is adapter-hub's
+`seq_bn`: ReLU, standard deviation 0.02, LayerNorms frozen. Both pass the skip connection around the
+adapter; it is the `h +` in the equations.
 """
 from torch import nn
 
@@ -35,13 +35,13 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x):
-        # (..., hidden) -> (..., bottleneck) -> (..., hidden)
-        return self.up(self.activation(self.down(x)))
+        # Adapter(x) = W_up act(W_down x + b_down) + b_up
+        return self.up(self.activation(self.down(x)))  # (..., hidden)
 
 
 class HoulsbyOutput(nn.Module):
-    """Takes the place of BertSelfOutput or BertOutput `output`; h (batch, tokens, in), a (batch,
-    tokens, hidden)."""
+    """Takes the place of BertSelfOutput or BertOutput `output`: x (batch, tokens, in), a (batch,
+    tokens, hidden) -> (batch, tokens, hidden)."""
 
     def __init__(self, output, bottleneck):
         super().__init__()
@@ -50,15 +50,15 @@ class HoulsbyOutput(nn.Module):
         for linear in (self.adapter.down, self.adapter.up):  # a, b: absolute, no multiples of std
             nn.init.trunc_normal_(linear.weight, std=1e-3, a=-2e-3, b=2e-3)
 
-    def forward(self, h, a):
-        h = self.dropout(self.dense(h))  # (batch, tokens, hidden)
+    def forward(self, x, a):
+        h = self.dropout(self.dense(x))  # (batch, tokens, hidden)
         # y = LN(h + Adapter(h) + a)
         return self.LayerNorm(h + self.adapter(h) + a)
 
 
 class PfeifferOutput(nn.Module):
-    """Takes the place of BertOutput `output`; h (batch, tokens, intermediate), a (batch, tokens,
-    hidden)."""
+    """Takes the place of BertOutput `output`: x (batch, tokens, intermediate), a (batch, tokens,
+    hidden) -> (batch, tokens, hidden)."""
 
     def __init__(self, output, bottleneck):
         super().__init__()
@@ -67,8 +67,8 @@ class PfeifferOutput(nn.Module):
         for linear in (self.adapter.down, self.adapter.up):
             nn.init.normal_(linear.weight, std=0.02)
 
-    def forward(self, h, a):
-        h = self.dropout(self.dense(h))  # (batch, tokens, hidden)
+    def forward(self, x, a):
+        h = self.dropout(self.dense(x))  # (batch, tokens, hidden)
         # y = LN(h + Adapter(LN(h + a)) + a): the skip is h, taken before add & norm
         return self.LayerNorm(h + self.adapter(self.LayerNorm(h + a)) + a)
 

@@ -11,15 +11,22 @@ A frozen linear layer W0 gets a trainable low-rank neighbour, with s = alpha / r
           \--> dropout --> A (r, in) --> B (out, r), * s
 
 DoRA learns the length of each row of the weight apart from its direction, ||.|| being the norm of a
-row; the magnitudes m (out) start as ||W0||:
+row (the paper's columns: its W is (in, out), nn.Linear's weight (out, in)); the magnitudes m (out)
+start as ||W0||:
 
     DoRA    W' = m (W0 + s B A) / ||W0 + s B A||          equation (5) of the DoRA paper
             h  = W' x + b
 
-W' is never formed in training: with one number per row,
+In training W0 + s B A is formed for its norms alone, without a gradient, so that nothing of that
+size is kept for the backward pass; with one number per row,
 
             g = m / ||W0 + s B A||
             h = g (W0 x) + g s B A x + b
+
+With dropout W0 x stays whole, and all that training changed, W' - W0, sees dropout(x), as in peft
+(by DoRA's author, https://github.com/huggingface/peft/pull/1474):
+
+            h = W0 x + b + (g - 1) W0 dropout(x) + g s B A dropout(x)
 """
 import math
 
@@ -58,8 +65,8 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features))
         # B = 0: training starts at the base model.
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r))
-        # With A stored as (r, in), a = sqrt(5) gives U(-1/sqrt(in), 1/sqrt(in)); stored as (in, r),
-        # it would not.
+        # Uniform, as in the authors' code (the paper, section 4.1: Gaussian). With A stored as
+        # (r, in), a = sqrt(5) gives U(-1/sqrt(in), 1/sqrt(in)); stored as (in, r), it would not.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
         self.scaling = alpha / r
@@ -91,6 +98,7 @@ class DoRALinear(LoRALinear):
         # so that W' starts as W0
         self.magnitude = nn.Parameter(frozen_weight(base).detach().float().norm(dim=1))
 
+    @torch.no_grad()
     def row_norms(self):
         """||W0 + s B A|| (out), a constant to autograd, as section 4.3 of the paper proposes to
         save memory."""
@@ -104,8 +112,7 @@ class DoRALinear(LoRALinear):
         y_dropped = self.base(dropped) if self.training and self.dropout.p > 0 else y
         if self.base.bias is not None:
             y_dropped = y_dropped - self.base.bias.to(y.dtype)  # g scales W0 x, not b
-        # h = W0 x + b + (g - 1) W0 dropout(x) + g s B A dropout(x): without dropout it is g W0 x +
-        # g s B A x + b
+        # h = W0 x + b + (g - 1) W0 dropout(x) + g s B A dropout(x)
         g_s_B = (g * self.scaling)[:, None] * self.lora_B  # (out, r)
         low_rank = F.linear(F.linear(dropped, self.lora_A), g_s_B)  # (..., out)
         return y + (g - 1).to(y.dtype) * y_dropped + low_rank
@@ -113,8 +120,9 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def merged_weight(self):
         """W' (out, in)."""
+        w = super().merged_weight()  # W0 + s B A
         # W' = m (W0 + s B A) / ||W0 + s B A||
-        return (self.magnitude / self.row_norms())[:, None] * super().merged_weight()
+        return (self.magnitude / w.norm(dim=1))[:, None] * w
 
 
 def put_lora(model, s, layer_class=LoRALinear):

@@ -42,27 +42,28 @@ class Method(NamedTuple):
     put: str | None  # "file.function" that changes BERT: function(model, settings)
     adds: tuple  # parts of the names of the parameters that it adds: all of them train
     trains: tuple  # parts of the names of BERT's own parameters that train
-    is_4bit: bool  # whether the encoder's weights are NF4
-    merges: bool  # whether what it adds can be folded into BERT's own weights
     rates: Rates
+    is_4bit: bool = False  # whether the encoder's weights are NF4
+    merges: bool = True  # whether what it adds can be folded into BERT's own weights
 
 
-ALL, NEW = Rates(2e-4, 2e-5, 4.25e-5), Rates(1e-3, 1e-4, 2e-4)
+FULL_RATES, NEW_RATES = Rates(2e-4, 2e-5, 4.25e-5), Rates(1e-3, 1e-4, 2e-4)
 LORA, ADAPTER = ("r", "alpha", "dropout", "targets"), ("placement", "bottleneck", "reduction")
 AB, ABM = ("lora_",), ("lora_", "magnitude")
 
 METHODS = {
-    "full": Method("full fine-tuning", (), None, (), ("",), False, True, ALL),
-    "lora": Method("LoRA r={r}", LORA, "lora.put_lora", AB, (), False, True, NEW),
-    "qlora": Method("QLoRA r={r}", LORA, "lora.put_lora", AB, (), True, True, NEW),
-    "dora": Method("DoRA r={r}", LORA, "lora.put_dora", ABM, (), False, True, NEW),
-    "qdora": Method("QDoRA r={r}", LORA, "lora.put_dora", ABM, (), True, True, NEW),
+    # "" is a part of every name
+    "full": Method("full fine-tuning", (), None, (), ("",), FULL_RATES),
+    "lora": Method("LoRA r={r}", LORA, "lora.put_lora", AB, (), NEW_RATES),
+    "qlora": Method("QLoRA r={r}", LORA, "lora.put_lora", AB, (), NEW_RATES, is_4bit=True),
+    "dora": Method("DoRA r={r}", LORA, "lora.put_dora", ABM, (), NEW_RATES),
+    "qdora": Method("QDoRA r={r}", LORA, "lora.put_dora", ABM, (), NEW_RATES, is_4bit=True),
     "houlsby": Method("adapter Houlsby {size}", ADAPTER, "adapters.put_houlsby", (".adapter.",),
-                      (".LayerNorm.",), False, False, NEW),
+                      (".LayerNorm.",), NEW_RATES, merges=False),
     "pfeiffer": Method("adapter Pfeiffer {size}", ADAPTER, "adapters.put_pfeiffer", (".adapter.",),
-                       (), False, False, NEW),
-    "bitfit": Method("BitFit", (), None, (), (".bias",), False, True, Rates(5e-3, 1e-3, 1e-3)),
-    "head": Method("head only", (), None, (), (), False, True, Rates(1e-1, 1e-3, 1e-3)),
+                       (), NEW_RATES, merges=False),
+    "bitfit": Method("BitFit", (), None, (), (".bias",), Rates(5e-3, 1e-3, 1e-3)),
+    "head": Method("head only", (), None, (), (), Rates(1e-1, 1e-3, 1e-3)),
 }
 HEAD = ("classifier.", "qa_outputs.")  # how the names of its parameters start; it trains always
 
@@ -84,9 +85,9 @@ CHOICES = [name for name in METHODS if name not in PLACEMENTS] + ["adapter"]
 
 class Case(NamedTuple):
     flags: str  # of train.py
-    # colour-blind safe: Okabe and Ito's, the last three Paul Tol's; colour and marker are its own
+    # in every figure; colour-blind safe: Okabe and Ito's, the last three Paul Tol's
     color: str
-    marker: str  # in every figure
+    marker: str
 
 
 # The methods as they are measured: bench.py and memory.py take all, run_all.sh takes STUDY.
@@ -133,16 +134,15 @@ def trains(row, name):
 
 
 def kind_of(name):
-    """The kind of a trained parameter: method, layer_norm, head, base. Each has exactly one."""
-    if name.startswith(HEAD):
-        return "head"
+    """The kind of a trained parameter that is not the head's: method, layer_norm or base."""
     if any(part in name for row in METHODS.values() for part in row.adds):
         return "method"
     return "layer_norm" if ".LayerNorm." in name else "base"
 
 
 def check_table():
-    """A row that nothing measures, or a case without its row, is an error when this is imported."""
+    """A row that nothing measures, a case without its row, or two cases with the same flags, colour
+    or marker are an error when this is imported."""
     measured = set()
     for case in CASES.values():
         flags = case.flags.split()

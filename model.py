@@ -202,12 +202,11 @@ def apply_method(model, s, compute_dtype=torch.float32, quantize=None):
         # Autocast rounds a frozen weight to this type in every step, to the same bits: so once is
         # enough. DoRA's norms are then those of the rounded weight, which is the one that it
         # multiplies by. What trains stays in fp32.
-        linears = [item for item in model.bert.encoder.named_modules()
-                   if isinstance(item[1], nn.Linear)]
-        for name, linear in linears:
-            for leaf, p in linear.named_parameters():
-                if not trains(row, f"bert.encoder.{name}.{leaf}"):
-                    p.data = p.data.to(compute_dtype)
+        for name, module in model.bert.encoder.named_modules():
+            if isinstance(module, nn.Linear):
+                for leaf, p in module.named_parameters():
+                    if not trains(row, f"bert.encoder.{name}.{leaf}"):
+                        p.data = p.data.to(compute_dtype)
 
     if row.put:
         file, function = row.put.split(".")

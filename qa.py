@@ -213,6 +213,7 @@ def f1(answer, reference):
     1]."""
     a, b = normalize(answer).split(), normalize(reference).split()
     shared = sum((Counter(a) & Counter(b)).values())
+    # F1 = 2 P R / (P + R), with P = shared / |a| and R = shared / |b|
     return 2 * shared / (len(a) + len(b)) if shared else 0.0
 
 
@@ -290,20 +291,19 @@ class Windows(Encoded):
         for question, own in windows.items():
             q = self.questions[question]
             pieces = [self.offsets[w][slice(*self.passage[w])] for w in own]
+            every = np.concatenate(pieces)  # (tokens, 2)
             if q.start is not None:
-                # the tokens of each piece that share a character with the answer, and from where to
-                # where they go
-                shared = [np.flatnonzero((piece[:, 0] < q.end) & (piece[:, 1] > q.start))
-                          for piece in pieces]
-                edges = [(piece[at[0], 0], piece[at[-1], 1]) if len(at) else None
-                         for piece, at in zip(pieces, shared)]
-                starts, ends = zip(*filter(None, edges)) if any(edges) else ((), ())
-                for window, at, edge in zip(own, shared, edges):
-                    if edge and edge == (min(starts), max(ends)):
+                # tokens that share a character with the answer, of all windows and of each
+                shared = every[(every[:, 0] < q.end) & (every[:, 1] > q.start)]
+                for window, piece in zip(own, pieces):
+                    at = np.flatnonzero((piece[:, 0] < q.end) & (piece[:, 1] > q.start))
+                    # this window holds all of the answer if it reaches as far as all together
+                    if len(at) and (piece[at[0], 0] == shared[:, 0].min()
+                                    and piece[at[-1], 1] == shared[:, 1].max()):
                         self.spans[window] = self.passage[window][0] + torch.from_numpy(at[[0, -1]])
 
-            ends = reach(q.context, np.concatenate(pieces))
-            for piece in pieces:
+            ends = reach(q.context, every)
+            for piece in pieces:  # views of self.offsets
                 piece[:, 1] = ends[piece[:, 1]]
 
     def count_long(self, tokenizer):
@@ -348,11 +348,11 @@ class Windows(Encoded):
         tokens = start.shape[1]
         position = torch.arange(tokens, device=start.device)
         passages = torch.tensor([self.passage[i] for i in rows], device=start.device)
-        first, last = passages[:, :, None].unbind(1)
-        start = start.masked_fill((position < first) | (position >= last), -torch.inf)
+        first, stop = passages[:, :, None].unbind(1)  # (batch, 1) each
+        start = start.masked_fill((position < first) | (position >= stop), -torch.inf)
         valid = torch.ones(tokens, tokens, dtype=torch.bool, device=start.device)
         valid = valid.triu().tril(self.max_answer - 1)
-        valid = valid & (position < last)[:, None, :]  # (batch, start, end)
+        valid = valid & (position < stop)[:, None, :]  # (batch, start, end)
 
         # score(i, j) = start_i + end_j
         scores = (start[:, :, None] + end[:, None, :]).masked_fill(~valid, -torch.inf)
@@ -361,8 +361,8 @@ class Windows(Encoded):
         for row, score, at in zip(rows, best.tolist(), where.tolist()):
             offsets, context = self.offsets[row], self.questions[self.question[row]].context
             i, j = divmod(at, tokens)
-            first, end = int(offsets[i][0]), int(offsets[j][1])
-            answers.append((score, context[first:end], first) if score > -np.inf
+            begin, past = int(offsets[i][0]), int(offsets[j][1])  # characters
+            answers.append((score, context[begin:past], begin) if score > -np.inf
                            else (score, "", 0))
         return answers
 

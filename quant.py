@@ -1,15 +1,15 @@
 """4-bit NF4 weights: QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), through
 bitsandbytes.
 
-    Y = X doubleDequant(c1, c2, W_NF4)^T + X L1 L2        equation (5) of the paper
+    Y = X doubleDequant(c1, c2, W_NF4) + s X L1 L2        equation (5) of the paper, s as in (3)
 
-L1 L2 is LoRA's B A (lora.py).
+W is (in, out) there, nn.Linear's weight transposed, so that L1 is A^T and L2 is B^T (lora.py).
 
 Each run of 64 weights is divided by its largest magnitude (absmax, c2) and every quotient is
 rounded to the nearest of 16 levels, the quantiles of a normal distribution, so that a weight costs
 4 bits. Double quantisation stores the absmax values themselves in 8 bits, in blocks of 256 with one
-fp32 constant each (c1): 4.127 bits a weight in all. The forward pass dequantises a weight,
-multiplies, and forgets it; the backward pass dequantises it once more.
+fp32 constant each (c1): 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight in all. The forward
+pass dequantises a weight, multiplies, and forgets it; the backward pass dequantises it once more.
 """
 import start  # noqa: F401 - before bitsandbytes
 
@@ -23,9 +23,10 @@ from lora import plain_linear, replace_modules
 class NF4Linear(bnb.nn.Linear4bit):
     """Linear4bit answers in the type of its input, which under autocast is LayerNorm's fp32. This
     answers in its compute type, as nn.Linear does under autocast; otherwise GELU and attention
-    would keep twice the bytes."""
+    would keep twice the bytes. x (..., in) -> (..., out)."""
 
     def forward(self, x):
+        # X doubleDequant(c1, c2, W_NF4) + b
         return super().forward(x.to(self.compute_dtype))
 
     def dequantize(self):
@@ -51,6 +52,7 @@ def to_nf4(linear, compute_dtype):
     # inference alone: after the first validation, backward would end in a RuntimeError and
     # dequantize() give another weight.
     quantized.support_avx512bf16_for_cpu = False
+    # Params4bit quantises when it is moved to a device, also to the one that it is on
     return quantized.to(linear.weight.device)
 
 

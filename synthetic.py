@@ -222,15 +222,16 @@ def make_counts(split, rng):
     """make_passage for the level of numbers: two sentences."""
     people, things = draw_people(split, rng)[:2], rng.sample(THINGS[split], 2)
     numbers = [str(n) for n in rng.sample(share(split, range(11, 100)), 4)]
-    sentences, order = [], []
+    sentences, counted = [], []
     for i, (x, _) in enumerate(people):
-        order.append(rng.sample(things, 2))
-        words = dict(zip("ayz", (order[i][0], *numbers[2 * i:2 * i + 2])), b=order[i][1], x=x)
-        sentences.append(rng.choice(wordings(split, COUNTS[0], 2)).format(**words))
+        a, b = rng.sample(things, 2)
+        y, z = numbers[2 * i:2 * i + 2]
+        text = rng.choice(wordings(split, COUNTS[0], 2))
+        sentences.append(text.format(x=x, y=y, a=a, z=z, b=b))
+        counted += [a, b]
     asked = rng.randrange(4)
     question = rng.choice(wordings(split, COUNTS[1], 1))
-    question = question.format(a=order[asked // 2][asked % 2], x=people[asked // 2][0])
-    return sentences, question, numbers, asked
+    return sentences, question.format(a=counted[asked], x=people[asked // 2][0]), numbers, asked
 
 
 def make_question(split, number, rng):

@@ -51,7 +51,8 @@ def step(model, optimizer, split, batch, device, amp, scaler, accumulation=1):
     processes add up."""
     total_loss = torch.zeros((), device=device)
     n_pieces = min(accumulation, math.ceil(len(batch) / WORLD))
-    for piece in np.array_split(batch[RANK::WORLD], n_pieces):  # gradients of the pieces add up
+    # the batch's mean loss = sum over all micro-batches of |piece| / |batch| * the piece's mean
+    for piece in np.array_split(batch[RANK::WORLD], n_pieces):
         weight = len(piece) / len(batch)
         piece = piece if len(piece) else batch[:1]  # with weight 0: all processes must take part
         with amp:
@@ -93,7 +94,7 @@ def make_optimizer(trained, lr, fused=True):
     decayed."""
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=fused or None)  # None: one operation at a time
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)  # False: one operation at a time
 
 
 def main(args):

@@ -1,7 +1,10 @@
 """The notebook runs from top to bottom on what run_all.sh leaves, and is committed with the outputs
 of such a run."""
 import base64
+import importlib
+import inspect
 import json
+import operator
 import re
 import shutil
 
@@ -34,6 +37,18 @@ def test_it_runs_on_what_run_all_leaves(study, tmp_path):
     printed = "".join(outputs(notebook, "stream"))
     assert "You will laugh, though" in printed and "query is now a plain Linear" in printed
     assert "one and the same tensor in LoRA and adapter: True" in printed
+
+
+def test_the_code_that_it_shows_is_the_code():
+    notebook = nbformat.reads(committed("comparison.ipynb"), as_version=4)
+    shown = [cell for cell in notebook.cells if cell.source.startswith("source(")]
+    assert len(shown) == 3
+    for cell in shown:
+        names = cell.source.strip()[len("source("):-1].split(", ")
+        things = [operator.attrgetter(name.split(".", 1)[1])(importlib.import_module(
+            name.split(".")[0])) for name in names]
+        assert cell.outputs[0]["data"]["text/markdown"] == \
+            "```python\n" + "\n".join(map(inspect.getsource, things)) + "```"
 
 
 def test_the_committed_outputs_are_those_of_the_committed_results():
