@@ -210,6 +210,13 @@ def answered(methods, tokenizer, texts):
 
 # --- the two kinds of input ----------------------------------------------------------------------
 
+def identity_of(files, args):
+    """What decides the answers of {name: checkpoint} to args.input, as a dict for JSON."""
+    return {"input": fingerprint([args.input]),
+            "model": args.model and str(Path(args.model).resolve()),
+            "methods": [fingerprint(files_of(path)) for path in files.values()]}
+
+
 def predict_rows(methods, tokenizer, files, args):
     """Every row of args.input with labels and probabilities, as CSV or JSONL, in args.to."""
     is_stdin, is_json = args.input == STDIN, args.to.suffix == ".jsonl"
@@ -221,10 +228,8 @@ def predict_rows(methods, tokenizer, files, args):
     added = label_columns(methods)
     if both := [name for name in added if name in columns]:
         fail(f"{args.input} has a column {both[0]!r} already, which a method is called")
-    identity = None if is_stdin else {
-        "input": fingerprint([args.input]), "texts": texts, "columns": [*columns, *added],
-        "model": args.model and str(Path(args.model).resolve()),
-        "methods": [fingerprint(files_of(path)) for path in files.values()]}
+    identity = None if is_stdin else identity_of(files, args) | {
+        "texts": texts, "columns": [*columns, *added]}
     out = Pipe() if args.to == STDOUT else Part(args.to, identity)
     writer, careful = (csv.writer(out.file, lineterminator="\n", quoting=quoting)
                        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
@@ -274,10 +279,7 @@ def predict_questions(methods, tokenizer, files, args):
              "it")
     questions = [Question(q["context"], q["question"].strip(), q["answers"]["text"] or [""],
                           None, None) for q in asked]
-    (path,) = files.values()
-    identity = {"input": fingerprint([args.input]), "methods": fingerprint(files_of(path)),
-                "model": args.model and str(Path(args.model).resolve())}
-    out = Part(args.to, identity)
+    out = Part(args.to, identity_of(files, args))
     with tqdm(total=len(asked), initial=out.rows, unit="question", disable=None) as bar:
         for chunk in chunks_of(questions, out.rows):
             for text, _ in answer(methods[0], tokenizer, chunk):

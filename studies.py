@@ -216,9 +216,10 @@ def command_of(script, run, seeds=()):
     model = ["--model", s["model"]] if s["model"] != DEFAULT_MODEL else []
     folds = ["--folds", str(s["fold"][1])] if "fold" in s else []
 
-    # the defaults for one's own data are those for a task of the hub
-    like = ("squad" if has_questions else "sst2") if s["data_sha256"] else s["task"]
-    usual = settings_of(make_parser().parse_args(["--method", "full", "--task", like, *model]))
+    # one's own data, and sentences with another model, have the defaults of a task of the hub
+    is_own = s["data_sha256"] or model and not has_questions
+    like = ("squad" if has_questions else "sst2") if is_own else s["task"]
+    usual = settings_of(make_parser().parse_args(["--method", "full", "--task", like]))
     told = {"method", *LORA, *ADAPTER, "task", "data_sha256", "model", "model_sha256", "fold",
             "generator", *["epochs", "lr"] * has_questions, *["seed"] * (len(seeds) > 1)}
     others = []
