@@ -47,7 +47,7 @@ from transformers import BertConfig
 import memory
 from model import amp_dtype, environment
 from plots import save
-from timing import Case, measure, ratio
+from timing import Case, measure, ratio, show
 
 
 def point(seconds, about, rate):
@@ -107,11 +107,12 @@ def markdown(growth):
         f"{length} tokens x {part['batch_size']}: sentences per s", "against full", "memory (GB)")]
     rows = [[case["label"]] + [cell for part in parts.values() for cell in (
                 f"{1000 / part['methods'][name]['ms_per_sentence']:.2f}",
-                f"{part['methods'][name]['vs_full'][0]:.2f}",
+                show(part["methods"][name]["vs_full"]),
                 f"{part['methods'][name]['bytes'] / 1e9:.2f}")]
             for name, case in next(iter(parts.values()))["methods"].items()]
-    return (markdown_table(header, rows) + f"\n{caption(growth)}; memory by memory.py's ledger; "
-            f"made by `{growth['command']}`.\n")
+    return (markdown_table(header, rows) + f"\n{caption(growth)}, in brackets the smallest and the "
+            "largest ratio within a round; memory by memory.py's ledger; made by "
+            f"`{growth['command']}`.\n")
 
 
 def draw(growth, path):

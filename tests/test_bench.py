@@ -160,7 +160,7 @@ def test_what_to_expect_of_a_model_is_a_table_and_a_figure(tmp_path, monkeypatch
     assert lora["bytes"] < full["bytes"]
     table = (tmp_path / "figures" / "growth_all-MiniLM-L6-v2.md").read_text()
     row, = (line for line in table.splitlines() if line.startswith("| LoRA r=8 |"))
-    assert [cell.strip() for cell in row.split("|")][5:7] == ["2.50", "2.00"]
+    assert [cell.strip() for cell in row.split("|")][5:7] == ["2.50", "2.00 (2.00 to 2.00)"]
     assert (tmp_path / "figures" / "growth_all-MiniLM-L6-v2.png").stat().st_size > 5000
 
 
