@@ -135,7 +135,7 @@ def tricks_markdown(bench):
         lora, full = (f"{bench['cases'][method + kind]['sentences_per_s']:.0f}"
                       for method in ("lora_r8", "full"))
         rows.append([label, lora, "", full, ""])
-    header = ["trick", "LoRA r=8: alone", "LoRA r=8: in place", "full: alone", "full: in place"]
+    header = ["trick", "LoRA r=8: alone", "LoRA r=8: last", "full: alone", "full: last"]
     return markdown_table(header, rows) + f"\n{bench['caption']}\n"
 
 
