@@ -375,6 +375,13 @@ def grid_markdown(runs):
                f"the {len(rows)} runs: {correlation:.3f}.\n"))
 
 
+def chosen_rate(entry):
+    """The learning rate of a sweep's entry, marked where nothing beyond it was tried."""
+    rates = [tried["lr"] for tried in entry["tried"]]
+    mark = {max(rates): " ↑", min(rates): " ↓"}.get(entry["lr"], "")
+    return short(entry["lr"]) + mark
+
+
 def sweep_caption(sweep):
     entries = sweep["entries"].values()
     first = next(iter(entries))
@@ -399,14 +406,15 @@ def sweep_markdown(sweep):
     has_questions = any("exact_match" in e for e in sweep["entries"].values())
     header = ["training rows", "method", "lr", "n", "validation F1", "test F1",
               "vs full (points)", *["exact match"] * has_questions, "training (min)", "trainable"]
-    rows = [[f"{e['rows']['train']:,}", e["label"], short(e["lr"]), str(e["n"]),
+    rows = [[f"{e['rows']['train']:,}", e["label"], chosen_rate(e), str(e["n"]),
              *(plus_minus(e, key, 2 if has_questions else 4) for key in ("validation", "test")),
              points(e["vs_full"]), *[plus_minus(e, "exact_match", 2) for _ in range(has_questions)],
              plus_minus(e, "minutes", 1), f"{e['trainable_params']:,}"]
             for e in sorted(sweep["entries"].values(), key=lambda e: e["rows"]["train"])]
     commands = dict.fromkeys(f"`{entry['command']}`" for entry in sweep["entries"].values())
     return (markdown_table(header, rows)
-            + f"\n{sweep_caption(sweep)}; made by {' and '.join(commands)}.\n")
+            + f"\n{sweep_caption(sweep)}; ↑ and ↓ mark the highest and the lowest rate that was "
+            f"tried, beyond which a better one may lie; made by {' and '.join(commands)}.\n")
 
 
 # The parts of a ledger (memory.py)

@@ -302,6 +302,13 @@ def test_questions_are_compared_one_by_one():
     assert vs["low"] < vs["points"] < vs["high"] < 0
 
 
+def test_the_table_marks_rates_beyond_which_nothing_was_tried():
+    tried = [{"lr": lr, "validation": score} for lr, score in ((5e-4, 0.6), (1e-3, 0.7),
+                                                               (2e-3, None))]
+    rates = [studies.chosen_rate({"lr": lr, "tried": tried}) for lr in (5e-4, 1e-3, 2e-3)]
+    assert rates == ["5e-4 ↓", "1e-3", "2e-3 ↑"]
+
+
 def test_rates_of_another_model_are_around_its_default(tmp_path):
     from conftest import save_small_bert
     model = save_small_bert(Path(tmp_path) / "small")
