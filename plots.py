@@ -311,6 +311,7 @@ def draw_sweep(output, name):
     sizes = sorted({e["rows"]["train"] for e in entries})
     for ax in scores, differences:
         ax.set_xscale("log")
+        ax.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)  # of one size, the tick stands in the middle
         ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
         ax.minorticks_off()
         ax.set_xlabel("training rows")
