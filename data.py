@@ -357,7 +357,7 @@ class Sentences(Encoded):
 
     def __init__(self, rows, tokenizer, s):
         # of a pair that is too long, the longer sentence is cut, token by token
-        out = self.tokenize(rows.sentences, tokenizer, truncation=True, max_length=s["max_length"])
+        out = tokenizer(*self.columns(rows.sentences), truncation=True, max_length=s["max_length"])
         self.ids = [torch.tensor(i) for i in out["input_ids"]]
         # 1 for the second sentence and its [SEP]; a single sentence needs none
         self.types = ([torch.tensor(t) for t in out["token_type_ids"]]
@@ -368,15 +368,15 @@ class Sentences(Encoded):
         self.usable = np.arange(self.n)
         full = [rows.sentences[i] for i in np.flatnonzero(self.lengths == s["max_length"])]
         self.n_cut = (sum(len(i) > s["max_length"]
-                          for i in self.tokenize(full, tokenizer)["input_ids"]) if full else 0)
+                          for i in tokenizer(*self.columns(full))["input_ids"]) if full else 0)
         self.note = (f"{self.n_cut:,} of {self.n:,} sentences are cut at {s['max_length']} tokens "
                      "(--max-length)") if self.n_cut else ""
 
     @staticmethod
-    def tokenize(sentences, tokenizer, **how):
-        if not isinstance(sentences[0], tuple):
-            return tokenizer(sentences, **how)
-        return tokenizer(*map(list, zip(*sentences)), **how)
+    def columns(sentences):
+        """What a tokenizer takes: the list of texts or, of pairs, that of the first and that of the
+        second."""
+        return map(list, zip(*sentences)) if isinstance(sentences[0], tuple) else [sentences]
 
     def collate(self, rows):
         """input_ids, attention_mask, of pairs token_type_ids, (batch, tokens), and labels

