@@ -116,6 +116,8 @@ def make_task(train, validation=None, test=None, whole=False):
         for rows in (train, validation, test))
 
     n, notes, n_given = min(1000, len(train.sentences) // 10), [], len(train.sentences)
+    if whole and None not in (validation, test):
+        fail("--whole-sentences cuts training rows for validation, and here all splits are given")
     cut, what = (carve_whole, " whole sentences") if whole else (carve, "")
     if test is None and validation is not None:
         test, validation = validation, None
@@ -174,8 +176,9 @@ HUB = {"sst2": ("nyu-mll/glue", "sst2", ["sentence"]),
 
 def load_hub(task, whole=False):
     """A task of HUB. GLUE hides its test labels, so the labelled validation rows are the test (of
-    sst2 872) and 1,000 rows of train validate; ag_news has 7,600 test rows, and 1,000 of its
-    120,000 training rows validate. (mrpc's test labels are there, and so its splits as given.)"""
+    sst2 872) and 1,000 rows of train (249 of rte's) validate; ag_news has 7,600 test rows, and
+    1,000 of its 120,000 training rows validate. (mrpc's test labels are there, and so its splits as
+    given.)"""
     name, config, columns = HUB[task]
     splits = from_hub(name, config, None, "movies")
 
@@ -209,7 +212,8 @@ def read_file(path, text="sentence", label="label"):
     rows, breaks, quoted = Rows([], []), [], []
     for start, row in read_table(path, (text, label)):
         sentence = read_text(path, start, row, text)
-        pair = (sentence, read_text(path, start, row, SECOND)) if SECOND in row else None
+        has_pair = SECOND in row and text != SECOND
+        pair = (sentence, read_text(path, start, row, SECOND)) if has_pair else None
         if rows.sentences and isinstance(rows.sentences[0], tuple) != bool(pair):
             fail(f"{path}, line {start}: {'a' if pair else 'no'} {SECOND}, unlike the first row")
         # a .jsonl's labels may be numbers
@@ -257,6 +261,15 @@ def warn_labels(names):
             break
 
 
+def warn_repeats(task):
+    """Name the rows that are scored and stand in training, too."""
+    trained = set(task.train.sentences)
+    for split, rows in ("validation", task.validation), ("test", task.test):
+        if n := sum(sentence in trained for sentence in rows.sentences):
+            warn(f"{n:,} of {len(rows.sentences):,} {split} rows stand in the training rows, too, "
+                 "so that their scores are too good; leave out the repeats")
+
+
 def load_folder(folder, s=None):
     """The user's own train, validation and test files (files.files_to_read); only train must be
     there. A label is the text in the file. s: load_task's."""
@@ -271,6 +284,7 @@ def load_folder(folder, s=None):
     # with a fold, settings.py has seen to it that there are training rows alone
     task = fold_task(splits["train"], fold) if fold else make_task(**splits, whole=whole)
     warn_labels(task.label_names)
+    warn_repeats(task)
     return task
 
 

@@ -40,6 +40,8 @@ def check_same_study(path, argv, runs):
     """End if grid.json at `path` is of another task, model, seed or setting than the flags: it
     would be overwritten."""
     there = read_json(path) if path.exists() else {}
+    if isinstance(there, dict) and any("trainer" in run for run in there.values()):
+        fail(f"{path} holds Trainer's runs; give this one an --output of its own")
     if not isinstance(there, dict) or not all(
             name in GRID_RUNS | SYNTHETIC_RUNS and "settings" in there[name] for name in there):
         fail(f"{path} is damaged (not runs of the grid); delete it")

@@ -89,6 +89,12 @@ class LoRALinear(nn.Module):
         return plain_linear(self.base, self.merged_weight())
 
 
+def norms(weight):
+    """Of each row of a weight (out, in), (out), and never 0: a row that was pruned stays 0 then,
+    where 0 / 0 would be NaN."""
+    return weight.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 class DoRALinear(LoRALinear):
     """LoRALinear with a magnitude per output row: trains `magnitude` (out) too, r * (in + out) +
     out numbers."""
@@ -102,7 +108,7 @@ class DoRALinear(LoRALinear):
     def row_norms(self):
         """||W0 + s B A|| (out), a constant to autograd, as section 4.3 of the paper proposes to
         save memory."""
-        return super().merged_weight().norm(dim=1)
+        return norms(super().merged_weight())
 
     def forward(self, x):
         # g = m / ||W0 + s B A||
@@ -122,7 +128,7 @@ class DoRALinear(LoRALinear):
         """W' (out, in)."""
         w = super().merged_weight()  # W0 + s B A
         # W' = m (W0 + s B A) / ||W0 + s B A||
-        return (self.magnitude / w.norm(dim=1))[:, None] * w
+        return (self.magnitude / norms(w))[:, None] * w
 
 
 def put_lora(model, s, layer_class=LoRALinear):

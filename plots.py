@@ -215,6 +215,11 @@ def draw_folds(output):
     print(text + f"figures are in {figures}")
 
 
+def scored(runs):
+    """What the scores of a grid are of: test questions, or what Trainer evaluated on."""
+    return "evaluation" if any("trainer" in run for run in runs.values()) else "test"
+
+
 def grid_bars(runs, path):
     rows = rows_of(runs)
     fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
@@ -228,7 +233,7 @@ def grid_bars(runs, path):
                     textcoords="offset points", va="center")
     name_rows(ax, [row["run"] for row in rows])
     ax.margins(x=0.08, y=0.02)
-    ax.set_xlabel("test F1 (%)")
+    ax.set_xlabel(f"{scored(runs)} F1 (%)")
     fig.suptitle(study(list(runs.values())), fontsize=9)
     save(fig, path)
 
@@ -239,13 +244,13 @@ def grid_boxes(runs, path):
     rows = rows_of(runs)
     methods = [m for m in GRID_METHODS if any(row["method"] == m for row in rows)]
     fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for ax, key, title in zip(axes, ("f1", "exact_match"), ("test F1 (%)", "test exact match (%)")):
+    for ax, key, title in zip(axes, ("f1", "exact_match"), ("F1 (%)", "exact match (%)")):
         values = [[row[key] for row in rows if row["method"] == m] for m in methods]
         ax.boxplot(values, widths=0.6, showfliers=False, medianprops={"color": "#555555"})
         for x, (method, own) in enumerate(zip(methods, values), 1):
             ax.plot([x] * len(own), own, STYLE[method].marker, color=STYLE[method].color, alpha=0.8)
         ax.set_xticks(range(1, len(methods) + 1), methods)
-        ax.set(title=title)
+        ax.set(title=f"{scored(runs)} {title}")
     fig.suptitle(study(list(runs.values()))
                  + "\none marker a run (epochs and learning rates differ)", fontsize=9)
     save(fig, path)
@@ -267,9 +272,9 @@ def grid_time(runs, path):
             ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker,
                     color=color, markersize=8, fillstyle="full" if lr == rates[-1] else "none",
                     label=f"{name}, {short(lr)}")
-    by_trainer = any("trainer" in run for run in runs.values())
-    ax.set(xlabel=f"training time (min, evaluation {'in' if by_trainer else 'ex'}cluded)",
-           ylabel="test F1 (%)", xlim=(0, None))
+    kind = scored(runs)
+    ax.set(xlabel=f"training time (min, evaluation {'ex' if kind == 'test' else 'in'}cluded)",
+           ylabel=f"{kind} F1 (%)", xlim=(0, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
     fig.suptitle(textwrap.fill(study(list(runs.values())), 110), fontsize=9)
     save(fig, path)
@@ -282,7 +287,9 @@ def draw_grid(output):
     runs = read_json(output / "metrics" / "grid.json")
     grid_bars(runs, figures / "grid_f1.png")
     grid_boxes(runs, figures / "grid_boxes.png")
-    grid_time(runs, figures / "grid_time.png")
+    (figures / "grid_time.png").unlink(missing_ok=True)
+    if any(run["train_time_s"] for run in runs.values()):  # Trainer's may not say
+        grid_time(runs, figures / "grid_time.png")
     text = grid_markdown(runs)
     (figures / "grid.md").write_text(text, encoding="utf-8")
     print(text + f"\nfigures are in {figures}")

@@ -80,12 +80,13 @@ def read_squad(path):
             context = get(paragraph, "context", str, where)
             for k, qa in enumerate(get(paragraph, "qas", list, where)):
                 here = f"{where}.qas[{k}]"
+                question = get(qa, "question", str, here)
                 answers = [(get(a, "text", str, f"{here}.answers"),
                             get(a, "answer_start", int, f"{here}.answers"))
                            for a in (get(qa, "answers", list, here) if "answers" in qa else [])]
                 columns = dict(zip(("text", "answer_start"), map(list, zip(*answers))))
                 questions.append({"id": str(qa.get("id", here)), "context": context,
-                                  "question": get(qa, "question", str, here),
+                                  "question": question,
                                   "answers": columns or {"text": [], "answer_start": []}})
     if not questions:
         fail(f"{path} has no questions")
@@ -120,8 +121,8 @@ def shuffled_passages(questions):
 
 
 def carve(questions):
-    """(rest, slice) of questions, drawn with SPLIT_SEED by whole passages: about a tenth, 1,000 at
-    most."""
+    """(rest, slice) of questions, drawn with SPLIT_SEED: whole passages until they hold a tenth of
+    the questions, or 1,000."""
     size, by_passage = min(1000, len(questions) // 10), Counter(q.context for q in questions)
     chosen, n = set(), 0
     for passage in shuffled_passages(questions):

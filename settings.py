@@ -270,9 +270,9 @@ def settings_of(args):
     if args.fold:
         check_fold(args, files, has_questions)
     if args.whole_sentences and (has_questions or args.fold or
-                                 not args.data and args.task in RATED_TASKS):
-        fail("--whole-sentences is for sst2, ag_news and --data, without folds: no row of the "
-             "others is a part of another, and questions are held out by passage")
+                                 not args.data and args.task not in ("sst2", "ag_news")):
+        fail("--whole-sentences is for sst2, ag_news and --data, without folds: the others' rows "
+             "are pairs or no parts of one another, and questions are held out by passage")
     row = METHODS[args.placement if args.method == "adapter" else args.method]
     targets = " ".join(args.targets)
     if targets not in TARGETS:
@@ -282,8 +282,8 @@ def settings_of(args):
     lr = WIDE_RATE if is_wide and is_rated else getattr(row.rates, rate)
 
     without = set(args.without)
-    if row.trains == ("",):
-        without -= {"half_weights"}  # nothing is frozen
+    if row.trains == ("",) or row.is_4bit:
+        without -= {"half_weights"}  # nothing is frozen, or in 4 bits
     if has_questions:
         without -= {"cls_only"}  # every token is read
     return {

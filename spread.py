@@ -25,8 +25,10 @@ def nll(labels, probabilities):
 def ece(labels, probabilities):
     """Expected calibration error in [0, 1], of BINS bins of equal width (Guo et al. 2017,
     https://arxiv.org/abs/1706.04599, equation 3): labels (rows,) ints, probabilities (rows,
-    classes)."""
+    classes). NaN if one of them is no number."""
     probabilities = np.asarray(probabilities)
+    if not np.isfinite(probabilities).all():
+        return math.nan  # as a bin's number it would be any
     confidence = probabilities.max(1)  # (rows,)
     is_right = probabilities.argmax(1) == labels
     # ECE = sum over bins |B| / n |accuracy(B) - confidence(B)|, B of confidences in (b / 15,

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from files import read_json
-from methods import ADAPTER, CASES, FOLD_STUDY, LORA, STUDY, is_qa, label_of
-from settings import DEFAULT_MODEL, Parser, make_parser, number, read_flags, settings_of, short
+from methods import CASES, FOLD_STUDY, STUDY, is_qa, label_of
+from settings import Parser, make_parser, model_of, number, read_flags, settings_of, short
 from spread import mean_std
 from start import fail
 from synthetic import CHANCE
@@ -160,8 +160,10 @@ def statistics_of(rows):
 
 
 def best_of(rows):
-    """The row with the best validation F1 of every method: the test questions choose nothing."""
-    return [max((row for row in rows if row["method"] == method),
+    """The row with the best validation F1 of every method, of equals the first by name: the test
+    questions, by which the rows are sorted, choose nothing."""
+    by_name = sorted(rows, key=lambda row: row["run"])
+    return [max((row for row in by_name if row["method"] == method),
                 key=lambda row: row["validation_f1"]) for method in GRID_METHODS
             if any(row["method"] == method for row in rows)]
 
@@ -205,30 +207,45 @@ def study(runs):
             f"{n}), {devices}, amp {amps}")
 
 
-def command_of(script, run, seeds=()):
-    """The command that made a study, told from one of its runs: its data, its model, its seeds,
-    and what is not the default."""
-    if "trainer" in run:
-        return run["command"]
-    s, has_questions = run["settings"], is_qa(run["settings"])
+def command_of(script, results, seeds=()):
+    """The command that made a study, told from its runs: its data, its model, its seeds, and what
+    is not the default. results: [(the study's own flags, result)]."""
+    first, parse = results[0][1], make_parser().parse_args
+    if "trainer" in first:
+        return first["command"]
+    s, has_questions = first["settings"], is_qa(first["settings"])
     data = (["--data", s["task"]] if s["data_sha256"] else
             ["--task", s["task"]] * (s["task"] != ("synthetic" if has_questions else "movies")))
-    model = ["--model", s["model"]] if s["model"] != DEFAULT_MODEL else []
+    hub = "squad" if has_questions else "sst2"
+    usual = model_of(parse(["--method", "full", "--task", hub if s["data_sha256"] else s["task"]]))
+    model = ["--model", s["model"]] if s["model_sha256"] or s["model"] != usual else []
     folds = ["--folds", str(s["fold"][1])] if "fold" in s else []
 
     # one's own data, and sentences with another model, have the defaults of a task of the hub
-    is_own = s["data_sha256"] or model and not has_questions
-    like = ("squad" if has_questions else "sst2") if is_own else s["task"]
-    usual = settings_of(make_parser().parse_args(["--method", "full", "--task", like]))
-    told = {"method", *LORA, *ADAPTER, "task", "data_sha256", "model", "model_sha256", "fold",
-            "generator", *["epochs", "lr"] * has_questions, *["seed"] * (len(seeds) > 1)}
-    others = []
-    for key, value in s.items():
-        if key not in told and value != usual.get(key):
-            values = value if isinstance(value, list) else [value] * (value is not True)
-            others += [f"--{key.replace('_', '-')}", *map(str, values)]
+    like = hub if s["data_sha256"] or model and not has_questions else s["task"]
+    told = {"method", "task", "data_sha256", "model", "model_sha256", "fold", "generator",
+            *["seed"] * (len(seeds) > 1)}
+    others = {}  # a flag may be one that full fine-tuning does not have
+    for flags, result in results:
+        own = result["settings"]
+        if "targets" in own and "--targets" not in flags:  # the default rate is then another
+            others["targets"] = own["targets"]
+            flags += f" --targets {own['targets']}"
+        usual = settings_of(parse([*flags.split(), "--task", like]))
+        others |= {key: value for key, value in own.items()
+                   if key not in told and value is not None and value != usual.get(key)}
+    words = []
+    for key, value in others.items():
+        values = value if isinstance(value, list) else [value] * (value is not True)
+        words += [f"--{key.replace('_', '-')}", *map(str, values)]
     seeds = ["--seeds", *map(str, seeds)] if len(seeds) > 1 else []
-    return shlex.join(["bash", script, *folds, *data, *model, *others, *seeds])
+    return shlex.join(["bash", script, *folds, *data, *model, *words, *seeds])
+
+
+def made_by(entries):
+    return command_of("run_all.sh", [(FOLD_RUNS[name], entry["runs"][0])
+                                     for name, entry in entries.items()],
+                      entries["full_ft"]["seeds"])
 
 
 def study_of(entries):
@@ -239,10 +256,8 @@ def caption(entries):
     n = entries["full_ft"]["n"]
     spread, drawn = ("seeds, for the time over all epochs", "seeds and test sentences") if n > 1 \
         else ("epochs", "test sentences")
-    full = entries["full_ft"]
-    command = command_of("run_all.sh", full["runs"][0], full["seeds"])
     return (f"{study_of(entries)}; ± is the standard deviation over the {spread}; [ ] is a 95 % "
-            f"interval, by a paired bootstrap over {drawn}; made by `{command}`")
+            f"interval, by a paired bootstrap over {drawn}; made by `{made_by(entries)}`")
 
 
 def memory_key(entries):
@@ -290,8 +305,7 @@ def fold_caption(entries):
             "calibration error, 15 bins) are of all of them together; ± is the standard deviation "
             "over the folds, for the time over all epochs; [ ] is a 95 % interval, by a paired "
             "bootstrap over folds and sentences, and, for trainings on new rows, Nadeau and "
-            "Bengio's, around the mean of the folds; made by "
-            f"`{command_of('run_all.sh', full['runs'][0], full['seeds'])}`")
+            f"Bengio's, around the mean of the folds; made by `{made_by(entries)}`")
 
 
 def fold_table(entries):
@@ -353,13 +367,14 @@ def grid_markdown(runs):
             for row in best_of(rows)]
     missing = [name for name in grid_runs(first["settings"])
                if name not in runs and "trainer" not in first]
-    made_by = command_of("run_grid.sh", first)
+    flags = grid_runs(first["settings"])
+    command = command_of("run_grid.sh", [(flags.get(name, ""), r) for name, r in runs.items()])
     interval = ("" if "trainer" in first else
                 "; [ ] is a 95 % interval, by a paired bootstrap over test questions, of the "
                 "difference to full fine-tuning's run with the best validation F1")
     correlation = correlation_of(rows)
     return (f"All {len(runs)} runs by F1: {study(list(runs.values()))}{interval}; made by "
-            f"`{made_by}`.\n\n"
+            f"`{command}`.\n\n"
             + markdown_table(header, cells + chance)
             + (f"\nMissing: {', '.join(missing)}.\n" if missing else "")
             + "\nBy method, mean ± standard deviation (min to max) over the n configurations, not "
@@ -384,18 +399,19 @@ def chosen_rate(entry):
 
 def sweep_caption(sweep):
     entries = sweep["entries"].values()
-    first = next(iter(entries))
     runs = [run for entry in entries for run in entry["runs"]]
     s, seeds = runs[0]["settings"], sorted({run["settings"]["seed"] for run in runs})
     several = len(seeds) > 1
     # parts of a sweep may be from different machines
     where = " or ".join(sorted({"{device}, amp {amp}".format(**run["environment"])
                                 for run in runs}))
+    n_tried = " or ".join(map(str, sorted({sum(try_["validation"] is not None
+                                               for try_ in entry["tried"]) for entry in entries})))
     tried_on = " or on ".join(f"{n:,} rows" if n else "as many rows"
                               for n in sorted({entry["rates_from"] or 0 for entry in entries}))
     return (f"{s['model']} on {s['task']}, {s['epochs']} epochs, seed{'s' * several} "
             f"{', '.join(map(str, seeds))}, {where}; each learning rate is the best of "
-            f"{len(first['tried'])} by validation, of runs on {tried_on}; "
+            f"{n_tried} by validation, of runs on {tried_on}; "
             + ("± is the standard deviation over the seeds; " if several else "")
             + "[ ] is a 95 % interval, by a paired bootstrap over test rows"
             + (" and seeds" if several else ""))

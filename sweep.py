@@ -3,13 +3,13 @@
     python sweep.py --data DIR                         eight methods on your own files
     python sweep.py --data DIR --train-rows 1000 4000 all --seeds 42 43 44 --methods full lora_r16
 
-Of three learning rates (of synthetic questions run_grid.sh's two) a method takes the one with the
-best validation score under the first seed; with that one the other seeds run, too. --rates-from N
-tries them on N training rows instead of on all. --methods are names of methods.CASES, or train.py's
-flags in quotes: "lora --r 64". The runs are train.py's, one after the other, and other flags are
-its flags. --train-rows or --methods of a later call join the table of the earlier ones; what
-metrics/sweep_NAME.json and sweep_NAME.csv, the answers, hold already is not run again, even if
-another machine ran it.
+Of three learning rates (of run_grid.sh's two for its own methods and questions) a method takes the
+one with the best validation score under the first seed; with that one the other seeds run, too.
+--rates-from N tries them on N training rows instead of on all. --methods are names of
+methods.CASES, or train.py's flags in quotes: "lora --r 64". The runs are train.py's, one after the
+other, and other flags are its flags. --train-rows or --methods of a later call join the table of
+the earlier ones; what metrics/sweep_NAME.json and sweep_NAME.csv, the answers, hold already is not
+run again, even if another machine ran it.
 """
 import csv
 import shlex
@@ -178,9 +178,10 @@ def seeds_of(entry):
 
 
 def is_done(entry, seeds, rates_from, s):
-    """Whether an entry is of these seeds, its learning rate tried on this many rows, no try of it
+    """Whether an entry has these seeds, its learning rate tried on this many rows, no try of it
     failed, and its method is that of the settings `s`."""
-    if entry is None or entry["rates_from"] != rates_from or seeds_of(entry) != seeds:
+    if (entry is None or entry["rates_from"] != rates_from
+            or not set(seeds) <= set(seeds_of(entry))):
         return False
     if any(tried["validation"] is None for tried in entry["tried"]):
         return False
@@ -237,6 +238,7 @@ def main(argv):
                        for seed in seeds]
             if None in results:
                 fail(f"a run of {shlex.join(flags)} failed; the same command tries it again")
+            entries, answers = held(path, args.settings)  # another sweep may have added its own
             answers = {column: own for column, own in answers.items()
                        if not column.startswith(f"{name}, seed ")}  # of another rate or seed
             answers |= truth_of(results[0]) | dict(zip(columns_of(name, seeds),
@@ -251,7 +253,10 @@ def main(argv):
             write_csv(path.with_suffix(".csv"), [dict(zip(answers, row))
                                                  for row in zip(*answers.values())])
             write_json(path, {"command": command(), "entries": entries})
+    entries, answers = held(path, args.settings)
     for name, entry in entries.items():
+        if failed := [f"{t['lr']:g}" for t in entry["tried"] if t["validation"] is None]:
+            warn(f"{name}: no result at {', '.join(failed)}; the same command tries it again")
         own, full = (columns_of(who, seeds_of(entry))
                      for who in (name, name.replace(method_of(name), "full", 1)))
         entry["vs_full"] = difference(answers, own, full)

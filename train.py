@@ -160,9 +160,9 @@ def main(args):
         total_loss = sum(gather(total_loss.item()))  # .item() waits for the GPU; then the clock
         loss, seconds = total_loss / sum(map(len, batches)), time.perf_counter() - start
 
-        if not math.isfinite(loss):
-            fail(f"the training loss of epoch {epoch} is {loss}; try a lower --lr than {s['lr']:g}")
         scores, _ = evaluate(model, validation, device, amp)
+        if not math.isfinite(either := loss + scores["loss"]):
+            fail(f"the loss of epoch {epoch} is {either}; try a lower --lr than {s['lr']:g}")
         history.append({"epoch": epoch, "train_loss": loss, "seconds": seconds,
                         **{f"validation_{name}": value for name, value in scores.items()}})
         print(f"epoch {epoch}: train loss {loss:.4f}, validation {show(scores)}, {seconds:.1f} s")

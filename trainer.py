@@ -87,6 +87,9 @@ def read_run(folder):
                   "f1_last": last["eval_f1"], "exact_match_last": last.get("eval_exact_match"),
                   "best_epoch": round(best["epoch"], 2),
                   "history": [{"validation_f1": e["eval_f1"]} for e in evaluations]}
+        if state.get("global_step", 0) < state.get("max_steps", 0):
+            warn(f"{path} ends at step {state['global_step']:,} of {state['max_steps']:,}: what "
+                 "came later, if anything did, is not in its scores")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f"{path} is damaged ({type(e).__name__}: {e})")
     if result["exact_match"] is None:

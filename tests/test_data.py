@@ -334,6 +334,19 @@ def test_json_lines_have_labels_of_any_kind(tmp_path):
     assert task.label_names == ["3", "true"] and "film 7 é" in texts(task)
 
 
+def test_rows_that_are_trained_on_and_scored_are_named(tmp_path, capsys):
+    train = "sentence,label\n" + "".join(f"film {i},{i % 2}\n" for i in range(60))
+    data.load_folder(folder(tmp_path / "alone", train_csv=train))
+    assert capsys.readouterr().err == ""
+    dev = "sentence,label\nfilm 100,1\n" + "".join(f"film {i},{i % 2}\n" for i in range(60))
+    data.load_folder(folder(tmp_path / "d", train_csv=train, dev_csv=dev))
+    # six of the sixty validate
+    assert "54 of 61 test rows stand in the training rows, too" in capsys.readouterr().err
+    twice = train + train.split("\n", 1)[1]
+    data.load_folder(folder(tmp_path / "twice", train_csv=twice), {"fold": [1, 5]})
+    assert "test rows stand in" in (err := capsys.readouterr().err) and "validation rows" in err
+
+
 @pytest.mark.parametrize("line, words", [
     ('{"sentence": "a"}', ["line 61", "'label'"]), ('["a", "b"]', ["line 61", "not an object"]),
     ('{"sentence": "a", "label": null}', ["line 61", "no label"]), ("{", ["line 61", "not JSON"]),
@@ -354,6 +367,10 @@ def test_columns_of_other_names(tmp_path):
     task = data.load_task("-", d, s)
     assert task.label_names == ["0", "1"] and "film 5" in texts(task)
     one_line_exit(lambda: data.load_task("-", d, settings(*flags)), "'sentence'", "id,body,stars")
+    # the second sentence alone, if it is asked for
+    second = folder(tmp_path / "second", train_csv=PAIRS)
+    s = settings("--method", "lora", "--data", second, "--text-column", "sentence2")
+    assert not data.has_pairs(data.load_task("-", second, s))
     # the usual names change nothing, and another column is another run
     assert settings(*flags, "--text-column", "sentence") == settings(*flags)
     assert settings(*flags, "--text-column", "body") != settings(*flags)

@@ -92,6 +92,12 @@ def test_gradients_are_the_same_without_dropout(pair):
         assert p.grad.any() and torch.allclose(p.grad, quick[name].grad, atol=1e-5), name
 
 
+@pytest.mark.parametrize("method", ["full", "qlora", "qdora"])
+def test_leaving_out_what_a_method_does_not_have_is_no_other_run(method):
+    flags = ["--method", method]
+    assert settings(*flags, "--without", "half_weights") == settings(*flags)
+
+
 @pytest.mark.parametrize("without", ["cls_only", "cheap_dropout"])
 def test_each_trick_can_be_left_out_and_changes_no_answer(without):
     model, less = (randomize(build("houlsby")) for _ in range(2))

@@ -237,7 +237,26 @@ def test_a_caption_s_command_has_what_is_not_the_default(flags, seeds, said, tmp
     pool = write_splits(tmp_path / "pool", {"train": 60}, lambda i, _: f"film {i}\t{i % 2}")
     flags = [str(flag).format(pool=pool) for flag in flags]
     run = {"settings": settings("--method", "full", *flags)}
-    assert studies.command_of("run.sh", run, seeds) == f"bash run.sh{said}"
+    own = "--method full" + " --lr 1e-3 --epochs 2" * ("synthetic" in flags)
+    assert studies.command_of("run.sh", [(own, run)], seeds) == f"bash run.sh{said}"
+
+
+@pytest.mark.parametrize("flags", [
+    "--dropout 0.0 --alpha 64.0", "--bottleneck 16", "--placement pfeiffer", "--lr 0.0002",
+    "--without half_weights", "--targets attention", "--task sst2 --amp off",
+    "--model somebody/a-bert"])
+def test_a_caption_s_command_has_what_only_some_of_the_methods_take(flags):
+    results = [(own, {"settings": settings(*flags.split(), *own.split())})
+               for own in studies.FOLD_RUNS.values() if "--targets" not in own]
+    command = studies.command_of("run.sh", results)
+    assert sorted(command.split()[2:]) == sorted(flags.split())
+
+
+def test_a_caption_s_command_names_a_model_that_is_not_the_task_s():
+    own = "--method lora --epochs 2 --lr 2e-4 --r 16"
+    for flags in "--task squad_pt", "--task squad_pt --model all-MiniLM-L6-v2":
+        results = [(own, {"settings": settings(*own.split(), *flags.split())})]
+        assert studies.command_of("run.sh", results) == f"bash run.sh {flags}"
 
 
 def test_the_frontier_is_what_nothing_beats_in_both():

@@ -216,6 +216,21 @@ def written_out_dora(layer, x, detach=True):
     return torch.stack([x @ row for row in rows], -1) + layer.base.bias, torch.stack(rows)
 
 
+def test_dora_of_a_pruned_row_is_no_nan():
+    base = nn.Linear(64, 192)
+    with torch.no_grad():
+        base.weight[7] = 0
+    layer = DoRALinear(base, r=4, alpha=12, dropout=0.1)
+    x = torch.randn(5, 64)
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B, layer.magnitude], lr=0.1)
+    for _ in range(3):
+        layer(x).square().sum().backward()
+        optimizer.step()
+    assert not torch.allclose(layer(x), base(x), atol=0.1)
+    assert torch.allclose(layer.eval()(x)[:, 7], base.bias[7])
+    assert layer.merged_weight().isfinite().all() and not layer.merged_weight()[7].any()
+
+
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])
 def test_dora_forward_merge_and_gradients_equal_the_written_out_layer(kind):
     base = nn.Linear(64, 192)

@@ -396,6 +396,9 @@ QAS = ("data", 0, "paragraphs", 0, "qas", 0)
      "'answer_start' in .* is 'True', not a int"),
     (squad(("it is \ud800 here", [("where?", "here", 8)])), "half of a surrogate pair"),
     ({"data": [3]}, r"no key 'paragraphs' in data\[0\]"),
+    *[({"data": [{"paragraphs": [{"context": "it is here", "qas": [qa_]}]}]},
+       r"no key 'question' in data\[0\].paragraphs\[0\].qas\[0\]")
+      for qa_ in ("where?", None, 5, ["where?"])],
     (without(0, *QAS, "answers"), "has no answer; SQuAD 2.0"),
 ])
 def test_json_that_is_not_squad(tmp_path, content, words):
@@ -711,6 +714,20 @@ def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_
     done = run("bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path, env=one_thread)
     assert (done.returncode == 0 and done.stdout.count("finished already") == 19
             and "missing" not in done.stdout)
+
+
+def test_list_prints_five_commands_of_the_other_study_and_runs_none(data_dir, tmp_path):
+    output = tmp_path / "out"
+    done = run("bash", ROOT / "run_all.sh", "--list", "--data", data_dir, "--output", output)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 5 and not output.exists()
+    assert all("train.py --data" in line for line in lines)
+
+
+def test_of_equals_by_validation_the_test_chooses_none():
+    rows = [{"run": name, "method": "lora", "validation_f1": 80.0, "f1": f1}
+            for name, f1 in (("b", 60.0), ("a", 50.0), ("c", 40.0))]
+    assert [row["run"] for row in grid.best_of(rows)] == ["a"]
 
 
 def test_list_prints_twenty_commands(finished, tmp_path):

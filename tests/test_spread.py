@@ -139,6 +139,7 @@ def test_likelihood_and_calibration():
     assert ece([0] * 9 + [1], [[0.9, 0.1]] * 10) == pytest.approx(0)
     assert ece([0, 1], [[1.0, 0.0]] * 2) == pytest.approx(0.5)
     assert ece([0, 1, 1], [[1 / 3, 1 / 3, 1 / 3]] * 3) == pytest.approx(0, abs=1e-9)
+    assert np.isnan(ece([0, 1], [[0.9, 0.1], [np.nan, np.nan]]))
 
 
 def test_mean_interval_is_over_questions_and_seeds():

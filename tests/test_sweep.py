@@ -131,9 +131,10 @@ def test_whole_sentences_in_a_task_and_what_has_none(tmp_path):
     assert "12 whole sentences of train validate" in task.note
     assert len(task.train.sentences) == 1 + 3 * 16 and "49 of 121 rows are left" in task.note
     for flags in (["--task", "movies"], ["--task", "squad"],
-                  ["--data", alone, "--fold", "1/5"]):
+                  ["--task", "mrpc"], ["--data", alone, "--fold", "1/5"]):
         one_line_exit(lambda: parse_args(["--method", "full", "--whole-sentences",
                                           *map(str, flags)]), "--whole-sentences")
+    one_line_exit(lambda: data.make_task(*[treebank()] * 3, whole=True), "all splits are given")
 
 
 @pytest.mark.skipif(not (SHARED / "sst2").exists(), reason="SST-2 is not here")
@@ -222,12 +223,15 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     lora = entries["lora --r 16, all rows"]
     same, wider = (settings("--method", "lora", "--r", 16, *more, *flags)
                    for more in ([], ["--alpha", 64]))
-    assert sweep.is_done(lora, [42, 43], None, same)
+    assert sweep.is_done(lora, [42, 43], None, same) and sweep.is_done(lora, [43], None, same)
     assert not sweep.is_done(lora, [42, 44], None, same)
     assert not sweep.is_done(lora, [42, 43], 30, same)
     assert not sweep.is_done(lora, [42, 43], None, wider)
-    failed = lora | {"tried": [{"lr": 1.0, "validation": None}, *lora["tried"]]}
+    failed = lora | {"tried": [{"lr": 1.0, "validation": None}, *lora["tried"][1:]]}
     assert not sweep.is_done(failed, [42, 43], None, same)
+    for other, best_of in (lora, "3"), (failed, "2 or 3"):
+        caption = studies.sweep_caption({"entries": {"full": full, "lora": other}})
+        assert f"each learning rate is the best of {best_of} by validation" in caption
 
 
 def test_answers_of_another_rate_or_seed_are_in_no_interval(swept, monkeypatch):

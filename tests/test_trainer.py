@@ -98,6 +98,21 @@ def test_the_study_is_made_from_the_runs(folder, tmp_path):
         assert (tmp_path / "out" / "figures" / name).stat().st_size > 10_000
 
 
+def test_a_run_that_was_cut_is_named_and_another_study_does_not_go_over_it(folder, tmp_path):
+    path = folder / "lora-epoch-2_lr_2e-4" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"max_steps": 4', '"max_steps": 6000'))
+    output = ["--output", tmp_path / "out"]
+    done = run(sys.executable, ROOT / "grid.py", "--trainer", folder, *output)
+    assert done.returncode == 0 and "ends at step 4 of 6,000" in done.stderr
+    one_line_error(run(sys.executable, ROOT / "grid.py", *output), "Trainer's runs", "--output")
+    # no run says how long it took
+    for path in folder.rglob("trainer_state.json"):
+        path.write_text(path.read_text().replace("train_runtime", "runtime"))
+    done = run(sys.executable, ROOT / "grid.py", "--trainer", folder, *output)
+    assert done.returncode == 0 and "UserWarning" not in done.stderr
+    assert not (tmp_path / "out" / "figures" / "grid_time.png").exists()
+
+
 def test_file_dates_do_not_count(folder):
     for path in folder.rglob("trainer_state.json"):
         os.utime(path, (1, 1))
