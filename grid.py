@@ -36,14 +36,22 @@ from studies import (
 from trainer import read_runs
 
 
+def held_runs(path):
+    """{run: result} of the grid.json at `path`, {} if there is none; ends if it is damaged."""
+    there = read_json(path) if path.exists() else {}
+    if not isinstance(there, dict) or not all(
+            isinstance(run, dict) and "settings" in run for run in there.values()):
+        fail(f"{path} is damaged (not runs of the grid); delete it")
+    return there
+
+
 def check_same_study(path, argv, runs):
     """End if grid.json at `path` is of another task, model, seed or setting than the flags: it
     would be overwritten."""
-    there = read_json(path) if path.exists() else {}
-    if isinstance(there, dict) and any("trainer" in run for run in there.values()):
+    there = held_runs(path)
+    if any("trainer" in run for run in there.values()):
         fail(f"{path} holds Trainer's runs; give this one an --output of its own")
-    if not isinstance(there, dict) or not all(
-            name in GRID_RUNS | SYNTHETIC_RUNS and "settings" in there[name] for name in there):
+    if there.keys() - (GRID_RUNS | SYNTHETIC_RUNS).keys():
         fail(f"{path} is damaged (not runs of the grid); delete it")
     for name in there:
         held = there[name]["settings"]
@@ -93,7 +101,7 @@ def bring_trainer(argv):
     results, missing = read_runs(args.trainer)
     check_writable(args.output)
     merged = args.output / "metrics" / "grid.json"
-    if merged.exists() and not all("trainer" in held for held in read_json(merged).values()):
+    if not all("trainer" in run for run in held_runs(merged).values()):
         fail(f"{merged} holds runs that train.py made; choose another --output")
     write(args.output, {name: result | {"command": command()} for name, result in results.items()})
     if missing:

@@ -13,21 +13,16 @@ set -euo pipefail
 # shellcheck source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-only_list=0
 for flag in "$@"; do
   case "$flag" in
     -h | --help)
       echo "run_all.sh runs the five methods, with --seeds N N N once a seed, with --folds N eight in each of N folds."
       echo "--list prints the commands. All other flags are train.py's:"
       exec "$python" "$here/train.py" --help ;;
-    --list) only_list=1 ;;
+    --list) exec "$python" "$here/compare.py" "$@" ;;
   esac
 done
 runs="$("$python" "$here/compare.py" --list "$@")"
-if ((only_list)); then
-  echo "$runs"
-  exit
-fi
 while read -r run; do
   echo "== $run"
   bash -c "$run" < /dev/null

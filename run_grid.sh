@@ -12,21 +12,16 @@ set -euo pipefail
 # shellcheck source=setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-only_list=0
 for flag in "$@"; do
   case "$flag" in
     -h | --help)
       echo "run_grid.sh runs five methods, each for 2 and 3 epochs and with two learning rates; --list prints the commands."
       echo "--method, --r, --epochs and --lr are what the runs differ in; all other flags are train.py's:"
       exec "$python" "$here/train.py" --help ;;
-    --list) only_list=1 ;;
+    --list) exec "$python" "$here/grid.py" "$@" ;;
   esac
 done
 runs="$("$python" "$here/grid.py" --list "$@")"
-if ((only_list)); then
-  echo "$runs"
-  exit
-fi
 jobs=1
 if ! command -v nvidia-smi > /dev/null; then
   # On a CPU two runs at a time, each on half of the cores: such small batches cannot keep all cores busy.

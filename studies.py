@@ -217,8 +217,9 @@ def command_of(script, results, seeds=()):
     data = (["--data", s["task"]] if s["data_sha256"] else
             ["--task", s["task"]] * (s["task"] != ("synthetic" if has_questions else "movies")))
     hub = "squad" if has_questions else "sst2"
-    usual = model_of(parse(["--method", "full", "--task", hub if s["data_sha256"] else s["task"]]))
-    model = ["--model", s["model"]] if s["model_sha256"] or s["model"] != usual else []
+    asked = parse(["--method", "full", "--task", hub if s["data_sha256"] else s["task"]])
+    is_usual = s["model"] == model_of(asked) and not s["model_sha256"]
+    model = [] if is_usual else ["--model", s["model"]]
     folds = ["--folds", str(s["fold"][1])] if "fold" in s else []
 
     # one's own data, and sentences with another model, have the defaults of a task of the hub
@@ -365,9 +366,8 @@ def grid_markdown(runs):
     best = [[row["run"], f"{row['f1']:.2f}", points(runs[row["run"]].get("vs_full")),
              f"{row['validation_f1']:.2f}", *(f"{row[f'f1_{level}']:.1f}" for level in levels)]
             for row in best_of(rows)]
-    missing = [name for name in grid_runs(first["settings"])
-               if name not in runs and "trainer" not in first]
     flags = grid_runs(first["settings"])
+    missing = [name for name in flags if name not in runs and "trainer" not in first]
     command = command_of("run_grid.sh", [(flags.get(name, ""), r) for name, r in runs.items()])
     interval = ("" if "trainer" in first else
                 "; [ ] is a 95 % interval, by a paired bootstrap over test questions, of the "

@@ -223,7 +223,7 @@ def main(argv):
     methods, sizes, rates_from, seeds, rest = parse(argv)
     args = read_flags([*rest, "--method", "full"])
     path = args.output / "metrics" / f"sweep_{args.settings['task']}.json"
-    entries, answers = held(path, args.settings)
+    entries, _ = held(path, args.settings)
 
     for n in sizes:
         rows = ["--train-rows", str(n)] if n else []

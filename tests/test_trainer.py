@@ -105,6 +105,15 @@ def test_a_run_that_was_cut_is_named_and_another_study_does_not_go_over_it(folde
     done = run(sys.executable, ROOT / "grid.py", "--trainer", folder, *output)
     assert done.returncode == 0 and "ends at step 4 of 6,000" in done.stderr
     one_line_error(run(sys.executable, ROOT / "grid.py", *output), "Trainer's runs", "--output")
+    for content in "3", '{"a": 3}', '{"lora_epoch-2_lr_2e-4": {}}':
+        broken = tmp_path / "broken" / "metrics" / "grid.json"
+        broken.parent.mkdir(parents=True, exist_ok=True)
+        broken.write_text(content)
+        command = [sys.executable, ROOT / "grid.py", "--output", tmp_path / "broken"]
+        one_line_error(run(*command), "damaged", "delete it")
+        # after the warnings of the folders that are left out
+        done = run(*command, "--trainer", folder)
+        assert done.returncode == 1 and "damaged" in done.stderr.splitlines()[-1]
     # no run says how long it took
     for path in folder.rglob("trainer_state.json"):
         path.write_text(path.read_text().replace("train_runtime", "runtime"))
