@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,41 @@ def run(*command, timeout=300, **kwargs):
                           timeout=timeout, **kwargs)
 
 
-def train(*flags, **kwargs):
-    return run(sys.executable, ROOT / "train.py", *flags, **kwargs)
+# Each line that it reads is a command, which it runs in a fork of itself: to import these takes
+# longer than what most tests do then.
+FORKS = """
+import json, os, runpy, sys
+import sklearn.metrics, torch, transformers.models.bert.modeling_bert
+for line in sys.stdin:
+    *sys.argv, folder = json.loads(line)
+    if not os.fork():
+        for i, name in enumerate((os.devnull, "stdout", "stderr")):
+            os.dup2(os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT, 0o644), i)
+        sys.path[0] = os.path.dirname(sys.argv[0])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@functools.cache
+def forks():
+    return subprocess.Popen([sys.executable, "-c", FORKS], text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE)
+
+
+def program(name, *flags):
+    """The finished process of `python name flags`, without input."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(word) for word in (ROOT / name, *flags)]
+        print(json.dumps([*command, folder]), file=forks().stdin, flush=True)
+        status = int(forks().stdout.readline())
+        said = [Path(folder, stream).read_text() for stream in ("stdout", "stderr")]
+    return subprocess.CompletedProcess([sys.executable, *command], status, *said)
+
+
+def train(*flags):
+    return program("train.py", *flags)
 
 
 def one_line_error(done, *words):

@@ -1,12 +1,11 @@
 """bench.py end to end on a tiny model, growth.py on one that is a configuration alone, their
 arithmetic on made-up times, and the flags that they refuse."""
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run, save_small_bert
+from conftest import ROOT, one_line_error, program, save_small_bert
 
 import bench
 import data
@@ -77,8 +76,8 @@ def test_sampled_batches_are_as_long_as_the_epoch_s(by_length):
 
 def test_bench_measures_every_method(data_dir, tmp_path):
     model = save_small_bert(tmp_path / "model")
-    done = run(sys.executable, ROOT / "bench.py", "--model", model, "--data", data_dir,
-               "--batch-size", 16, "--output", tmp_path)
+    done = program("bench.py", "--model", model, "--data", data_dir, "--batch-size", 16,
+                   "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "metrics" / "bench.json").read_text())
     cases = result["cases"]
@@ -107,7 +106,7 @@ def test_bench_measures_every_method(data_dir, tmp_path):
     (["--lr", "1e-3"], ["--lr"]), (["--output", ROOT / "bench.py"], ["--output"]),
     (["--task", "synthetic"], ["sentence"]), (["--epochs", 0], ["--epochs"])])
 def test_bad_flags(flags, words):
-    one_line_error(run(sys.executable, ROOT / "bench.py", *flags), *words)
+    one_line_error(program("bench.py", *flags), *words)
 
 
 # --- random rows of one length --------------------------------------------------------------------
@@ -168,5 +167,5 @@ def test_what_to_expect_of_a_model_is_a_table_and_a_figure(tmp_path, monkeypatch
     (["--model", "bert-base-uncased", "--max-length", 64], ["--max-length"]),
     (["--model", "bert-base-uncased", "--tricks"], ["--tricks"])])
 def test_bad_flags_of_a_model_without_weights(flags, words):
-    one_line_error(run(sys.executable, ROOT / "bench.py", *flags), *words)
-    one_line_error(run(sys.executable, ROOT / "growth.py", "--model", "other"), "other", "large")
+    one_line_error(program("bench.py", *flags), *words)
+    one_line_error(program("growth.py", "--model", "other"), "other", "large")

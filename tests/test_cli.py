@@ -255,7 +255,7 @@ def test_two_identical_commands_at_once_both_end_well(data_dir, tmp_path):
         if line.startswith("epoch 2:"):
             break
     slow.send_signal(signal.SIGSTOP)
-    quick = run(*command)
+    quick = train(*flags)
     result, = (tmp_path / "out" / "metrics" / "runs").iterdir()
     first, tensors = json.loads(result.read_text()), checkpoint.read_tensors(
         next((tmp_path / "out" / "checkpoints").glob("*.safetensors")))
@@ -374,8 +374,8 @@ def test_hub_model_without_network(tmp_path):
 
 def test_hub_task_without_network(tmp_path):
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    one_line_error(train("--method", "lora", "--task", "sst2", "--output", tmp_path / "out",
-                         env=offline),
+    one_line_error(run(sys.executable, ROOT / "train.py", "--method", "lora", "--task", "sst2",
+                       "--output", tmp_path / "out", env=offline),
                    "hub", "--task movies", "--data DIR")
 
 

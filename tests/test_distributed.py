@@ -69,42 +69,55 @@ def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_pat
 STEPS = """
 import contextlib, sys, torch
 import data, distributed, model, qa, train
-device, folder, kind, accumulation = distributed.join(), *sys.argv[1:4]
-torch.manual_seed(1)
-tokenizer, model = model.load_pretrained(folder, ["no", "yes"] if kind == "sentences" else None)
-start = {f"{name} at the start": p.detach().clone() for name, p in model.named_parameters() \
-if name.startswith(("classifier", "qa"))}
-replica = distributed.parallel(model)
-texts = [f"a film {'very ' * i} long" for i in range(7)]
-split = (data.Sentences(data.Rows(texts, [i % 2 for i in range(7)]), tokenizer, \
-{"max_length": 32}) if kind == "sentences" else
-         qa.Windows([qa.Question(text, "what?", ["film"], 2, 6) for text in texts], \
-tokenizer, {"max_length": 32, "stride": 4}))
-sgd = torch.optim.SGD(model.parameters(), lr=0.1)  # unlike AdamW it shows \
-a wrong scale of the gradients
+device, folder, accumulation, *cases, path = distributed.join(), *sys.argv[1:]
+texts, states = [f"a film {'very ' * i} long" for i in range(7)], {}
 train.CLIP_NORM = 1e9
-for batch in split.batches(4, by_length=sys.argv[4] == "grouped"):
-    train.step(replica, sgd, split, batch, device, contextlib.nullcontext(), \
-torch.amp.GradScaler("cpu", enabled=False), int(accumulation))
+for case in cases:
+    kind, order = case.split(", ")
+    torch.manual_seed(1)
+    tokenizer, bert = model.load_pretrained(folder, ["no", "yes"] if kind == "sentences" else None)
+    start = {f"{name} at the start": p.detach().clone() for name, p in bert.named_parameters()
+             if name.startswith(("classifier", "qa"))}
+    replica = distributed.parallel(bert)
+    if kind == "sentences":
+        rows = data.Rows(texts, [i % 2 for i in range(7)])
+        split = data.Sentences(rows, tokenizer, {"max_length": 32})
+    else:
+        asked = [qa.Question(text, "what?", ["film"], 2, 6) for text in texts]
+        split = qa.Windows(asked, tokenizer, {"max_length": 32, "stride": 4})
+    # unlike AdamW it shows a wrong scale of the gradients
+    sgd, scaler = torch.optim.SGD(bert.parameters(), lr=0.1), torch.amp.GradScaler(
+        "cpu", enabled=False)
+    for batch in split.batches(4, by_length=order == "grouped"):
+        train.step(replica, sgd, split, batch, device, contextlib.nullcontext(), scaler,
+                   int(accumulation))
+    states[case] = bert.state_dict() | start
+    del replica
 if distributed.RANK == 0:
-    torch.save(model.state_dict() | start, sys.argv[5])
-del replica
+    torch.save(states, path)
 distributed.leave()
 """
+CASES = "sentences, grouped", "questions, grouped", "questions, as they come"
 
 
-@pytest.mark.parametrize("kind, order", [("sentences", "grouped"), ("questions", "grouped"),
-                                         ("questions", "as they come")])
-def test_gradients_have_the_scale_of_one_process(without_dropout, tmp_path, kind, order):
-    (tmp_path / "steps.py").write_text(STEPS)
-    states = []
+@pytest.fixture(scope="module")
+def states(without_dropout, tmp_path_factory):
+    """What one, two and three processes make of every case: [{case: tensors}]."""
+    folder, states = tmp_path_factory.mktemp("steps"), []
+    (folder / "steps.py").write_text(STEPS)
     for n, accumulation in (1, 1), (2, 2), (3, 1):
-        done = launch(n, tmp_path / "steps.py", without_dropout, kind, accumulation, order,
-                      tmp_path / "state.pt")
+        done = launch(n, folder / "steps.py", without_dropout, accumulation, *CASES,
+                      folder / "state.pt")
         assert done.returncode == 0, done.stderr
-        states.append(torch.load(tmp_path / "state.pt"))
-    for name, tensor in states[0].items():
-        for other in states[1:]:
+        states.append(torch.load(folder / "state.pt"))
+    return states
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_have_the_scale_of_one_process(states, case):
+    one, *others = (state[case] for state in states)
+    for name, tensor in one.items():
+        for other in others:
             assert torch.allclose(other[name], tensor, atol=1e-6), name
-    head = "classifier.weight" if kind == "sentences" else "qa_outputs.weight"
-    assert (states[0][head] - states[0][f"{head} at the start"]).abs().max() > 1e-3
+    head = "classifier.weight" if case.startswith("sentences") else "qa_outputs.weight"
+    assert (one[head] - one[f"{head} at the start"]).abs().max() > 1e-3

@@ -8,11 +8,11 @@ import torch
 from conftest import (
     BUILDS,
     METHODS,
-    ROOT,
     build,
     elsewhere,
     logits,
     one_line_exit,
+    program,
     randomize,
     run,
     save_small_bert,
@@ -120,8 +120,7 @@ def test_a_failed_export_leaves_nothing(checkpoints, tmp_path, monkeypatch):
 
 def test_requantizing_is_measured(checkpoints, tmp_path, study):
     path = tmp_path / "requantized.json"
-    done = run(sys.executable, ROOT / "export.py", checkpoints["qlora"], "--requantized", path,
-               "--data", study[1][1])
+    done = program("export.py", checkpoints["qlora"], "--requantized", path, "--data", study[1][1])
     assert done.returncode == 0 and not done.stderr, done.stderr
     row, = json.loads(path.read_text())
     assert row["test_rows"] == 20 and row["merged"]["changed_predictions"] == 0

@@ -3,19 +3,17 @@ supported, and where peft is installed, peft itself."""
 import importlib.util
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from conftest import (
     BUILDS,
     METHODS,
-    ROOT,
     build,
     logits,
     one_line_exit,
+    program,
     randomize,
-    run,
     save_small_bert,
     settings,
     tiny_bert,
@@ -200,8 +198,8 @@ def test_an_export_is_asked_and_merged_like_a_checkpoint(trained, tmp_path):
                                    "peft"]))
     assert {"adapter_config.json", "adapter_model.safetensors",
             "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    asked = [run(sys.executable, ROOT / "predict.py", "a good film", "a bad film", "--checkpoint",
-                 path) for path in (trained["lora_r8"], folder)]
+    asked = [program("predict.py", "a good film", "a bad film", "--checkpoint", path)
+             for path in (trained["lora_r8"], folder)]
     assert not any(done.returncode for done in asked), asked
     rows = [[line.split()[-2:] for line in done.stdout.splitlines() if "film" in line]
             for done in asked]

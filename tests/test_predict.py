@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT, one_line_exit, run
+from conftest import one_line_exit, program
 
 import predict
 from compare import RUNS
@@ -34,7 +34,7 @@ def cells(line):
 
 
 def test_five_sentences_by_five_methods(study):
-    done = run(sys.executable, ROOT / "predict.py", "--output", study[0], input="")
+    done = program("predict.py", "--output", study[0])
     assert done.returncode == 0 and not done.stderr, done.stderr
     head, *rows = done.stdout.splitlines()
     assert head.split() == list(RUNS)

@@ -20,6 +20,7 @@ from conftest import (
     elsewhere,
     one_line_error,
     one_line_exit,
+    program,
     randomize,
     run,
     settings,
@@ -747,9 +748,8 @@ def test_a_question_is_asked_from_the_command_line(finished, tmp_path):
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "grid.json").write_text(json.dumps({"qdora_epoch-2_lr_2e-4": result}))
     shutil.copytree(output / "checkpoints", tmp_path / "checkpoints")
-    done = run(sys.executable, ROOT / "predict.py", "--output", tmp_path,
-               "--question", "Who was it?", "--context",
-               "It was Anna who wrote the letter, and Karl who read it.")
+    done = program("predict.py", "--output", tmp_path, "--question", "Who was it?", "--context",
+                   "It was Anna who wrote the letter, and Karl who read it.")
     assert done.returncode == 0 and not done.stderr, done.stderr
     head, row = done.stdout.splitlines()
     name, *_ = row.split()

@@ -58,13 +58,27 @@ def test_without_kernels_it_says_nothing_either(packages):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("module", ["train", "quant", "predict", "export", "memory", "bench",
-                                    "multitask", "fast", "model"])
-def test_every_module_that_may_import_bitsandbytes_imports_this_first(module):
-    code = (f"import sys, importlib.abc\nsys.path.insert(0, {str(ROOT)!r})\n"
-            f"import {module}, bitsandbytes")
-    done = run(sys.executable, "-c", code)
+FORKS = """
+import os, sys
+import transformers.models.bert.modeling_bert  # once, as it takes longer than all the rest
+assert not {"bitsandbytes", "start"} & set(sys.modules)
+for module in sys.argv[1:]:
+    if not os.fork():
+        __import__(module)
+        assert "start" in sys.modules
+        import bitsandbytes
+        sys.stdout.flush()
+        os._exit(0)
+    print(module, os.wait()[1], flush=True)
+"""
+
+
+def test_every_module_that_may_import_bitsandbytes_imports_this_first():
+    modules = ["train", "quant", "predict", "export", "memory", "bench", "multitask", "fast",
+               "model"]
+    done = run(sys.executable, "-c", FORKS, *modules, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.splitlines() == [f"{module} 0" for module in modules]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
