@@ -116,11 +116,12 @@ def run(*command, timeout=300, **kwargs):
 # Each line that it reads is a command, which it runs in a fork of itself: to import these takes
 # longer than what most tests do then.
 FORKS = """
-import json, os, runpy, sys
+import json, os, runpy, signal, sys
 import sklearn.metrics, torch, transformers.models.bert.modeling_bert
 for line in sys.stdin:
     *sys.argv, folder = json.loads(line)
     if not os.fork():
+        signal.alarm(300)  # ends one that hangs, as run() does
         for i, name in enumerate((os.devnull, "stdout", "stderr")):
             os.dup2(os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT, 0o644), i)
         sys.path[0] = os.path.dirname(sys.argv[0])
@@ -137,7 +138,8 @@ def forks():
 
 
 def program(name, *flags):
-    """The finished process of `python name flags`, without input."""
+    """The finished process of `python name flags`, without input; name: in the project's folder,
+    or a whole path."""
     with tempfile.TemporaryDirectory() as folder:
         command = [str(word) for word in (ROOT / name, *flags)]
         print(json.dumps([*command, folder]), file=forks().stdin, flush=True)

@@ -58,8 +58,7 @@ def test_without_switching_the_answers_would_be_others(eleven_runs, monkeypatch)
     assert all(tasks[task]["lora_r8"]["changed_predictions"] > 0 for task in ("products", "tweets"))
 
 
-def test_other_methods_too(eleven_runs, monkeypatch):
-    monkeypatch.setattr(multitask, "memory_of", lambda *args: [(1, 1), (50, 50)])
+def test_other_methods_too(eleven_runs):
     flags, output = eleven_runs
     flags = [*flags[:2], "--methods", "bitfit", "head", *flags[2:]]
     for method in "bitfit", "head":

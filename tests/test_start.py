@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, program, run
 
 OPS = """
 import logging
@@ -58,27 +58,22 @@ def test_without_kernels_it_says_nothing_either(packages):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-FORKS = """
-import os, sys
-import transformers.models.bert.modeling_bert  # once, as it takes longer than all the rest
-assert not {"bitsandbytes", "start"} & set(sys.modules)
-for module in sys.argv[1:]:
-    if not os.fork():
-        __import__(module)
-        assert "start" in sys.modules
-        import bitsandbytes
-        sys.stdout.flush()
-        os._exit(0)
-    print(module, os.wait()[1], flush=True)
+IMPORTS = f"""
+import sys
+assert not {{"bitsandbytes", "start"}} & set(sys.modules)
+sys.path.insert(0, {str(ROOT)!r})
+__import__(sys.argv[1])
+assert "start" in sys.modules
+import bitsandbytes
 """
 
 
-def test_every_module_that_may_import_bitsandbytes_imports_this_first():
-    modules = ["train", "quant", "predict", "export", "memory", "bench", "multitask", "fast",
-               "model"]
-    done = run(sys.executable, "-c", FORKS, *modules, env={**os.environ, "PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("module", ["train", "quant", "predict", "export", "memory", "bench",
+                                    "multitask", "fast", "model"])
+def test_every_module_that_may_import_bitsandbytes_imports_this_first(module, tmp_path):
+    (tmp_path / "imports.py").write_text(IMPORTS)
+    done = program(tmp_path / "imports.py", module)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert done.stdout.splitlines() == [f"{module} 0" for module in modules]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

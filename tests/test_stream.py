@@ -24,17 +24,18 @@ TEXTS = ["a good film", "", "a bad film, with a comma", 'a "quoted" film', "Ein 
 
 
 @functools.cache
-def loaded(*files, load=predict.load_methods):
+def loaded(model, *files, load=predict.load_methods):
     """load_methods of (name, checkpoint) pairs, which takes longer than what most tests here do
     with them."""
-    return load(dict(files))
+    return load(dict(files), model)
 
 
 @pytest.fixture
 def ask(study, monkeypatch):
     """Do what the command line does, in this process, with the methods of a small study."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(predict, "load_methods", lambda files, model=None: loaded(*files.items()))
+    monkeypatch.setattr(predict, "load_methods", lambda files, model=None:
+                        loaded(model, *files.items()))
 
     def ask(*flags):
         args = predict.parse_args(["--output", str(study[0]), *map(str, flags)])
