@@ -17,7 +17,7 @@ adapter; it is the `h +` in the equations.
 """
 from torch import nn
 
-from start import fail
+from common import fail
 
 
 class Adapter(nn.Module):
@@ -40,7 +40,7 @@ class Adapter(nn.Module):
 
 
 class HoulsbyOutput(nn.Module):
-    """Takes the place of BertSelfOutput or BertOutput `output`: x (batch, tokens, in), a (batch,
+    """Take the place of BertSelfOutput or BertOutput `output`: x (batch, tokens, in), a (batch,
     tokens, hidden) -> (batch, tokens, hidden)."""
 
     def __init__(self, output, bottleneck):
@@ -57,7 +57,7 @@ class HoulsbyOutput(nn.Module):
 
 
 class PfeifferOutput(nn.Module):
-    """Takes the place of BertOutput `output`: x (batch, tokens, intermediate), a (batch, tokens,
+    """Take the place of BertOutput `output`: x (batch, tokens, intermediate), a (batch, tokens,
     hidden) -> (batch, tokens, hidden)."""
 
     def __init__(self, output, bottleneck):
@@ -74,10 +74,10 @@ class PfeifferOutput(nn.Module):
 
 
 def width(model, s):
-    """Units of a bottleneck."""
-    units = s["bottleneck"] or model.config.hidden_size // s["reduction"]
+    """Return the units of a bottleneck."""
+    units = s.bottleneck or model.config.hidden_size // s.reduction
     if units < 1:
-        fail(f"--reduction {s['reduction']} leaves no unit of a hidden size of "
+        fail(f"--reduction {s.reduction} leaves no unit of a hidden size of "
              f"{model.config.hidden_size}")
     return units
 

@@ -1,37 +1,68 @@
-"""The runs of the sentence study: their flags, and their results together.
+"""The runs of the sentence study, and what becomes of them.
 
-    python compare.py               metrics/comparison.json: five runs a seed, on the task's own
-                                    test rows
-    python compare.py --folds 5     metrics/crossvalidation.json: eight methods in each of five
-                                    folds, so that every sentence tests once
+    python compare.py               five runs per seed, on the task's own test rows:
+                                    metrics/comparison.json
+    python compare.py --folds 5     eight methods in each of five folds, so that every sentence is
+                                    tested once: metrics/crossvalidation.json
 
-With --list they print the commands instead, one a line. Both work with --seeds 42 43 44. Other
-flags are train.py's, and select the runs that were trained with them.
+`bash run_all.sh` is the same with an environment of its own. It trains what is missing, one run
+after the other, so that an interrupted study goes on where it was cut. --list prints the commands
+instead. Both work with --seeds 42 43 44. All other flags go to every run: python train.py --help.
 """
+import os
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
-from files import write_csv, write_json
-from methods import is_qa
-from settings import Parser, checkpoint_path, make_parser, number, settings_of
+from common import fail, read_json, start, write_csv, write_json
+from methods import CASES, FOLD_STUDY, STUDY
+from settings import Parser, any_seed, asked_settings, make_parser, number, read_flags
 from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
-from start import fail, start
-from studies import (
-    FOLD_RUNS,
-    collect,
-    commands,
-    explain,
-    mixed_hardware,
-    print_commands,
-    refuse,
-    split_seeds,
-)
-from studies import SENTENCE_RUNS as RUNS
+
+TRAIN = Path(__file__).with_name("train.py")
+RUNS, FOLD_RUNS = ({name: CASES[name].flags for name in names} for names in (STUDY, FOLD_STUDY))
+
+
+# --- flags of a study ----------------------------------------------------------------------------
+
+def given(flag, argv):
+    """Tell whether a flag is on a command line."""
+    return any(word.split("=")[0] == flag for word in argv)
+
+
+def explain(program, argv):
+    """Answer --help of a program, whose other flags are train.py's, by its docstring."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{program.strip()}\n\npython train.py --help explains the other flags.")
+        sys.exit()
+
+
+def refuse(flags, argv, why):
+    """Exit if one of the flags is on a command line."""
+    for flag in flags:
+        if given(flag, argv):
+            fail(f"{flag} {why}")
+
+
+def split_seeds(argv):
+    """Take --seeds 42 43 44 out of the flags: (seeds, the other flags). Without it the seed is that
+    of --seed."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", nargs="+", type=any_seed)
+    known, rest = parser.parse_known_args(argv)
+    seeds = known.seeds
+    if seeds and given("--seed", rest):
+        fail("give --seed or --seeds, not both")
+    if seeds and len(set(seeds)) < len(seeds):
+        fail(f"--seeds names a seed twice: {' '.join(map(str, seeds))}")
+    return seeds or [make_parser().parse_args([*rest, "--method", "full"]).seed], rest
 
 
 def split_folds(argv):
-    """(number of folds or None, the other flags)."""
+    """Take --folds N out of the flags: (N or None, the other flags)."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--folds", type=number(int, 2, 1000))
     known, rest = parser.parse_known_args(argv)
@@ -39,25 +70,63 @@ def split_folds(argv):
 
 
 def parts_of(seeds, folds):
-    """The flags of each part of a study, in which every method runs once: a seed, or one fold of a
-    seed."""
+    """Return the flags of each part of a study, in which every method runs once: a seed, or one
+    fold of a seed."""
     if not folds:
         return [["--seed", str(seed)] for seed in seeds]
     return [["--seed", str(seed), "--fold", f"{k}/{folds}"]
             for seed in seeds for k in range(1, folds + 1)]
 
 
+# --- runs ----------------------------------------------------------------------------------------
+
+def print_commands(runs):
+    """Print one train.py command per run, in the bytes in which the arguments came: a path that the
+    terminal cannot show is a path all the same."""
+    for flags in runs:
+        line = shlex.join([sys.executable, str(TRAIN), *flags]) + "\n"
+        sys.stdout.buffer.write(os.fsencode(line))
+
+
+def trained(flags):
+    """Return the result of train.py with these flags, trained if it is not there; None if that
+    failed."""
+    run = read_flags(flags)
+    if not run.result.exists():
+        print(f"== python train.py {shlex.join(flags)}", flush=True)
+        if subprocess.run([sys.executable, TRAIN, *flags], stdin=subprocess.DEVNULL).returncode:
+            return None  # it has said why
+    return read_json(run.result)
+
+
+def checkpoint_mb(flags):
+    """Return the size of what a run trained, in units of 1e6 bytes; None if the file is gone."""
+    file = read_flags(flags).checkpoint
+    return file.stat().st_size / 1e6 if file.exists() else None
+
+
+def mixed_hardware(results):
+    """Return a line that says what differs if times and memory of the results do not compare, or
+    None."""
+    for key in "device", "amp":
+        if len(values := {str(r["environment"][key]) for r in results}) > 1:
+            return (f"runs with different {key} do not compare: {', '.join(sorted(values))}; "
+                    "delete one kind's files")
+    return None
+
+
+# --- results -------------------------------------------------------------------------------------
+
 def summarise(runs):
-    """What an entry of comparison.json and of crossvalidation.json share: what is the same in all
-    runs of a method, means and standard deviations of the rest, and the runs themselves."""
+    """Return what an entry of comparison.json and of crossvalidation.json share: what is the same
+    in all runs of a method, means and standard deviations of the rest, and the runs themselves."""
     first = runs[0]
-    seeds = dict.fromkeys(run["settings"]["seed"] for run in runs)
-    entry = {"n": len(runs), "seeds": list(seeds)}
+    entry = {"n": len(runs), "seeds": list(dict.fromkeys(r["settings"]["seed"] for r in runs))}
     entry |= {key: first[key]
               for key in ("trainable_params", "trainable_by_kind", "total_params", "trainable_pct",
                           "checkpoint_mb")}
     keys = "f1_macro", "accuracy", "nll", "ece", "peak_vram_gb", "peak_rss_gb"
-    values = {key: [run.get(key) for run in runs] for key in keys}
+    values = {key: [run[key] for run in runs] for key in keys}
     values["epoch_time_s"] = [h["seconds"] for run in runs for h in run["history"]]
     for key, own in values.items():
         entry[key], entry[f"{key}_std"] = (None, None) if None in own else mean_std(own)
@@ -68,15 +137,15 @@ def summarise(runs):
 
 
 def joined(runs, n_folds, what):
-    """What the runs of each seed left of their test rows, its folds one after the other: (seeds,
+    """Join what the runs of each seed left of their test rows, one fold after the other: (seeds,
     sentences, 2) ints of test_predictions, (seeds, sentences, labels) of test_probabilities."""
     return np.array([[row for run in runs[i:i + n_folds] for row in run[what]]
                      for i in range(0, len(runs), n_folds)])
 
 
 def combine(runs, baseline):
-    """One method's entry of comparison.json: means and standard deviations over its runs (one a
-    seed), and its macro-F1 against that of full fine-tuning, the `baseline` runs of the same
+    """Make one method's entry of comparison.json: means and standard deviations over its runs (one
+    per seed), and its macro-F1 against full fine-tuning's, the `baseline` runs of the same
     seeds."""
     pairs, full = (joined(own, 1, "test_predictions") for own in (runs, baseline))
     vs = None if runs is baseline else paired_bootstrap(pairs[0, :, 0], pairs[..., 1], full[..., 1])
@@ -84,43 +153,37 @@ def combine(runs, baseline):
 
 
 def combine_folds(runs, baseline, n_folds):
-    """One method's entry of crossvalidation.json: f1_macro, nll and ece are of all sentences
-    together (the mean over the seeds), their standard deviations those over the folds of all seeds,
-    like all else. vs_full and vs_full_new_rows: see spread.py. rows_to_resolve: how many test
-    sentences would have shown the difference to full fine-tuning, had it been as large as here and
-    the trainings these."""
+    """Make one method's entry of crossvalidation.json.
+
+    f1_macro, nll and ece are of all sentences together (the mean over the seeds). All standard
+    deviations, and the means of all else, are over the folds of all seeds. vs_full and
+    vs_full_new_rows: see spread.py.
+    """
     pairs, full = (joined(own, n_folds, "test_predictions") for own in (runs, baseline))
     labels, predicted, full = pairs[0, :, 0], pairs[..., 1], full[..., 1]
     probabilities = joined(runs, n_folds, "test_probabilities")
-    everything = np.ones((1, len(labels)))
     entry = summarise(runs) | {
         "test_rows": len(labels), "folds": n_folds,
-        "f1_macro": float(np.mean([macro_f1(labels, own, everything) for own in predicted])),
+        "f1_macro": float(np.mean([macro_f1(labels, own) for own in predicted])),
         "nll": float(np.mean([nll(labels, own) for own in probabilities])),
         "ece": float(np.mean([ece(labels, own) for own in probabilities])),
-        "vs_full": None, "vs_full_new_rows": None, "rows_to_resolve": None}
+        "vs_full": None, "vs_full_new_rows": None}
     if runs is baseline:
         return entry
 
     fold = np.repeat(range(n_folds), [len(r["test_predictions"]) for r in runs[:n_folds]])
-    vs = paired_bootstrap(labels, predicted, full, fold)
-    # an interval over sentences alone is as wide as 1 / sqrt(rows)
-    of_sentences = paired_bootstrap(labels, predicted, full, replicates=2000)
-    half = (of_sentences["high"] - of_sentences["low"]) / 2
     differences = [100 * (run["f1_macro"] - other["f1_macro"])
                    for run, other in zip(runs, baseline)]
     by_fold = np.reshape(differences, (-1, n_folds)).mean(0)
     rows = runs[0]["rows"]
     return entry | {
-        "vs_full": vs,
-        "vs_full_new_rows": corrected_interval(by_fold, rows["test"], rows["train"]),
-        "rows_to_resolve": round(len(labels) * (half / vs["points"]) ** 2)
-        if vs["points"] else None}
+        "vs_full": paired_bootstrap(labels, predicted, full, fold),
+        "vs_full_new_rows": corrected_interval(by_fold, rows["test"], rows["train"])}
 
 
 def prediction_rows(runs, n_folds=None):
-    """One dict a test sentence: its label, its fold, and the label that each run predicted for it,
-    or each seed's run of the fold."""
+    """Return one dict per test sentence: its label, its fold, and the label that each run predicted
+    for it, or each seed's run of the fold."""
     size = n_folds or 1
     first = next(iter(runs.values()))[:size]
     rows = [{"label": label} | ({"fold": k} if n_folds else {})
@@ -132,55 +195,42 @@ def prediction_rows(runs, n_folds=None):
     return rows
 
 
-def collect_parts(study, parts, argv):
-    """({run: [result of each part]}, output folder); ends if one is missing."""
-    runs = {name: [] for name in study}
-    for part in parts:
-        results, missing, output = collect(study, [*argv, *part])
-        if missing:
-            fail(f"not finished with these settings and {' '.join(part)}: {', '.join(missing)}; "
-                 "bash run_all.sh with the same flags runs them")
-        for name, result in results.items():
-            if "test_predictions" not in result:
-                fail(f"{output / 'metrics' / 'runs'} has results of an earlier version, without "
-                     "predictions; delete it")
-            file = checkpoint_path(output, result["settings"])
-            result["checkpoint_mb"] = file.stat().st_size / 1e6 if file.exists() else None
-            runs[name].append(result)
-    return runs, output
-
-
 def main(argv):
     start()
     explain(__doc__, argv)
-    to_list = "--list" in argv
-    folds, argv = split_folds([word for word in argv if word != "--list"])
-    refuse(["--method", "--r", "--targets", "--fold"], argv,
+    command = shlex.join(["bash", "run_all.sh", *argv])
+    folds, flags = split_folds([word for word in argv if word != "--list"])
+    refuse(["--method", "--r", "--targets", "--fold"], flags,
            "is what the runs of the study differ in; for one run of your own use train.py")
-    seeds, argv = split_seeds(argv)
+    seeds, flags = split_seeds(flags)
     study, parts = FOLD_RUNS if folds else RUNS, parts_of(seeds, folds)
     # a bad flag ends here, and a task that cannot be cut into folds
-    s = settings_of(make_parser().parse_args([*argv, *parts[0], "--method", "full"]))
-    if is_qa(s):
+    args = make_parser().parse_args([*flags, *parts[0], "--method", "full"])
+    if asked_settings(args).is_qa:
         fail("run_all.sh compares sentence classifiers; for question answering there is "
              "run_grid.sh")
-    if to_list:
-        print_commands("\n".join(commands(study, [*argv, *part]) for part in parts))
+    if "--list" in argv:
+        print_commands([*flags, *part, *own.split()] for part in parts for own in study.values())
         return
 
-    runs, output = collect_parts(study, parts, argv)
+    runs = {name: [] for name in study}
+    for part in parts:
+        for name, own in study.items():
+            run_flags = [*flags, *part, *own.split()]
+            if not (result := trained(run_flags)):
+                sys.exit(1)
+            runs[name].append(result | {"checkpoint_mb": checkpoint_mb(run_flags)})
     if line := mixed_hardware([run for name in runs for run in runs[name]]):
         fail(line)
-    full, metrics = runs["full_ft"], output / "metrics"
-    if folds:
-        entries = {name: combine_folds(runs[name], full, folds) for name in study}
-        write_json(metrics / "crossvalidation.json", entries)
-        write_csv(metrics / "crossvalidation_predictions.csv", prediction_rows(runs, folds))
-    else:
-        write_json(metrics / "comparison.json", {name: combine(runs[name], full) for name in study})
-        write_csv(metrics / "predictions.csv", prediction_rows(runs))
-    from plots import draw, draw_folds  # matplotlib is slow to import
-    (draw_folds if folds else draw)(output)
+    full, metrics = runs["full"], args.output / "metrics"
+    entries = {name: combine_folds(own, full, folds) if folds else combine(own, full)
+               for name, own in runs.items()}
+    name, predictions = (("crossvalidation", "crossvalidation_predictions") if folds else
+                         ("comparison", "predictions"))
+    write_json(metrics / f"{name}.json", {"command": command, "entries": entries})
+    write_csv(metrics / f"{predictions}.csv", prediction_rows(runs, folds))
+    from plots import draw_comparison, draw_folds  # matplotlib is slow to import
+    (draw_folds if folds else draw_comparison)(args.output)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,39 @@
-"""Sentences and labels: the tasks, the user's own files, and batches of similar length.
+"""Sentences and labels: tables of texts, the tasks, and batches of similar length.
 
 qa.py is the same for questions and passages.
 """
+import csv
 import json
 import re
-import unicodedata
+import sys
 from collections import Counter
-from decimal import Decimal
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch.nn.utils.rnn import pad_sequence
 
+from checks import (
+    NUMBER,
+    check_header,
+    check_surrogates,
+    check_words,
+    files_to_read,
+    looks_quoted,
+    warn_labels,
+    warn_quoting,
+    warn_repeats,
+)
+from common import fail
 from fetch import ratings_file
-from files import files_to_read
 from settings import RATED_TASKS, SPLIT_SEED
-from spread import ece, nll
-from start import fail, warn
-from tables import read_table
+from spread import ece, macro_f1, nll
 
-NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is one
-MOST_WORDS = 200  # of a row whose parts are looked for: it has half the square of that many
+STDIN = Path("-")
 SECOND = "sentence2"  # the column of the second sentence
+MOST_WORDS = 200  # in a row for --whole-sentences: n words have n (n + 1) / 2 parts
 FOLD_SEED = 2003  # the folds' own: the same for every method, --seed and machine
-WRITTEN_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"  # in any writing
 
 
 class Rows(NamedTuple):
@@ -43,9 +50,132 @@ class Task(NamedTuple):
     note: str  # how the splits came about
     encode: type  # the kind of Encoded that makes batches of a split
 
+    @property
+    def has_pairs(self):
+        """Tell whether the sentences are pairs."""
+        return isinstance(self.train, Rows) and isinstance(self.train.sentences[0], tuple)
+
+
+# --- tables of texts -----------------------------------------------------------------------------
+# Row by row, so that a large one needs no more memory than a small one.
+
+def read_fields(file, path, needed):
+    """Yield the rows of an open .csv or .tsv file, as read_table."""
+    csv.field_size_limit(2**31 - 1)
+    style = {"strict": True}
+    if path.suffix == ".tsv":
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(file, **style)
+    start = 1
+    try:
+        header = next(reader, [])
+        check_header(path, header, needed, reader.dialect.delimiter)
+        start = reader.line_num + 1
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                lost = f"; no {header[len(fields)]}" if len(fields) < len(header) else ""
+                fail(f"{path}, line {start}: fields found {len(fields)}, expected "
+                     f"{len(header)}{lost}")
+            if fields:  # a blank line has none
+                yield start, dict(zip(header, fields))
+            start = reader.line_num + 1
+    except csv.Error as e:
+        if "unexpected end" in str(e):
+            fail(f"{path}, line {start}: a quote opens and never closes")
+        fail(f"{path}, line {reader.line_num}, in the row that starts at line {start}: text after "
+             f"a closing quote ({e})")
+
+
+def read_objects(file, path, needed):
+    """Yield the rows of an open .jsonl file, as read_table."""
+    for n, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            fail(f"{path}, line {n}: not JSON ({e})")
+        if not isinstance(row, dict):
+            fail(f"{path}, line {n}: not an object {{...}}")
+        if lost := [column for column in needed if column not in row]:
+            fail(f"{path}, line {n}: no {lost[0]!r}")
+        if re.search(r"\\ud[89a-f]", line, flags=re.I):
+            check_surrogates(path, f", line {n}:", json.dumps(row, ensure_ascii=False))
+        yield n, row
+
+
+def read_table(path, needed=()):
+    """Yield (line where it starts, {column: value}) of every row of a table: .csv, .tsv (GLUE's
+    layout: no quoting), .jsonl (one object per line), .txt (one text per line), or stdin. Exit with
+    the line of a row that does not fit, and if a column that is `needed` is not there."""
+    try:
+        if path == STDIN:
+            if sys.stdin is None:
+                fail("stdin is closed")
+            if hasattr(sys.stdin, "reconfigure"):  # some locales let through what is not UTF-8
+                sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+            for n, line in enumerate(sys.stdin, 1):
+                yield n, {"text": line.rstrip("\r\n")}
+            return
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".txt":
+                for n, line in enumerate(file, 1):
+                    yield n, {"text": line.rstrip("\r\n")}
+            else:
+                yield from (read_objects if path.suffix == ".jsonl" else read_fields)(
+                    file, path, needed)
+    except UnicodeDecodeError as e:
+        name, advice = ("stdin", "") if path == STDIN else (path, "; save it as UTF-8")
+        fail(f"{name} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}){advice}")
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror}")
+
+
+def read_text(path, line, row, column):
+    """Return the text in a column of a row, or None if it is empty."""
+    if not isinstance(row[column], str):
+        fail(f"{path}, line {line}: {column!r} is {str(row[column])[:40]!r}, not a text")
+    return row[column].strip() or None
+
+
+def read_file(path, text="sentence", label="label"):
+    """Read the Rows of a table with the columns `text` and `label`; with a column `sentence2`, each
+    sentence is a pair."""
+    # breaks: of each such field, the lines where it opens and closes; quoted: lines of a .tsv
+    rows, breaks, quoted = Rows([], []), [], []
+    for start, row in read_table(path, (text, label)):
+        sentence = read_text(path, start, row, text)
+        has_pair = SECOND in row and text != SECOND
+        pair = (sentence, read_text(path, start, row, SECOND)) if has_pair else None
+        if rows.sentences and isinstance(rows.sentences[0], tuple) != bool(pair):
+            fail(f"{path}, line {start}: {'a' if pair else 'no'} {SECOND}, unlike the first row")
+        # a .jsonl's labels may be numbers
+        name = row[label] if isinstance(row[label], str) else json.dumps(row[label])
+        if not sentence or not name.strip() or pair and not pair[1] or row[label] is None:
+            lost = text if not sentence else SECOND if pair and not pair[1] else label
+            fail(f"{path}, line {start}: no {lost}")
+        rows.sentences.append(pair or sentence)
+        rows.labels.append(name.strip())
+        if path.suffix == ".tsv" and (looks_quoted(sentence) or name.strip()[0] == '"'):
+            quoted.append(start)
+        if path.suffix == ".csv":
+            for field in row.values():
+                n = len(re.findall("\r\n|\r|\n", field))
+                breaks += [(start, start + n)] if n else []
+                start += n
+
+    if not rows.sentences:
+        fail(f"{path} has no rows")
+    warn_quoting(path, quoted, breaks)
+    return rows
+
+
+# --- splits --------------------------------------------------------------------------------------
 
 def carve(rows, n, seed=SPLIT_SEED):
-    """(rest, n rows), drawn with a seed and the same share of every label in both."""
+    """Split off n rows, drawn with a seed and the same share of every label in both: (rest, n
+    rows)."""
+    from sklearn.model_selection import train_test_split  # slow, and needed to split only
     try:
         rest_x, out_x, rest_y, out_y = train_test_split(
             rows.sentences, rows.labels, test_size=n, stratify=rows.labels, random_state=seed)
@@ -56,8 +186,8 @@ def carve(rows, n, seed=SPLIT_SEED):
 
 
 def carve_whole(rows, n):
-    """As carve, for rows that are parts of one another, such as SST-2's phrases: n whole sentences,
-    which are parts of no other row, and a rest without what stands in no sentence but these."""
+    """Hold out n full sentences of rows that are parts of one another, such as SST-2's phrases;
+    drop phrases that occur only in them: (rest, n rows)."""
     if isinstance(rows.sentences[0], tuple):
         fail("--whole-sentences is for sentences, not for pairs")
     texts = [" ".join(sentence.split()) for sentence in rows.sentences]
@@ -82,14 +212,18 @@ def carve_whole(rows, n):
 
 
 def fold_task(rows, fold):
-    """The Task of a pool of rows. fold: (k, n), the k-th of n folds tests, drawn with FOLD_SEED and
-    the same share of every label in each, so that every row tests in exactly one. Of the others
-    1,000 validate (of a small pool as many as a tenth of it), the rest trains."""
-    k, n = fold
+    """Make the Task of one fold of a pool of rows. fold: "K/N", the K-th of N folds tests.
+
+    Folds are drawn with FOLD_SEED, each with the same share of every label. Every row is a test row
+    in exactly one fold. Of the other rows 1,000 are for validation, or a tenth of a small pool. The
+    rest are for training.
+    """
+    k, n = map(int, fold.split("/"))
     label, least = min(Counter(rows.labels).items(), key=lambda item: item[1])
     # one in each fold, and two beside it, of which the split into train and validation makes sure
     if least < (needed := max(n + 1, 4)):
         fail(f"{n} folds need {needed} rows of every label; {label!r} has {least}")
+    from sklearn.model_selection import StratifiedKFold  # slow, and needed here only
     parts = StratifiedKFold(n, shuffle=True, random_state=FOLD_SEED)
     others, own = list(parts.split(rows.labels, rows.labels))[k - 1]
     others, test = (Rows([rows.sentences[i] for i in part], [rows.labels[i] for i in part])
@@ -100,9 +234,12 @@ def fold_task(rows, fold):
 
 
 def make_task(train, validation=None, test=None, whole=False):
-    """Fill in what is missing, aloud: labelled validation rows become the test rows where there are
-    none, and slices of train (1,000 rows, or a tenth of a small set) take the empty places, by
-    whole sentences if asked. Labels become positions."""
+    """Make a Task, and fill in the splits that are missing. Labels become positions.
+
+    Without test rows the labelled validation rows are the test. Slices of train (1,000 rows, or a
+    tenth of a small set) take the places that are still empty, by whole sentences if asked. The
+    task's note says all that.
+    """
     names = sorted(set(train.labels), key=str)
     if all(re.fullmatch(NUMBER, str(name)) for name in names):
         names.sort(key=float)  # 10 comes after 9
@@ -136,11 +273,38 @@ def make_task(train, validation=None, test=None, whole=False):
     return Task([str(name) for name in names], train, validation, test, note, Sentences)
 
 
+def spread_order(labels):
+    """Draw an order of all row numbers, (rows,) ints, whose first n have the labels' shares,
+    whatever n is."""
+    rng, place = np.random.default_rng(SPLIT_SEED), np.empty(len(labels))
+    for label in sorted(set(labels)):
+        own = rng.permutation(np.flatnonzero(np.asarray(labels) == label))
+        # the k-th row of a label with m rows stands at (k - 1/2) / m of the way
+        place[own] = (np.arange(len(own)) + 0.5) / len(own)
+    return np.argsort(place, kind="stable")
+
+
+def train_on(task, n):
+    """Keep n of the training rows of a Task. The rows of a small n are among those of a larger."""
+    if n > (n_all := len(task.train.labels)):
+        fail(f"--train-rows {n}: there are {n_all:,} training rows")
+    chosen = np.sort(spread_order(task.train.labels)[:n])
+    train = Rows(*([column[i] for i in chosen] for column in task.train))
+    if lost := set(task.train.labels) - set(train.labels):
+        fail(f"--train-rows {n} leaves no row of the label {task.label_names[min(lost)]!r}")
+    note = f"{task.note}; trained on {n:,} of {n_all:,} training rows (seed {SPLIT_SEED})"
+    return task._replace(train=train, note=note)
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+
 def load_rated(name, fold=None):
-    """Rated sentences, label 1 where the mean rating is above zero. Ratings within 0.5 of zero are
-    neutral and dropped, as SST-2 drops neutral sentences; so is the second of two equal sentences.
-    Of `movies` 8,070 / 1,000 / 1,000 are left, of `products` 2,383 / 297 / 297, of `tweets` 2,746 /
-    343 / 343, of `editorials` 2,345 / 293 / 293."""
+    """Load rated sentences, label 1 where the mean rating is above zero.
+
+    Ratings within 0.5 of zero are neutral and dropped, as SST-2 drops neutral sentences; so is the
+    second of two equal sentences. Of `movies` 8,070 / 1,000 / 1,000 are left, of `products` 2,383 /
+    297 / 297, of `tweets` 2,746 / 343 / 343, of `editorials` 2,345 / 293 / 293.
+    """
     ratings = {}
     for line in ratings_file(name).read_text(encoding="utf-8").splitlines():
         _, rating, sentence = line.split("\t")
@@ -157,7 +321,7 @@ def load_rated(name, fold=None):
 
 
 def from_hub(name, config, revision, offline_task):
-    """The splits of a data set on the Hugging Face hub, as a datasets.DatasetDict."""
+    """Load the splits of a data set on the Hugging Face hub, a datasets.DatasetDict."""
     import datasets  # slow, and needed here only
     try:
         return datasets.load_dataset(name, config, revision=revision)
@@ -175,10 +339,12 @@ HUB = {"sst2": ("nyu-mll/glue", "sst2", ["sentence"]),
 
 
 def load_hub(task, whole=False):
-    """A task of HUB. GLUE hides its test labels, so the labelled validation rows are the test (of
-    sst2 872) and 1,000 rows of train (249 of rte's) validate; ag_news has 7,600 test rows, and
-    1,000 of its 120,000 training rows validate. (mrpc's test labels are there, and so its splits as
-    given.)"""
+    """Load a task of HUB.
+
+    GLUE hides its test labels, so the labelled validation rows are the test (of sst2 872) and 1,000
+    rows of train (249 of rte's) validate. mrpc's test labels are there, so its splits are as given.
+    ag_news has 7,600 test rows, and 1,000 of its 120,000 training rows validate.
+    """
     name, config, columns = HUB[task]
     splits = from_hub(name, config, None, "movies")
 
@@ -192,143 +358,40 @@ def load_hub(task, whole=False):
     return make_task(**labelled, whole=whole)._replace(label_names=names)
 
 
-def looks_quoted(text):
-    """Whether csv.writer, or a spreadsheet, may have put the quotes around and inside a text."""
-    inner = text[1:-1]
-    return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
-
-
-def read_text(path, line, row, column):
-    """The text in a column of a row, or None if it is empty."""
-    if not isinstance(row[column], str):
-        fail(f"{path}, line {line}: {column!r} is {str(row[column])[:40]!r}, not a text")
-    return row[column].strip() or None
-
-
-def read_file(path, text="sentence", label="label"):
-    """Rows of a table (tables.py) with the columns `text` and `label`; with a column `sentence2`,
-    each sentence is a pair. Warns of quoted fields that go over several lines."""
-    # breaks: of each such field, the lines where it opens and closes; quoted: lines of a .tsv
-    rows, breaks, quoted = Rows([], []), [], []
-    for start, row in read_table(path, (text, label)):
-        sentence = read_text(path, start, row, text)
-        has_pair = SECOND in row and text != SECOND
-        pair = (sentence, read_text(path, start, row, SECOND)) if has_pair else None
-        if rows.sentences and isinstance(rows.sentences[0], tuple) != bool(pair):
-            fail(f"{path}, line {start}: {'a' if pair else 'no'} {SECOND}, unlike the first row")
-        # a .jsonl's labels may be numbers
-        name = row[label] if isinstance(row[label], str) else json.dumps(row[label])
-        if not sentence or not name.strip() or pair and not pair[1] or row[label] is None:
-            lost = text if not sentence else SECOND if pair and not pair[1] else label
-            fail(f"{path}, line {start}: no {lost}")
-        rows.sentences.append(pair or sentence)
-        rows.labels.append(name.strip())
-        if path.suffix == ".tsv" and (looks_quoted(sentence) or name.strip()[0] == '"'):
-            quoted.append(start)
-        if path.suffix == ".csv":
-            for field in row.values():
-                n = len(re.findall("\r\n|\r|\n", field))
-                breaks += [(start, start + n)] if n else []
-                start += n
-
-    if not rows.sentences:
-        fail(f"{path} has no rows")
-    if quoted:
-        warn(f"{path}: {len(quoted):,} rows, line {quoted[0]} first, look quoted as in a .csv; a "
-             ".tsv has no quoting, so the quotes stay in the text")
-    if breaks:
-        opens, closes = max(breaks, key=lambda lines: lines[1] - lines[0])
-        many = f"{len(breaks):,} quoted fields hold line breaks, the longest"
-        warn(f"{path}: {'a quoted field' if len(breaks) == 1 else many} opens at line {opens} and "
-             f"closes at line {closes}; a stray quote swallows rows like that")
-    return rows
-
-
-def warn_labels(names):
-    """Name what may not be meant as classes: ratings, and labels that differ in writing only."""
-    if all(re.fullmatch(NUMBER, name) for name in names) and any(float(name) % 1 for name in names):
-        warn(f"{len(names)} labels are numbers with fractions ({names[0]} to {names[-1]}); each "
-             "counts as a class")
-    written = {}
-    for name in names:
-        seen = "".join(c for c in unicodedata.normalize("NFKC", name)
-                       if unicodedata.category(c) != "Cf")  # U+200B is invisible
-        is_number = re.fullmatch(WRITTEN_NUMBER, seen)
-        key = Decimal(seen) if is_number else " ".join(seen.casefold().split())
-        if (other := written.setdefault(key, name)) != name:
-            warn(f"the labels {other!r} and {name!r} ({ascii(other)} and {ascii(name)}) count as "
-                 "two classes")
-            break
-
-
-def warn_repeats(task):
-    """Name the rows that are scored and stand in training, too."""
-    trained = set(task.train.sentences)
-    for split, rows in ("validation", task.validation), ("test", task.test):
-        if n := sum(sentence in trained for sentence in rows.sentences):
-            warn(f"{n:,} of {len(rows.sentences):,} {split} rows stand in the training rows, too, "
-                 "so that their scores are too good; leave out the repeats")
-
-
-def load_folder(folder, s=None):
-    """The user's own train, validation and test files (files.files_to_read); only train must be
-    there. A label is the text in the file. s: load_task's."""
-    s = s or {}
-    fold, whole = s.get("fold"), s.get("whole_sentences", False)
-    columns = s.get("text_column", "sentence"), s.get("label_column", "label")
+def load_folder(folder, s):
+    """Load the user's own train, validation and test files; only train must be there. A label is
+    the text in the file."""
+    columns = s.text_column or "sentence", s.label_column or "label"
     splits = {split: read_file(path, *columns) for split, path in files_to_read(folder).items()}
     kinds = {split: isinstance(rows.sentences[0], tuple) for split, rows in splits.items()}
     if len(set(kinds.values())) > 1:
         with_pairs = sorted(split for split, has_pairs in kinds.items() if has_pairs)
         fail(f"{folder}: only {', '.join(with_pairs)} has a column {SECOND!r}")
     # with a fold, settings.py has seen to it that there are training rows alone
-    task = fold_task(splits["train"], fold) if fold else make_task(**splits, whole=whole)
+    task = (fold_task(splits["train"], s.fold) if s.fold else
+            make_task(**splits, whole=s.whole_sentences))
     warn_labels(task.label_names)
-    warn_repeats(task)
+    warn_repeats(task.train.sentences, {"validation": task.validation.sentences,
+                                        "test": task.test.sentences})
     return task
 
 
-def spread_order(labels):
-    """All row numbers in an order whose first n have the labels' shares, whatever n is, drawn with
-    SPLIT_SEED: (rows,) ints."""
-    rng, place = np.random.default_rng(SPLIT_SEED), np.empty(len(labels))
-    for label in sorted(set(labels)):
-        own = rng.permutation(np.flatnonzero(np.asarray(labels) == label))
-        # the k-th row of a label with m rows stands at (k - 1/2) / m of the way
-        place[own] = (np.arange(len(own)) + 0.5) / len(own)
-    return np.argsort(place, kind="stable")
+def load_sentences(s, folder=None):
+    """Load the Task of the settings `s`; folder: the user's own."""
+    if folder:
+        task = load_folder(folder, s)
+    elif s.task in RATED_TASKS:
+        task = load_rated(s.task, s.fold)
+    else:
+        task = load_hub(s.task, s.whole_sentences)
+    return train_on(task, s.train_rows) if s.train_rows else task
 
 
-def has_pairs(task):
-    """Whether a Task is of pairs of sentences."""
-    return isinstance(task.train, Rows) and isinstance(task.train.sentences[0], tuple)
-
-
-def train_on(task, n):
-    """The Task with n of its training rows: a small n's are among a larger n's."""
-    if n > (n_all := len(task.train.labels)):
-        fail(f"--train-rows {n}: there are {n_all:,} training rows")
-    chosen = np.sort(spread_order(task.train.labels)[:n])
-    train = Rows(*([column[i] for i in chosen] for column in task.train))
-    if lost := set(task.train.labels) - set(train.labels):
-        fail(f"--train-rows {n} leaves no row of the label {task.label_names[min(lost)]!r}")
-    note = f"{task.note}; trained on {n:,} of {n_all:,} training rows (seed {SPLIT_SEED})"
-    return task._replace(train=train, note=note)
-
-
-def load_task(task, folder=None, s=None):
-    """The Task of that name, or of the user's own folder; s: the settings of a run, whose "fold",
-    "train_rows", "whole_sentences", "text_column" and "label_column" say which rows train, validate
-    and test."""
-    s = s or {}
-    task = (load_folder(folder, s) if folder else load_rated(task, s.get("fold"))
-            if task in RATED_TASKS else load_hub(task, s.get("whole_sentences", False)))
-    return train_on(task, s["train_rows"]) if "train_rows" in s else task
-
+# --- batches -------------------------------------------------------------------------------------
 
 class Encoded:
-    """The tokenised rows of one split, for train.py's loop. Its kinds, Sentences here and
-    qa.Windows, have
+    """The tokenised rows of one split, for train.py's loop. Sentences and qa.Windows are the two
+    kinds. Both have
 
     n          rows or questions in the split
     metric     the score that picks the best epoch
@@ -344,10 +407,13 @@ class Encoded:
     """
 
     def batches(self, batch_size, rng=None, by_length=True):
-        """Arrays of row numbers, each row in exactly one batch, rows of one length together: 0.5 %
-        of the tokens are padding instead of the 48 % of random batches (movies, batch 32). With
-        `rng` (numpy Generator), for training: only usable rows, those of equal length shuffled
-        before batching, and the batches after it."""
+        """Make batches: arrays of row numbers, each row in exactly one, rows of one length
+        together.
+
+        So 0.5 % of the tokens are padding instead of the 48 % of random batches (movies, batch 32).
+        With `rng` (numpy Generator), for training: only usable rows, rows of equal length shuffled
+        before batching, and the batches after it.
+        """
         order = np.arange(len(self.ids)) if rng is None else rng.permutation(self.usable)
         if by_length:
             order = order[np.argsort(self.lengths[order], kind="stable")]
@@ -357,21 +423,28 @@ class Encoded:
         return batches
 
     def pad(self, rows):
-        """input_ids and attention_mask, (batch, tokens) each, for some row numbers."""
+        """Pad some rows: input_ids and attention_mask, (batch, tokens) each."""
         ids = pad_sequence([self.ids[i] for i in rows], batch_first=True, padding_value=self.pad_id)
         lengths = torch.from_numpy(self.lengths[rows])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
     def forward(self, model, inputs):
+        """Run the model on what collate() gave; the output has `loss`, the mean over the rows."""
         return model(**inputs)
+
+    @staticmethod
+    def show(scores):
+        """Write scores as a text."""
+        return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 class Sentences(Encoded):
+    """Sentences, or pairs of them, as tokens."""
     metric = "f1_macro"
 
     def __init__(self, rows, tokenizer, s):
         # of a pair that is too long, the longer sentence is cut, token by token
-        out = tokenizer(*self.columns(rows.sentences), truncation=True, max_length=s["max_length"])
+        out = tokenizer(*self.columns(rows.sentences), truncation=True, max_length=s.max_length)
         self.ids = [torch.tensor(i) for i in out["input_ids"]]
         # 1 for the second sentence and its [SEP]; a single sentence needs none
         self.types = ([torch.tensor(t) for t in out["token_type_ids"]]
@@ -380,20 +453,20 @@ class Sentences(Encoded):
         self.labels = torch.tensor(rows.labels)
         self.n, self.pad_id = len(self.ids), tokenizer.pad_token_id
         self.usable = np.arange(self.n)
-        full = [rows.sentences[i] for i in np.flatnonzero(self.lengths == s["max_length"])]
-        self.n_cut = (sum(len(i) > s["max_length"]
+        full = [rows.sentences[i] for i in np.flatnonzero(self.lengths == s.max_length)]
+        self.n_cut = (sum(len(i) > s.max_length
                           for i in tokenizer(*self.columns(full))["input_ids"]) if full else 0)
-        self.note = (f"{self.n_cut:,} of {self.n:,} sentences are cut at {s['max_length']} tokens "
+        self.note = (f"{self.n_cut:,} of {self.n:,} sentences are cut at {s.max_length} tokens "
                      "(--max-length)") if self.n_cut else ""
 
     @staticmethod
     def columns(sentences):
-        """What a tokenizer takes: the list of texts or, of pairs, that of the first and that of the
-        second."""
+        """Return what a tokenizer takes: the list of texts or, of pairs, the list of the first and
+        the list of the second."""
         return map(list, zip(*sentences)) if isinstance(sentences[0], tuple) else [sentences]
 
     def collate(self, rows):
-        """input_ids, attention_mask, of pairs token_type_ids, (batch, tokens), and labels
+        """Make input_ids, attention_mask, of pairs token_type_ids, (batch, tokens), and labels
         (batch,)."""
         ids, mask = self.pad(rows)
         types = {} if self.types is None else {
@@ -401,18 +474,36 @@ class Sentences(Encoded):
         return {"input_ids": ids, "attention_mask": mask, **types, "labels": self.labels[rows]}
 
     def predict(self, out, rows):
-        """The probabilities of the labels, one list a row."""
+        """Return the probabilities of the labels, one list per row."""
         return out.logits.double().softmax(-1).tolist()  # in fp32 a small one could become 0
 
     def outcome(self, probabilities):
+        """Return the labels with those predicted, and the probabilities, one per row."""
         predicted = np.argmax(probabilities, axis=1).tolist()
         return {"predictions": list(zip(self.labels.tolist(), predicted)),
                 "probabilities": probabilities}
 
     def score(self, outcome):
-        """{f1_macro, accuracy, ece}, in [0, 1]; nll in nats."""
-        labels, predicted = zip(*outcome["predictions"])
-        return {"f1_macro": f1_score(labels, predicted, average="macro"),
-                "accuracy": accuracy_score(labels, predicted),
+        """Return {f1_macro, accuracy, ece}, in [0, 1], and nll in nats."""
+        labels, predicted = np.array(outcome["predictions"]).T
+        return {"f1_macro": macro_f1(labels, predicted),
+                "accuracy": float(np.mean(labels == predicted)),
                 "nll": nll(labels, outcome["probabilities"]),
                 "ece": ece(labels, outcome["probabilities"])}
+
+
+def encode_splits(task, tokenizer, s):
+    """Encode the splits of a Task: ({train, validation, test: Encoded}, what one should know of
+    them)."""
+    splits = {name: task.encode(getattr(task, name), tokenizer, s)
+              for name in ("train", "validation", "test")}
+    train = splits["train"]
+    check_words(s.model, train.ids, tokenizer)
+    if not len(train.usable):
+        fail("no window holds the whole of its question's answer; try a larger --max-length or "
+             "--stride")
+    notes = [task.note, *(f"{name}: {split.note}" for name, split in splits.items() if split.note)]
+    print(f"{s.task}:", "\n".join(notes))
+    print(", ".join(f"{split.n:,} {name}" for name, split in splits.items()) +
+          f" rows; training examples: {len(train.usable):,} of {len(train.ids):,}")
+    return splits, "; ".join(notes)

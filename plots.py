@@ -1,11 +1,10 @@
-"""Figures and tables from comparison.json, crossvalidation.json, grid.json, memory.json,
-multitask.json and sweep_*.json in metrics/, nothing else.
+"""Tables and figures of the sentence study, made from comparison.json and crossvalidation.json in
+metrics/ and nothing else; and what the figures of tools/ share with them.
 
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/
                                   (default: beside this file)
 """
 import sys
-import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -14,37 +13,17 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from files import read_json
+from common import fail, read_json, start, write_text
 from methods import CASES, label_of
-from settings import case_label, short
-from start import fail, start
-from studies import (
-    GRID_METHODS,
-    PARTS,
-    bytes_of,
-    entry_label,
-    fold_markdown,
-    grid_markdown,
-    is_synthetic,
-    ledger_caption,
-    markdown,
-    memory_key,
-    multitask_caption,
-    multitask_markdown,
-    rows_of,
-    study,
-    study_of,
-    sweep_caption,
-    sweep_markdown,
-)
-from synthetic import CHANCE
+from settings import is_synthetic, read_settings, short
 
-# What a method is called in a study's JSON, for its colour and marker
-STYLE = CASES | {"full_ft": CASES["full"], "lora": CASES["lora_r16"]}
 plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
                      "axes.spines.top": False, "axes.spines.right": False,
                      "axes.axisbelow": True, "figure.constrained_layout.use": True})
+FROZEN = "#DDDDDD"
 
+
+# --- what all figures and tables share -----------------------------------------------------------
 
 def name_rows(ax, names):
     """Label the rows of a horizontal chart, the first on top."""
@@ -53,19 +32,158 @@ def name_rows(ax, names):
     ax.grid(axis="y", visible=False)
 
 
-def save(fig, path):
+def save_figure(fig, path):
+    """Write a figure, and its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
+def write_table(path, text):
+    """Write a table beside the figures, and print it."""
+    write_text(path, text)
+    print(f"{text}\nfigures are in {path.parent}")
+
+
+def markdown_table(header, rows):
+    """Make a Markdown table of strings, its first column left-aligned."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, rule, *rows])
+
+
+def plus_minus(entry, key, digits, scale=1):
+    """Write a mean of an entry with its standard deviation, if there is one."""
+    std = entry[f"{key}_std"]
+    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
+    return f"{scale * entry[key]:.{digits}f}{spread}"
+
+
+def points(vs):
+    """Write a difference to full fine-tuning with its interval."""
+    return "" if vs is None else f"{vs['points']:+.1f} [{vs['low']:+.1f}, {vs['high']:+.1f}]"
+
+
+def study(runs):
+    """Say in one line what was compared on what, from a list of results."""
+    run = runs[0]
+    s, rows = read_settings(run), run["rows"]
+    what = "questions" if s.is_qa else "sentences"
+    task = "SYNTHETIC questions" if is_synthetic(s) else s.task
+    devices, amps = (" and ".join(sorted({r["environment"][key] for r in runs}))
+                     for key in ("device", "amp"))
+    seeds = sorted({r["settings"]["seed"] for r in runs})
+    numbers, n = ", ".join(map(str, seeds)), len(seeds)
+    size = f"{rows['train']:,} training, {rows['test']:,} test {what}"
+    if s.fold:
+        n_folds = int(s.fold.split("/")[1])
+        about = "" if all(r["rows"] == rows for r in runs) else "about "
+        size, n = f"{n_folds} folds, each {about}{size}", n * n_folds
+    return (f"{s.model} on {task} ({size}), seed{'s' if len(seeds) > 1 else ''} {numbers} (n = "
+            f"{n}), {devices}, amp {amps}")
+
+
+# --- tables of the sentence study ----------------------------------------------------------------
+
+def entry_label(entry):
+    """Return what the method of an entry of comparison.json is called."""
+    return label_of(read_settings(entry["runs"][0]))
+
+
+def study_of(entries):
+    """Say in one line what the entries of comparison.json compare."""
+    return study([run for entry in entries.values() for run in entry["runs"]])
+
+
+def memory_key(entries):
+    """Choose the GPU's peak where there was a GPU, else that of the whole process: (key, label)."""
+    if all(entry["peak_vram_gb"] is not None for entry in entries.values()):
+        return "peak_vram_gb", "peak GPU memory (GB)"
+    return "peak_rss_gb", "peak resident memory (GB)"
+
+
+def caption(study):
+    """Say what the table of a comparison.json shows."""
+    entries = study["entries"]
+    n = entries["full"]["n"]
+    spread, drawn = ("seeds, for the time over all epochs", "seeds and test sentences") if n > 1 \
+        else ("epochs", "test sentences")
+    return (f"{study_of(entries)}; ± is the standard deviation over the {spread}; [ ] is a 95 % "
+            f"interval, by a paired bootstrap over {drawn}; made by `{study['command']}`")
+
+
+def table(entries):
+    """Make (header, rows) of the comparison, as strings."""
+    key, what = memory_key(entries)
+    header = ["method", "lr", "trainable", "of which method / LayerNorm / head", "% of all", "n",
+              "test macro-F1", "vs full (points)", "accuracy", "best epochs", "s per epoch",
+              what, "trained file (MB)"]
+
+    rows = []
+    for name, entry in entries.items():
+        kinds, mb = entry["trainable_by_kind"], entry["checkpoint_mb"]
+        parts = "/".join(f" {kinds[kind]:,} " for kind in ("method", "layer_norm", "head")).strip()
+        rows.append([
+            entry_label(entry), short(entry["runs"][0]["settings"]["lr"]),
+            f"{entry['trainable_params']:,}", parts if name != "full" else "everything",
+            f"{entry['trainable_pct']:.2f}", f"{entry['n']}", plus_minus(entry, "f1_macro", 4),
+            points(entry["vs_full"]), plus_minus(entry, "accuracy", 4),
+            ", ".join(map(str, entry["best_epoch"])), plus_minus(entry, "epoch_time_s", 1),
+            plus_minus(entry, key, 2), "–" if mb is None else f"{mb:.2f}"])
+    return header, rows
+
+
+def markdown(study):
+    """Make the table and caption of a comparison.json, as Markdown."""
+    return markdown_table(*table(study["entries"])) + f"\n{caption(study)}.\n"
+
+
+def fold_caption(study):
+    """Say what the table of a crossvalidation.json shows."""
+    entries = study["entries"]
+    full = entries["full"]
+    return (f"{study_of(entries)}; every one of the {full['test_rows']:,} sentences is tested once "
+            "a seed, and macro-F1, NLL (negative log-likelihood, nats) and ECE (expected "
+            "calibration error, 15 bins) are of all of them together; ± is the standard deviation "
+            "over the folds, for the time over all epochs; [ ] is a 95 % interval, by a paired "
+            "bootstrap over folds and sentences, and, for trainings on new rows, Nadeau and "
+            f"Bengio's, around the mean of the folds; made by `{study['command']}`")
+
+
+def fold_table(entries):
+    """Make (header, rows) of a cross-validation, as strings."""
+    key, what = memory_key(entries)
+    header = ["method", "lr", "trainable", "% of all", "n", "macro-F1", "vs full (points)",
+              "for new rows", "NLL", "ECE (%)", "s per epoch", what, "trained file (MB)"]
+    rows = []
+    for entry in entries.values():
+        new, mb = entry["vs_full_new_rows"], entry["checkpoint_mb"]
+        rows.append([
+            entry_label(entry), short(entry["runs"][0]["settings"]["lr"]),
+            f"{entry['trainable_params']:,}", f"{entry['trainable_pct']:.2g}"
+            if entry["trainable_pct"] < 1 else f"{entry['trainable_pct']:.1f}", f"{entry['n']}",
+            plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]),
+            f"[{new['low']:+.1f}, {new['high']:+.1f}]" if new else "",
+            plus_minus(entry, "nll", 3), plus_minus(entry, "ece", 1, 100),
+            plus_minus(entry, "epoch_time_s", 1), plus_minus(entry, key, 2),
+            "–" if mb is None else f"{mb:.2f}" if mb >= 0.01 else f"{mb:.2g}"])
+    return header, rows
+
+
+def fold_markdown(study):
+    """Make the table and caption of a crossvalidation.json, as Markdown."""
+    return markdown_table(*fold_table(study["entries"])) + f"\n{fold_caption(study)}.\n"
+
+
+# --- figures of the sentence study ---------------------------------------------------------------
+
 def curves(entries, path):
+    """Draw losses and macro-F1 against the epochs."""
     keys = "train_loss", "validation_loss", "validation_f1_macro"
     titles = "training loss (nats)", "validation loss (nats)", "validation macro-F1"
     fig, axes = plt.subplots(1, 3, figsize=(12, 4))
     for ax, key, title in zip(axes, keys, titles):
         for name, entry in entries.items():
-            _, color, marker = STYLE[name]
+            _, color, marker = CASES[name]
             # (seeds, epochs)
             values = np.array([[h[key] for h in run["history"]] for run in entry["runs"]])
             epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
@@ -76,18 +194,18 @@ def curves(entries, path):
 
     axes[0].legend(fontsize=9)
     band = ("; mean over the seeds, band from the lowest to the highest"
-            if entries["full_ft"]["n"] > 1 else "")
+            if entries["full"]["n"] > 1 else "")
     fig.suptitle(study_of(entries) + band, fontsize=9)
-    save(fig, path)
+    save_figure(fig, path)
 
 
 def bars(entries, values, errors, digits, xlabel, path):
-    """One horizontal bar a method: values and errors (None: no error bar) in the unit that xlabel
-    names."""
+    """Draw one horizontal bar per method: values and errors (None: no error bar) in the unit that
+    xlabel names."""
     fig, ax = plt.subplots(figsize=(8, 3.2))
     names, errors = list(entries), [error or 0 for error in errors]
     ax.barh(range(len(names)), values, xerr=errors if any(errors) else None,
-            color=[STYLE[n].color for n in names], ecolor="#888888", capsize=4, height=0.65)
+            color=[CASES[n].color for n in names], ecolor="#888888", capsize=4, height=0.65)
     for y, (value, error) in enumerate(zip(values, errors)):
         ax.annotate(f"{value:.{digits}f}", (value + error, y), xytext=(6, 0),
                     textcoords="offset points", va="center")
@@ -95,18 +213,18 @@ def bars(entries, values, errors, digits, xlabel, path):
     ax.margins(x=0.12)
     ax.set_xlabel(xlabel)
     fig.suptitle(study_of(entries), fontsize=8)
-    save(fig, path)
+    save_figure(fig, path)
 
 
 def loss_against_full(entries, names, what, path):
-    """Macro-F1 of some methods minus that of full fine-tuning: the mean, its 95 % interval, and the
-    difference of every run, which is of one `what`."""
+    """Draw the macro-F1 of some methods minus that of full fine-tuning: the mean, its 95 %
+    interval, and the difference of every run, which is of one `what` (a seed, a fold)."""
     fig, ax = plt.subplots(figsize=(8, 0.5 * len(names) + 1))
-    full = [run["f1_macro"] for run in entries["full_ft"]["runs"]]
+    full = [run["f1_macro"] for run in entries["full"]["runs"]]
 
-    ax.axvline(0, color=STYLE["full_ft"].color, linewidth=1)
+    ax.axvline(0, color=CASES["full"].color, linewidth=1)
     for y, name in enumerate(names):
-        _, color, marker = STYLE[name]
+        _, color, marker = CASES[name]
         vs = entries[name]["vs_full"]
         ax.plot([vs["low"], vs["high"]], [y, y], color=color, linewidth=2)
         ax.plot(vs["points"], y, marker, color=color, markersize=9)
@@ -117,20 +235,25 @@ def loss_against_full(entries, names, what, path):
     ax.margins(y=0.15)
     ax.set_xlabel(f"test macro-F1 against full fine-tuning (points), 95 % interval; |: one {what}")
     fig.suptitle(study_of(entries), fontsize=8)
-    save(fig, path)
+    save_figure(fig, path)
 
 
-def draw(output):
+def read_study(path):
+    """Read a comparison.json or crossvalidation.json."""
+    study = read_json(path)
+    if not isinstance(study, dict) or "entries" not in study:
+        fail(f"{path} is damaged or of an earlier version; bash run_all.sh makes it anew")
+    return study
+
+
+def draw_comparison(output):
     """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the
     table."""
     figures = output / "figures"
-    entries = read_json(output / "metrics" / "comparison.json")
-    if any("checkpoint_mb" not in entry for entry in entries.values()):
-        fail(f"{output / 'metrics' / 'comparison.json'} is of an earlier version; bash run_all.sh "
-             "makes it anew")
-
+    study = read_study(output / "metrics" / "comparison.json")
+    entries = study["entries"]
     curves(entries, figures / "curves.png")
-    loss_against_full(entries, [name for name in entries if name != "full_ft"], "seed",
+    loss_against_full(entries, [name for name in entries if name != "full"], "seed",
                       figures / "loss_against_full.png")
     for key, xlabel, digits, file in (
             (*memory_key(entries), 2, "memory.png"),
@@ -140,14 +263,12 @@ def draw(output):
         spread = f", ± standard deviation over the {over}" if any(stds) else ""
         bars(entries, means, stds, digits, xlabel + spread, figures / file)
 
-    text = markdown(entries)
-    (figures / "summary.md").write_text(text, encoding="utf-8")
-    print(text + f"figures are in {figures}")
+    write_table(figures / "summary.md", markdown(study))
 
 
 def frontier(costs, scores):
-    """[(cost, score)] of the points that no other beats in both: the Pareto frontier, from cheap to
-    dear."""
+    """Return the Pareto frontier: [(cost, score)] of the points that no other beats in both, from
+    cheap to dear."""
     best = []
     for cost, score in sorted(zip(costs, scores), key=lambda point: (point[0], -point[1])):
         if not best or score > best[-1][1]:
@@ -156,12 +277,12 @@ def frontier(costs, scores):
 
 
 def pareto(entries, path):
-    """Macro-F1 against three costs. The axis of macro-F1 is cut between the floor, which trains the
-    head alone, and the rest."""
+    """Draw macro-F1 against three costs. The axis of macro-F1 is cut between the floor, which
+    trains the head alone, and the rest."""
     memory, memory_label = memory_key(entries)
     costs = {"trainable_params": "trained parameters", memory: memory_label,
              "epoch_time_s": "training time per epoch (s)"}
-    full, floor = entries["full_ft"]["f1_macro"], entries["head"]["f1_macro"]
+    full, floor = entries["full"]["f1_macro"], entries["head"]["f1_macro"]
     ends = {name: [full + entry["vs_full"][end] / 100 for end in ("low", "high")]
             if entry["vs_full"] else [full, full] for name, entry in entries.items()}
     above = [y for name, pair in ends.items() if name != "head" for y in pair]
@@ -170,15 +291,15 @@ def pareto(entries, path):
 
     for (cost, label), top, bottom in zip(costs.items(), *axes):
         for ax in top, bottom:
-            ax.axhline(full, color=STYLE["full_ft"].color, linewidth=1, linestyle="--")
-            ax.axhline(floor, color=STYLE["head"].color, linewidth=1, linestyle="--")
+            ax.axhline(full, color=CASES["full"].color, linewidth=1, linestyle="--")
+            ax.axhline(floor, color=CASES["head"].color, linewidth=1, linestyle="--")
             x, y = zip(*frontier([e[cost] for e in entries.values()],
                                  [e["f1_macro"] for e in entries.values()]))
             dearest = max(e[cost] for e in entries.values())
             ax.step([x[0], *x, dearest], [0, *y, y[-1]], where="post", color="#BBBBBB",
                     linewidth=3, zorder=1)
             for name, entry in entries.items():
-                _, color, marker = STYLE[name]
+                _, color, marker = CASES[name]
                 ax.plot([entry[cost]] * 2, ends[name], color=color, linewidth=1.5)
                 ax.plot(entry[cost], entry["f1_macro"], marker, color=color, markersize=9,
                         label=entry_label(entry))
@@ -198,211 +319,26 @@ def pareto(entries, path):
     fig.suptitle(f"{study_of(entries)}\nbars: 95 % interval of the difference to full fine-tuning; "
                  "grey: what nothing beats in both; dashed: full fine-tuning, and the head alone",
                  fontsize=9)
-    save(fig, path)
+    save_figure(fig, path)
 
 
 def draw_folds(output):
     """Draw what output/metrics/crossvalidation.json holds into output/figures/, and print the
     table."""
     figures = output / "figures"
-    entries = read_json(output / "metrics" / "crossvalidation.json")
+    study = read_study(output / "metrics" / "crossvalidation.json")
+    entries = study["entries"]
     pareto(entries, figures / "pareto.png")
-    # of the floor the interval is far to the left of all others
-    names = [name for name in entries if name not in ("full_ft", "head")]
+    # the interval of "head", the floor, lies far to the left of all others
+    names = [name for name in entries if name not in ("full", "head")]
     loss_against_full(entries, names, "fold", figures / "crossvalidation.png")
-    text = fold_markdown(entries)
-    (figures / "crossvalidation.md").write_text(text, encoding="utf-8")
-    print(text + f"figures are in {figures}")
-
-
-def scored(runs):
-    """What the scores of a grid are of: test questions, or what Trainer evaluated on."""
-    return "evaluation" if any("trainer" in run for run in runs.values()) else "test"
-
-
-def grid_bars(runs, path):
-    rows = rows_of(runs)
-    fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
-    ax.barh(range(len(rows)), [row["f1"] for row in rows],
-            color=[STYLE[row["method"]].color for row in rows], height=0.7)
-    if is_synthetic(next(iter(runs.values()))["settings"]):
-        ax.axvline(CHANCE, color="#AA3377", linestyle="--", label="one of four at random")
-        ax.legend(fontsize=9, loc="lower right")
-    for y, row in enumerate(rows):
-        ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0),
-                    textcoords="offset points", va="center")
-    name_rows(ax, [row["run"] for row in rows])
-    ax.margins(x=0.08, y=0.02)
-    ax.set_xlabel(f"{scored(runs)} F1 (%)")
-    fig.suptitle(study(list(runs.values())), fontsize=9)
-    save(fig, path)
-
-
-def grid_boxes(runs, path):
-    """F1 and exact match by method: a box from quartile to quartile, its median, and every run as a
-    marker."""
-    rows = rows_of(runs)
-    methods = [m for m in GRID_METHODS if any(row["method"] == m for row in rows)]
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for ax, key, title in zip(axes, ("f1", "exact_match"), ("F1 (%)", "exact match (%)")):
-        values = [[row[key] for row in rows if row["method"] == m] for m in methods]
-        ax.boxplot(values, widths=0.6, showfliers=False, medianprops={"color": "#555555"})
-        for x, (method, own) in enumerate(zip(methods, values), 1):
-            ax.plot([x] * len(own), own, STYLE[method].marker, color=STYLE[method].color, alpha=0.8)
-        ax.set_xticks(range(1, len(methods) + 1), methods)
-        ax.set(title=f"{scored(runs)} {title}")
-    fig.suptitle(study(list(runs.values()))
-                 + "\none marker a run (epochs and learning rates differ)", fontsize=9)
-    save(fig, path)
-
-
-def grid_time(runs, path):
-    rows = rows_of(runs)
-    fig, ax = plt.subplots(figsize=(8, 4.5))
-    for method in GRID_METHODS:
-        of_method = [row for row in rows if row["method"] == method]
-        rates = sorted({row["lr"] for row in of_method})
-        for lr in rates:
-            own = [row for row in of_method if row["lr"] == lr and row["minutes"] is not None]
-            if not own:
-                continue
-            _, color, marker = STYLE[method]
-            s = runs[own[0]["run"]]["settings"]
-            name = method if "trainer" in runs[own[0]["run"]] else label_of(s)
-            ax.plot([row["minutes"] for row in own], [row["f1"] for row in own], marker,
-                    color=color, markersize=8, fillstyle="full" if lr == rates[-1] else "none",
-                    label=f"{name}, {short(lr)}")
-    kind = scored(runs)
-    ax.set(xlabel=f"training time (min, evaluation {'ex' if kind == 'test' else 'in'}cluded)",
-           ylabel=f"{kind} F1 (%)", xlim=(0, None))
-    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
-    fig.suptitle(textwrap.fill(study(list(runs.values())), 110), fontsize=9)
-    save(fig, path)
-
-
-def draw_grid(output):
-    """Draw everything that output/metrics/grid.json holds into output/figures/, and print the
-    tables."""
-    figures = output / "figures"
-    runs = read_json(output / "metrics" / "grid.json")
-    grid_bars(runs, figures / "grid_f1.png")
-    grid_boxes(runs, figures / "grid_boxes.png")
-    (figures / "grid_time.png").unlink(missing_ok=True)
-    if any(run["train_time_s"] for run in runs.values()):  # Trainer's may not say
-        grid_time(runs, figures / "grid_time.png")
-    text = grid_markdown(runs)
-    (figures / "grid.md").write_text(text, encoding="utf-8")
-    print(text + f"\nfigures are in {figures}")
-
-
-def draw_sweep(output, name):
-    """Draw output/metrics/NAME.json into output/figures/: scores, and differences to full
-    fine-tuning with their intervals, against the number of training rows; and print the table."""
-    sweep = read_json(output / "metrics" / f"{name}.json")
-    entries, style = sweep["entries"].values(), {case_label(key): STYLE[key] for key in CASES}
-    fig, (scores, differences) = plt.subplots(1, 2, figsize=(12, 4.5))
-    labels = list(dict.fromkeys(e["label"] for e in entries))
-
-    for i, label in enumerate(labels):
-        own = sorted((e for e in entries if e["label"] == label), key=lambda e: e["rows"]["train"])
-        _, color, marker = style.get(label, ("", "#777777", "*"))
-        # beside one another, not on one another
-        x = np.array([e["rows"]["train"] for e in own]) * 1.04 ** (i - (len(labels) - 1) / 2)
-        look = {"color": color, "marker": marker, "capsize": 3, "linewidth": 1.2, "label": label}
-        scores.errorbar(x, [e["test"] for e in own], [e["test_std"] or 0 for e in own], **look)
-        if vs := [(at, e["vs_full"]) for at, e in zip(x, own) if e["vs_full"]]:
-            y = np.array([[v["points"], v["low"], v["high"]] for _, v in vs]).T
-            differences.errorbar([at for at, _ in vs], y[0], [y[0] - y[1], y[2] - y[0]], **look)
-
-    differences.axhline(0, color=STYLE["full"].color, linewidth=1)
-    sizes = sorted({e["rows"]["train"] for e in entries})
-    for ax in scores, differences:
-        ax.set_xscale("log")
-        ax.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)  # of one size, the tick stands in the middle
-        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
-        ax.minorticks_off()
-        ax.set_xlabel("training rows")
-    scores.set_ylabel("test F1, ± standard deviation over seeds")
-    differences.set_ylabel("against full fine-tuning (points), 95 % interval")
-    scores.legend(fontsize=9)
-    fig.suptitle(textwrap.fill(sweep_caption(sweep), 150), fontsize=9)
-    save(fig, output / "figures" / f"{name}.png")
-    text = sweep_markdown(sweep)
-    (output / "figures" / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text + f"\nfigures are in {output / 'figures'}")
-
-
-# Tol's muted colours, for the parts of a ledger
-PART_COLORS = dict(zip(PARTS, ("#332288", "#88CCEE", "#44AA99", "#DDCC77")))
-
-
-def draw_ledger(output):
-    """Draw the stacked bars of output/metrics/memory.json into output/figures/."""
-    ledger = read_json(output / "metrics" / "memory.json")
-    rows = ledger["methods"].values()
-    fig, ax = plt.subplots(figsize=(9, 4))
-    left = np.zeros(len(rows))
-
-    for part, name in PARTS.items():
-        gb = np.array([row[part] for row in rows]) / 1e9
-        ax.barh(range(len(rows)), gb, left=left, color=PART_COLORS[part], label=name, height=0.65)
-        left += gb
-    for y, total in enumerate(left):
-        ax.annotate(f"{total:.2f}", (total, y), xytext=(6, 0), textcoords="offset points",
-                    va="center")
-
-    name_rows(ax, [row["label"] for row in rows])
-    ax.margins(x=0.08)
-    ax.set_xlabel("memory in training (GB)")
-    ax.legend(fontsize=9, loc="center right")
-    fig.suptitle(ledger_caption(ledger), fontsize=9)
-    save(fig, output / "figures" / "ledger.png")
-
-
-def draw_multitask(output):
-    """Draw output/metrics/multitask.json into output/figures/, and print its tables."""
-    study = read_json(output / "metrics" / "multitask.json")
-    fig, (scores, memory, disk) = plt.subplots(1, 3, figsize=(13, 4.2))
-    names, tasks = list(study["methods"]), list(study["tasks"])
-
-    for i, name in enumerate(names):
-        method, (_, color, marker) = study["methods"][name], STYLE[name]
-        f1 = [study["tasks"][task][name]["f1_macro"] for task in tasks]
-        at = np.arange(len(tasks)) + 0.54 / len(names) * (i - (len(names) - 1) / 2)
-        scores.plot(at, f1, marker, color=color, markersize=8,
-                    label=method["label"])
-        counts, measured = np.array(method["memory"]).T
-        every = np.arange(1, 51)
-        memory.plot(every, bytes_of(study, name, every, "trained_bytes") / 1e9, "--", color=color,
-                    linewidth=1)
-        memory.plot(counts, measured / 1e9, marker, color=color, label=method["label"])
-        disk.plot(every, bytes_of(study, name, every, "file_bytes") / 1e9, "--", color=color)
-
-    scores.set(title="test macro-F1", xticks=range(len(tasks)), xticklabels=tasks)
-    scores.margins(x=0.1)
-    scores.legend(fontsize=9, loc="upper left")
-    memory.set(title="resident memory (GB)", xlabel="tasks held at once", yscale="log")
-    disk.set(title="on disk, computed, the base included (GB)", xlabel="tasks", yscale="log")
-    for ax in memory, disk:
-        ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
-        ax.minorticks_off()
-    fig.suptitle(f"{multitask_caption(study)}; markers: measured, dashed: computed from the sizes "
-                 "of the tensors and files", fontsize=9)
-
-    figures = output / "figures"
-    save(fig, figures / "multitask.png")
-    text = multitask_markdown(study)
-    (figures / "multitask.md").write_text(text, encoding="utf-8")
-    print(text + f"\nfigures are in {figures}")
-
-
-FROZEN = "#DDDDDD"
+    write_table(figures / "crossvalidation.md", fold_markdown(study))
 
 
 def draw_layers(path):
     """Draw where the methods sit: grey boxes are frozen, coloured ones train. Boxes are (name, x,
     y, text, colour)."""
-    lora_color, adapter_color = STYLE["lora_r8"].color, STYLE["adapter"].color
+    lora_color, adapter_color = CASES["lora_r8"].color, CASES["adapter"].color
     low_rank = [("x", 0, 2, "x", "white"), ("A", 2.6, 1, "A\n(r, in)", lora_color),
                 ("B", 4, 1, "s B\n(out, r)", lora_color), ("+", 5, 2, "+", "white")]
 
@@ -413,7 +349,7 @@ def draw_layers(path):
          [("x", "W0"), ("x", "drop"), ("drop", "A"), ("A", "B"), ("W0", "+"), ("B", "+"),
           ("+", "h")]),
         ("DoRA, without dropout: query and value\nh = m (W0 + s B A) x / ||W0 + s B A|| + b",
-         [*low_rank, ("W0", 2, 3, "W0 x", FROZEN), ("m", 6.1, 2, "m / ||.||", STYLE["dora"].color),
+         [*low_rank, ("W0", 2, 3, "W0 x", FROZEN), ("m", 6.1, 2, "m / ||.||", CASES["dora"].color),
           ("b", 7.3, 2, "+ b", FROZEN), ("h", 8.1, 2, "h", "white")],
          [("x", "W0"), ("x", "A"), ("A", "B"), ("W0", "+"), ("B", "+"), ("+", "m"), ("m", "b"),
           ("b", "h")]),
@@ -441,22 +377,17 @@ def draw_layers(path):
         ax.set(title=title, xlim=(-0.5, 8.5), ylim=(0.3, 3.6))
         ax.title.set_fontsize(10)
         ax.axis("off")
-    save(fig, path)
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":
     start()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    drawings = {"comparison.json": draw, "crossvalidation.json": draw_folds,
-                "grid.json": draw_grid, "memory.json": draw_ledger,
-                "multitask.json": draw_multitask}
-    found = [drawing for name, drawing in drawings.items() if (folder / "metrics" / name).exists()]
-    sweeps = sorted(path.stem for path in folder.glob("metrics/sweep_*.json"))
-    if not found and not sweeps:
-        fail(f"{folder / 'metrics'} holds none of {', '.join(drawings)}; run_all.sh, run_grid.sh, "
-             "memory.py and multitask.py make them")
-    for drawing in found:
-        drawing(folder)
-    for name in sweeps:
-        draw_sweep(folder, name)
+    drawings = {"comparison.json": draw_comparison, "crossvalidation.json": draw_folds}
+    found = [draw for name, draw in drawings.items() if (folder / "metrics" / name).exists()]
+    if not found:
+        fail(f"{folder / 'metrics'} holds none of {', '.join(drawings)}, which run_all.sh makes; "
+             "python -m tools.NAME --redraw draws those of grid, sweep, memory, multitask, bench")
+    for draw in found:
+        draw(folder)
     draw_layers(folder / "figures" / "layers.png")

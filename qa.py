@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from data import Encoded, Task, from_hub
-from files import files_to_read
-from settings import SPLIT_SEED
-from start import fail
-from synthetic import make_questions
+from checks import check_surrogates, files_to_read
+from common import fail
+from data import Encoded, Task, from_hub, load_sentences
+from fetch import synthetic_folder
+from settings import SPLIT_SEED, is_synthetic
 
 MAX_QUESTION = 64  # tokens of a question that are read, as in BERT's own SQuAD code
 
@@ -31,11 +31,11 @@ class Question(NamedTuple):
     # where the first answer that is aligned stands in the context, in characters; None: none is
     start: int | None
     end: int | None  # one past its last character
-    level: str | None = None  # how hard it is, where the data says so (synthetic.LEVELS)
+    level: str | None = None  # how hard it is, where the data says so
 
 
 def make_question(q):
-    """The Question of a dict as the hub has it: id, context, question, answers {text: [],
+    """Make the Question of a dict as the hub has it: id, context, question, answers {text: [],
     answer_start: []}."""
     if not q["question"].strip():
         fail(f"question {q['id']!r} is empty")
@@ -52,16 +52,15 @@ def make_question(q):
 
 
 def read_squad(path):
-    """The questions of a SQuAD v1.1 JSON file, as dicts of the hub's form."""
+    """Read the questions of a SQuAD v1.1 JSON file, as dicts of the hub's form."""
     def get(owner, key, kind, where):
         if not isinstance(owner, dict) or key not in owner:
             fail(f"{path} is not SQuAD-shaped: no key {key!r} in {where}")
         if not isinstance(owner[key], kind) or isinstance(owner[key], bool):
             fail(f"{path} is not SQuAD-shaped: {key!r} in {where} is {str(owner[key])[:40]!r}, not "
                  f"a {kind.__name__}")
-        if kind is str and re.search("[\ud800-\udfff]", owner[key]):
-            fail(f"{path}: {key!r} in {where} holds half of a surrogate pair, which is no "
-                 "character")
+        if kind is str:
+            check_surrogates(path, f": {key!r} in {where}", owner[key])
         return owner[key]
 
     try:
@@ -86,21 +85,17 @@ def read_squad(path):
                            for a in (get(qa, "answers", list, here) if "answers" in qa else [])]
                 columns = dict(zip(("text", "answer_start"), map(list, zip(*answers))))
                 questions.append({"id": str(qa.get("id", here)), "context": context,
-                                  "question": question,
+                                  "question": question, "level": qa.get("level"),
                                   "answers": columns or {"text": [], "answer_start": []}})
     if not questions:
         fail(f"{path} has no questions")
     return questions
 
 
-def load_folder(folder):
-    """{split: questions as dicts} of the user's own .json files (files.files_to_read)."""
-    return {split: read_squad(path) for split, path in files_to_read(folder).items()}
-
-
-def load_hub(task):
-    """{split: questions as dicts} of SQuAD v1.1 or of a machine translation of it into Portuguese,
-    train and validation. Empty questions and those without an answer are left out, and counted."""
+def hub_questions(task):
+    """Load {split: questions as dicts} of SQuAD v1.1 or of a machine translation of it into
+    Portuguese, train and validation. Empty questions and those without an answer are left out, and
+    counted."""
     # the parquet files of squad_pt, since its script no longer runs
     name, revision = {"squad": ("rajpurkar/squad", None),
                       "squad_pt": ("nunorc/squad_v1_pt", "refs/convert/parquet")}[task]
@@ -114,15 +109,15 @@ def load_hub(task):
 
 
 def shuffled_passages(questions):
-    """The passages of some questions in an order drawn with SPLIT_SEED."""
+    """Draw an order of the passages of some questions, with SPLIT_SEED."""
     passages = sorted({q.context for q in questions})
     np.random.default_rng(SPLIT_SEED).shuffle(passages)
     return passages
 
 
-def carve(questions):
-    """(rest, slice) of questions, drawn with SPLIT_SEED: whole passages until they hold a tenth of
-    the questions, or 1,000."""
+def carve_passages(questions):
+    """Split off whole passages, drawn with SPLIT_SEED, until they hold a tenth of the questions, or
+    1,000: (rest, slice)."""
     size, by_passage = min(1000, len(questions) // 10), Counter(q.context for q in questions)
     chosen, n = set(), 0
     for passage in shuffled_passages(questions):
@@ -138,9 +133,9 @@ def carve(questions):
     return rest, out
 
 
-def train_on(task, n):
-    """The Task with n of its training questions, by passages drawn with SPLIT_SEED: as few passages
-    as hold n, so that a small n's questions are among a larger n's."""
+def train_on_passages(task, n):
+    """Keep n of the training questions of a Task, by passages drawn with SPLIT_SEED: as few
+    passages as hold n, so that a small n's questions are among a larger n's."""
     if n > len(task.train):
         fail(f"--train-rows {n}: there are {len(task.train):,} training questions")
     place = {passage: i for i, passage in enumerate(shuffled_passages(task.train))}
@@ -150,25 +145,20 @@ def train_on(task, n):
     return task._replace(train=train, note=note)
 
 
-def load_raw(task, folder):
-    """{split: questions as dicts} of a task or of the user's own folder."""
-    if folder:
-        return load_folder(folder)
-    if task == "synthetic":
-        return {split: make_questions(split) for split in ("train", "validation", "test")}
-    return load_hub(task)
-
-
-def load_task(task, folder=None, s=None):
-    """The question-answering Task of that name, or of the user's own folder. What is missing is
-    filled in as for sentences (data.make_task). s: the settings of a run, whose "train_rows" says
-    how many questions train.
+def load_questions(s, folder=None):
+    """Load the question-answering Task of the settings `s`; folder: the user's own. What is missing
+    is filled in as for sentences (data.make_task).
 
     Answers that do not stand where the data says (answer_start) cannot be trained on: those
     questions are left out of train and validation, counted and said. In test they stay, because
     scoring compares texts.
     """
-    raw = load_raw(task, folder)
+    is_generated = is_synthetic(s) and not folder
+    if folder or is_generated:
+        files = files_to_read(folder or synthetic_folder(s.data_sha256))
+        raw = {split: read_squad(path) for split, path in files.items()}
+    else:
+        raw = hub_questions(s.task)
     splits = {split: [make_question(q) for q in questions] for split, questions in raw.items()}
     notes, n_misaligned = [], 0
     if "test" not in splits and "validation" in splits:
@@ -184,34 +174,40 @@ def load_task(task, folder=None, s=None):
         splits[split] = aligned
     for split in "test", "validation":
         if split not in splits:
-            splits["train"], splits[split] = carve(splits["train"])
+            splits["train"], splits[split] = carve_passages(splits["train"])
             notes.append(f"{len(splits[split]):,} questions of train, on passages of their own, "
                          f"are the {split} (seed {SPLIT_SEED})")
 
-    if task == "synthetic" and not folder:
+    if is_generated:
         notes.append(f"SYNTHETIC passages and questions, seed {SPLIT_SEED}")
     if n_misaligned:
         notes.append(f"{n_misaligned:,} questions left out of train and validation, their answers "
                      "do not stand at answer_start")
     note = "; ".join(notes) or "splits as given"
     task = Task(None, splits["train"], splits["validation"], splits["test"], note, Windows)
-    return train_on(task, s["train_rows"]) if s and "train_rows" in s else task
+    return train_on_passages(task, s.train_rows) if s.train_rows else task
+
+
+def load_task(s, folder=None):
+    """Load the Task of the settings `s`, of questions or of sentences; folder: the user's own."""
+    return load_questions(s, folder) if s.is_qa else load_sentences(s, folder)
 
 
 def normalize(text):
-    """Lower case, without punctuation, English articles and extra white space: the official SQuAD
-    v1.1 script's."""
+    """Return a text in lower case, without punctuation, English articles and extra white space, as
+    the official SQuAD v1.1 script does."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact_match(answer, reference):
+    """Return 1.0 if two texts are the same after normalising, else 0.0."""
     return float(normalize(answer) == normalize(reference))
 
 
 def f1(answer, reference):
-    """Harmonic mean of precision and recall over the words that answer and reference share, in [0,
-    1]."""
+    """Compute the harmonic mean of precision and recall over the words that answer and reference
+    share, in [0, 1]."""
     a, b = normalize(answer).split(), normalize(reference).split()
     shared = sum((Counter(a) & Counter(b)).values())
     # F1 = 2 P R / (P + R), with P = shared / |a| and R = shared / |b|
@@ -219,17 +215,18 @@ def f1(answer, reference):
 
 
 def question_scores(predictions):
-    """{f1, exact_match} of [(references, answer)], in percent, one a question; the reference that
-    fits best counts."""
+    """Score [(references, answer)], in percent: {f1: [one per question], exact_match: [...]}. The
+    reference that fits best counts."""
     return {name: [100 * max(measure(answer, reference) for reference in references)
                    for references, answer in predictions]
             for name, measure in (("f1", f1), ("exact_match", exact_match))}
 
 
 def reach(context, spans):
-    """Where a token that ends at a character reaches to, (characters + 1,): over what the
-    normaliser dropped behind it. Combining marks, control and format characters belong to no token,
-    but to the word before them.
+    """Return how far a token reaches that ends at each position, (characters + 1,).
+
+    The normaliser drops combining marks, control and format characters, so that no token covers
+    them. They belong to the word before them, whose last token is made to reach over them.
 
     spans: (tokens, 2), first and one past the last character of every token of the context, in any
     order.
@@ -258,7 +255,7 @@ class Windows(Encoded):
                           return_offsets_mapping=True)["offset_mapping"]
         texts = [text[:o[:MAX_QUESTION][-1][1]] if o else text for text, o in zip(texts, short)]
         out = tokenizer(texts, [q.context for q in questions], truncation="only_second",
-                        max_length=s["max_length"], stride=s["stride"],
+                        max_length=s.max_length, stride=s.stride,
                         return_overflowing_tokens=True, return_offsets_mapping=True)
 
         self.ids = [torch.tensor(ids) for ids in out["input_ids"]]
@@ -271,8 +268,7 @@ class Windows(Encoded):
         # of every window: first and one past the last character of each token, (tokens, 2)
         self.offsets = [np.array(offsets, np.int32) for offsets in out["offset_mapping"]]
         self.has_types = "token_type_ids" in tokenizer.model_input_names
-        # tokens; checkpoints of earlier versions do not say
-        self.max_answer = s.get("max_answer_length", 30)
+        self.max_answer = s.max_answer_length  # tokens
 
         self.find_answers()
         held = {self.question[window] for window in range(len(self.ids))
@@ -308,8 +304,7 @@ class Windows(Encoded):
                 piece[:, 1] = ends[piece[:, 1]]
 
     def count_long(self, tokenizer):
-        """How many questions have no answer that could be predicted, as a sentence; "" if there are
-        none."""
+        """Say how many questions have no answer that could be predicted; "" if there are none."""
         texts = [text for q in self.questions for text in q.answers]
         ids_of_texts = tokenizer(texts, add_special_tokens=False)["input_ids"]
         lengths = iter([len(ids) for ids in ids_of_texts])
@@ -318,7 +313,7 @@ class Windows(Encoded):
                 "tokens, which are never predicted whole (--max-answer-length)") if n else ""
 
     def collate(self, rows):
-        """input_ids, attention_mask, token_type_ids (1: passage), (batch, tokens); start_,
+        """Make input_ids, attention_mask, token_type_ids (1: passage), (batch, tokens); start_,
         end_positions (batch,)."""
         ids, mask = self.pad(rows)
         first = torch.tensor([self.passage[i][0] for i in rows])
@@ -329,8 +324,8 @@ class Windows(Encoded):
                 "start_positions": starts, "end_positions": ends}
 
     def forward(self, model, inputs):
-        """The model's output for what collate() gave, with `loss`, the mean over the rows; padding
-        scores -inf."""
+        """Run the model on what collate() gave; the output has `loss`, the mean over the rows.
+        Padding scores -inf."""
         inputs = dict(inputs)
         starts, ends = inputs.pop("start_positions"), inputs.pop("end_positions")
         out, padding = model(**inputs), inputs["attention_mask"] == 0
@@ -343,8 +338,8 @@ class Windows(Encoded):
         return out
 
     def predict(self, out, rows):
-        """[(score, answer, its first character)] of the best valid span of each window: inside the
-        passage, 1 to max_answer tokens."""
+        """Return [(score, answer, its first character)] of the best valid span of each window:
+        inside the passage, 1 to max_answer tokens."""
         start, end = out.start_logits, out.end_logits  # (batch, tokens)
         tokens = start.shape[1]
         position = torch.arange(tokens, device=start.device)
@@ -368,21 +363,21 @@ class Windows(Encoded):
         return answers
 
     def best(self, predictions):
-        """The best window's prediction for each question, from one a window."""
+        """Return the best window's prediction for each question, from one per window."""
         best = {}
         for question, prediction in zip(self.question, predictions):
             best[question] = max(best.get(question, prediction), prediction)
         return [best[i] for i in range(self.n)]
 
     def outcome(self, predictions):
-        """predictions: [(references, answer)], one a question, from predict()'s of the windows.
-        levels: of each question, where the data says them."""
+        """Return predictions: [(references, answer)], one per question, from predict()'s of the
+        windows; and the levels of the questions, where the data says them."""
         best = self.best(predictions)
         levels = [q.level for q in self.questions]
         return {"predictions": [(q.answers, best[i][1]) for i, q in enumerate(self.questions)],
                 **({"levels": levels} if any(levels) else {})}
 
     def score(self, outcome):
-        """{f1, exact_match} in percent, means over the questions."""
+        """Return {f1, exact_match} in percent, means over the questions."""
         scores = question_scores(outcome["predictions"])
         return {name: float(np.mean(values)) for name, values in scores.items()}

@@ -11,7 +11,7 @@ rounded to the nearest of 16 levels, the quantiles of a normal distribution, so 
 fp32 constant each (c1): 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight in all. The forward
 pass dequantises a weight, multiplies, and forgets it; the backward pass dequantises it once more.
 """
-import start  # noqa: F401 - before bitsandbytes
+import common  # noqa: F401 - before bitsandbytes
 
 # isort: split
 import bitsandbytes as bnb
@@ -21,23 +21,23 @@ from lora import plain_linear, replace_modules
 
 
 class NF4Linear(bnb.nn.Linear4bit):
-    """Linear4bit answers in the type of its input, which under autocast is LayerNorm's fp32. This
-    answers in its compute type, as nn.Linear does under autocast; otherwise GELU and attention
-    would keep twice the bytes. x (..., in) -> (..., out)."""
+    """A Linear4bit that answers in its compute type, as nn.Linear does under autocast: x (..., in)
+    -> (..., out). Linear4bit itself answers in the type of its input, LayerNorm's fp32, so that
+    GELU and attention would keep twice the bytes."""
 
     def forward(self, x):
         # X doubleDequant(c1, c2, W_NF4) + b
         return super().forward(x.to(self.compute_dtype))
 
     def dequantize(self):
-        """The weight (out, in) that it multiplies by, in the type it had before it was
+        """Return the weight (out, in) that it multiplies by, in the type it had before it was
         quantised."""
         return bnb.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
 
 
 def to_nf4(linear, compute_dtype):
-    """A frozen NF4Linear with the weight and bias of `linear`, quantised at once; it multiplies in
-    `compute_dtype`."""
+    """Make a frozen NF4Linear with the weight and bias of `linear`, quantised at once; it
+    multiplies in `compute_dtype`."""
     # on "meta" it draws no random weights that nobody reads: LoRA on it starts from the same A as
     # LoRA without it
     quantized = NF4Linear(linear.in_features, linear.out_features, bias=linear.bias is not None,

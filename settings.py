@@ -1,15 +1,18 @@
-"""The command line: every flag with its default and unit, and from them the identity of a run.
+"""What decides a run: one line for each setting, with its default and reason. The flags of train.py
+are made of these lines, and the name of a run of their values.
 
-Imports nothing slow, so that --help, a typo and an already finished run are answered at once.
+Imports nothing slow, so that --help and a typo are answered at once.
 """
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from files import check_name, clear_parts, data_files, fingerprint, model_files, read_json
+from common import check_name, data_files, fail, fingerprint, model_files, read_json
 from methods import (
     CASES,
     CHOICES,
@@ -18,44 +21,23 @@ from methods import (
     PLACEMENTS,
     TARGETS,
     WIDE_RATE,
-    is_qa,
     label_of,
 )
-from start import fail, start
 
 SPLIT_SEED = 42  # splits are the same for every --seed: seeds are compared on the same test rows
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; other names are a folder or a hub id
-# Models whose configuration is known here: where it differs from BertConfig's defaults, which are
-# bert-base-uncased's
-MODELS = {
-    DEFAULT_MODEL: {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    "bert-base-uncased": {},
-    "bert-large-uncased": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-                           "intermediate_size": 4096},
-}
 PORTUGUESE_MODEL = "neuralmind/bert-base-portuguese-cased"  # BERTimbau
 RATED_TASKS = ["movies", "products", "tweets", "editorials"]  # fetch.py brings them, too
 HUB_TASKS = ["sst2", "ag_news", "mrpc", "rte", "qnli"]
-GENERATOR = 4  # synthetic.py's questions: another number, other questions
 QA_TASKS = ["synthetic", "squad", "squad_pt"]
-
-# What makes training fast, each with the file it is in; --without NAME leaves it out.
-TRICKS = {"length_groups": "batches of one sentence length (data.py)",
-          "cheap_dropout": "16 random bits an element (fast.py)",
-          "kept_memory": "freed memory stays in the process (fast.py)",
-          "cls_only": "a last layer for [CLS] alone (fast.py)",
-          "cast_once": "one cast to 16 bits for query, key and value (fast.py)",
-          "half_weights": "frozen weights stored in 16 bits (model.py)",
-          "fused_adamw": "AdamW in one pass over memory (train.py)"}
+# The fingerprint of the generated questions. It changes when tools/synthetic.py makes others.
+SYNTHETIC_SHA256 = "9dbbecb2df675ab0"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print the whole usage before the line that matters
-        fail(f"{message} (see --help)")
-
+# --- types of values -----------------------------------------------------------------------------
 
 def number(kind, low, high=float("inf"), below=False):
-    """An argparse type: an int or float in [low, high], or in [low, high) with below=True."""
+    """Make an argparse type: an int or float in [low, high], or in [low, high) with below=True."""
     def convert(text):
         try:
             value = kind(text)
@@ -70,302 +52,311 @@ def number(kind, low, high=float("inf"), below=False):
     return convert
 
 
-def fold(text):
-    """An argparse type: 2/5, the second of five folds, as [2, 5]."""
+def fold_name(text):
+    """Check an argparse value: 2/5 is the second of five folds."""
     k, slash, n = text.partition("/")
     if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n) >= 2):
         raise argparse.ArgumentTypeError(f"{text!r} is not K/N, such as 2/5 for the second of five")
-    return [int(k), int(n)]
+    return f"{int(k)}/{int(n)}"
 
 
-def add_method_flags(g):
-    count, positive = number(int, 1), number(float, 1e-12)
-    g.add_argument("--r", type=count, metavar="N",
-                   help="rank of LoRA and DoRA (default: 8; on a 4-bit base 16)")
-    g.add_argument("--alpha", type=positive, default=32.0, metavar="X",
-                   help="LoRA's and DoRA's update is scaled by alpha / r (default: 32)")
-    g.add_argument("--dropout", type=number(float, 0, 1, below=True), default=0.1, metavar="P",
-                   help="dropout probability on LoRA's or DoRA's input; BERT's own dropout stays "
-                        "(default: 0.1)")
-    g.add_argument("--targets", nargs="+", default=[DEFAULT_TARGETS], metavar="NAME",
-                   help="linear layers of BERT that LoRA and DoRA are put on: query value; "
-                        "attention (query, key, value, output); all (these and both layers of the "
-                        "FFN) (default: query value)")
-    g.add_argument("--placement", choices=PLACEMENTS, default=PLACEMENTS[0],
-                   help="adapters: two a layer, LayerNorms train; or one a layer, LayerNorms "
-                        f"frozen (default: {PLACEMENTS[0]})")
-
-    size = g.add_mutually_exclusive_group()
-    size.add_argument("--bottleneck", type=count, metavar="N",
-                      help="width of an adapter, in units (default: 64)")
-    size.add_argument("--reduction", type=count, metavar="N",
-                      help="the same as hidden size / N; give one of the two")
+count, length, positive = number(int, 1), number(int, 3), number(float, 1e-12)
+share, probability = number(float, 0, 1), number(float, 0, 1, below=True)
+any_seed = number(int, 0, 2**32 - 1)
 
 
-def add_training_flags(g):
-    count, positive = number(int, 1), number(float, 1e-12)
-    g.add_argument("--lr", type=positive, metavar="X",
-                   help="peak learning rate (default: full 2e-5, bitfit, head 1e-3, others 1e-4; "
-                        f"rated tasks with {DEFAULT_MODEL}: full 2e-4, bitfit 5e-3, head 1e-1, "
-                        "more --targets 5e-4, others 1e-3; questions: full 4.25e-5, bitfit, head "
-                        "1e-3, others 2e-4)")
-    g.add_argument("--epochs", type=count, default=3, metavar="N",
-                   help="passes over the training rows (default: 3)")
-    g.add_argument("--batch-size", type=count, metavar="N",
-                   help="sentences or windows of a passage per optimizer step (default: 32; "
-                        "questions 8, synthetic 4)")
-    g.add_argument("--accumulation", type=count, default=1, metavar="N",
-                   help="pieces a batch is computed in, when it does not fit in memory "
-                        "(default: 1)")
-
-    g.add_argument("--max-length", type=number(int, 3), metavar="N",
-                   help="longest input, in tokens: the rest of a sentence is cut, a passage goes "
-                        "into several windows (default: 128; questions 384)")
-    g.add_argument("--stride", type=count, metavar="N",
-                   help="questions: tokens that neighbouring windows of a passage share "
-                        "(default: 128)")
-    g.add_argument("--max-answer-length", type=count, metavar="N",
-                   help="questions: the longest answer that is predicted, in tokens (default: 30)")
-
-    g.add_argument("--warmup", type=number(float, 0, 1), default=0.1, metavar="F",
-                   help="fraction of all steps in which the learning rate rises, before it falls "
-                        "to 0 (default: 0.1)")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N",
-                   help="seed of torch, numpy, random and transformers (default: 42)")
-    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-                   help="mixed precision; auto: bf16 where the hardware has it, else fp16 on CUDA, "
-                        "else off (default: auto)")
-    g.add_argument("--max-steps", type=count, metavar="N",
-                   help="stop after N optimizer steps, for smoke runs (default: no limit)")
-    g.add_argument("--without", nargs="+", choices=TRICKS, default=[], metavar="TRICK",
-                   help="leave out what makes training fast, to measure it: "
-                        + ", ".join(f"{name} ({what})" for name, what in TRICKS.items())
-                        + " (default: nothing is left out)")
+def flag(default, type, help, **more):
+    """Make the field of a setting that has a flag. A default of None depends on other settings; the
+    help then says how."""
+    if type is bool:
+        return field(default=default, metadata={"help": help, "action": "store_true"})
+    if default is not None:
+        help += f" (default: {default})"
+    if not {"choices", "metavar"} & more.keys():
+        more |= {"metavar": "X" if type in (positive, share, probability) else "N"}
+    return field(default=default, metadata={"help": help, "type": type, **more})
 
 
-def add_data_flags(g):
-    g.add_argument("--model", metavar="NAME",
-                   help=f"hub id or local folder of a BERT (default: {DEFAULT_MODEL}, from the "
-                        f"package registry; squad_pt: {PORTUGUESE_MODEL}, from the hub)")
-    task = g.add_mutually_exclusive_group()
-    task.add_argument("--task", choices=RATED_TASKS + HUB_TASKS + QA_TASKS, default="movies",
-                      help=f"sentences: {', '.join(RATED_TASKS)} (from the package registry), "
-                           "sst2, ag_news, and of pairs mrpc, rte, qnli (from the hub); "
-                           "questions: synthetic (generated), "
-                           "squad, squad_pt (hub) (default: movies)")
-    task.add_argument("--data", type=Path, metavar="DIR",
-                      help="your own train, validation and test files instead: .tsv, .csv or "
-                           ".jsonl with the columns sentence and label, and for pairs sentence2, "
-                           "or SQuAD-format .json (default: none)")
-    g.add_argument("--text-column", metavar="NAME",
-                   help="what the column sentence of --data is called (default: sentence)")
-    g.add_argument("--label-column", metavar="NAME",
-                   help="what the column label of --data is called (default: label)")
-    g.add_argument("--train-rows", type=number(int, 1), metavar="N",
-                   help="train on N of the training rows, with the labels' shares, or questions, "
-                        "by passage; a smaller N's are among a larger N's (default: all)")
-    g.add_argument("--whole-sentences", action="store_true",
-                   help="rows that are parts of one another, as SST-2's: what train gives up for "
-                        "validation (or test) are whole sentences, and their parts are left out "
-                        "(default: rows, whatever they are part of)")
-    g.add_argument("--fold", type=fold, metavar="K/N",
-                   help="cross-validation: of N parts of all rows, the K-th tests and the others "
-                        "train and validate; for tasks without test rows of their own (default: "
-                        "none)")
-    g.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
-                   help="where metrics/, figures/ and checkpoints/ go (default: beside this file)")
+# --- the settings --------------------------------------------------------------------------------
+
+AMP = ["auto", "bf16", "fp16", "off"]
+TASKS = RATED_TASKS + HUB_TASKS + QA_TASKS
+TARGETS_SAID = "linear layers with LoRA or DoRA: query value; attention; or all, with the FFN's"
+
+
+@dataclass(frozen=True)
+class Settings:
+    # the method; what it does not use is None
+    method: str = flag(None, str, "what trains (methods.py)", choices=CHOICES, required=True)
+    r: int | None = flag(None, count, "rank of LoRA and DoRA (default: 8; on a 4-bit base 16)")
+    alpha: float | None = flag(32.0, positive, "LoRA's and DoRA's update is scaled by alpha / r")
+    dropout: float | None = flag(0.1, probability, "on LoRA's and DoRA's input; BERT's own stays")
+    targets: str | None = flag(DEFAULT_TARGETS, str, TARGETS_SAID, nargs="+", metavar="NAME")
+    placement: str | None = flag(PLACEMENTS[0], str, "see adapters.py", choices=PLACEMENTS)
+    bottleneck: int | None = flag(None, count, "width of an adapter, in units (default: 64)")
+    reduction: int | None = flag(None, count, "the same as hidden size / N; give one of the two")
+    # training
+    lr: float = flag(None, positive, "peak learning rate (default: methods.py, by method and task)")
+    epochs: int = flag(3, count, "passes over the training rows")
+    batch_size: int = flag(None, count, "rows per step (default: 32; questions 8, synthetic 4)")
+    accumulation: int = flag(1, count, "pieces a batch is computed in, if memory is short")
+    max_length: int = flag(None, length, "longest input, in tokens (default: 128; questions 384)")
+    stride: int | None = flag(None, count, "questions: tokens that windows share (default: 128)")
+    max_answer_length: int | None = flag(None, count, "questions: longest answer (default: 30)")
+    warmup: float = flag(0.1, share, "share of the steps in which the rate rises, before it falls")
+    seed: int = flag(42, any_seed, "of the new head, the order of the rows and dropout")
+    amp: str = flag("auto", str, "mixed precision; auto: bf16 or fp16, if it is fast", choices=AMP)
+    max_steps: int | None = flag(None, count, "stop after N steps, for smoke runs (default: none)")
+    # data and model
+    task: str = flag(None, str, "the last three are questions (default: movies)", choices=TASKS)
+    text_column: str | None = flag(None, str, "texts of --data (default: sentence)", metavar="NAME")
+    label_column: str | None = flag(None, str, "labels of --data (default: label)", metavar="NAME")
+    train_rows: int | None = flag(None, count, "train on N rows; a larger N contains them "
+                                  "(default: all)")
+    whole_sentences: bool = flag(False, bool, "hold out whole sentences, no phrases (for SST-2)")
+    fold: str | None = flag(None, fold_name, "cross-validation: of N parts of all rows the K-th "
+                            "tests (default: none)", metavar="K/N")
+    model: str = flag(None, str, f"hub id or folder of a BERT (default: {DEFAULT_MODEL}; squad_pt: "
+                      f"{PORTUGUESE_MODEL})", metavar="NAME")
+    # told from the files, not by flags
+    is_qa: bool = False  # whether the task is question answering
+    data_sha256: str | None = None  # fingerprint of the files of --data, or of generated questions
+    model_sha256: str | None = None  # fingerprint of the files of a model's folder
+
+    @property
+    def target_layers(self):
+        """Name the linear layers of a BertLayer that LoRA and DoRA are put on."""
+        return TARGETS[self.targets]
+
+
+NOT_IN_NAME = ("accumulation",)  # settings that do not change what is learned
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold one run: its settings, and where its files are."""
+    settings: Settings
+    data: Path | None  # the user's folder
+    model: str  # hub id or folder
+    output: Path
+
+    @property
+    def result(self):
+        return result_path(self.output, self.settings)
+
+    @property
+    def checkpoint(self):
+        return checkpoint_path(self.output, self.settings)
+
+    def exit_if_finished(self):
+        """Exit with status 0 if the result is there; exit with one line if it could not be
+        written."""
+        if self.result.exists():
+            made = read_json(self.result)["environment"]
+            print(f"finished already: {self.result} ({made['device']}, amp {made['amp']}; delete "
+                  "it to run again)")
+            sys.exit()
+        check_name(self.result)
+        check_name(self.checkpoint)
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the whole usage before the line that matters
+        fail(f"{message} (see --help)")
 
 
 def make_parser():
+    """Make the parser of train.py's flags."""
     def formatter(prog):
         return argparse.HelpFormatter(prog, max_help_position=28, width=110)
 
     p = Parser(description="Fine-tune BERT one way and measure it.", allow_abbrev=False,
                formatter_class=formatter)
-    p.add_argument("--method", required=True, choices=CHOICES,
-                   help="what trains: all of BERT, LoRA or DoRA, the two on a 4-bit base, its "
-                        "biases (bitfit), nothing but the head, or bottleneck adapters")
-    add_method_flags(p.add_argument_group("the method"))
-    add_training_flags(p.add_argument_group("training"))
-    add_data_flags(p.add_argument_group("model, data and results"))
+    for f in dataclasses.fields(Settings):
+        if f.metadata:
+            p.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
+    p.add_argument("--data", type=Path, metavar="DIR",
+                   help="your own train, validation and test files instead of --task: .tsv, .csv "
+                        "or .jsonl with the columns sentence and label, and for pairs sentence2, "
+                        "or SQuAD-format .json (default: none)")
+    p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
+                   help="where metrics/, figures/ and checkpoints/ go (default: beside train.py)")
     return p
 
 
 def model_of(args):
-    """The name of the model that the flags ask for."""
-    is_portuguese = args.task == "squad_pt" and not args.data
-    return args.model or (PORTUGUESE_MODEL if is_portuguese else DEFAULT_MODEL)
+    """Return the name of the model that the flags ask for."""
+    return args.model or (PORTUGUESE_MODEL if args.task == "squad_pt" else DEFAULT_MODEL)
 
 
 def method_settings(args, row):
-    """The settings of the method's own; what it does not use is None, so that passing --alpha to
-    all methods does not make another full fine-tuning out of it."""
-    values = {
-        "r": args.r or (16 if row.is_4bit else 8),
-        "alpha": args.alpha,
-        "dropout": args.dropout,
-        "placement": args.placement,
-        "bottleneck": args.bottleneck or (None if args.reduction else 64),
-        "reduction": args.reduction,
-    }
+    """Resolve the settings that belong to the method. Those that it does not use are None, so that
+    passing --alpha to all methods does not make another full fine-tuning out of it."""
+    if args.bottleneck and args.reduction:
+        fail("give --bottleneck or --reduction, not both")
+    targets = args.targets if isinstance(args.targets, str) else " ".join(args.targets)
+    if targets not in TARGETS:
+        fail(f"--targets {targets}: choose from {', '.join(TARGETS)}")
+    values = {"r": args.r or (16 if row.is_4bit else 8), "alpha": args.alpha,
+              "dropout": args.dropout, "targets": targets, "placement": args.placement,
+              "bottleneck": args.bottleneck or (None if args.reduction else 64),
+              "reduction": args.reduction}
     return {name: value if name in row.flags else None for name, value in values.items()}
 
 
-def question_settings(args):
-    """Batch size, longest input, and what only question answering has: stride, longest answer."""
-    is_synthetic = args.task == "synthetic" and not args.data
-    s = {"batch_size": args.batch_size or (4 if is_synthetic else 8),
+def length_settings(args, is_qa):
+    """Resolve the batch size, the longest input, and what only question answering has: stride and
+    longest answer."""
+    if not is_qa:
+        for name in "stride", "max_answer_length":
+            if getattr(args, name):
+                fail(f"--{name.replace('_', '-')} is for question answering; a sentence is one "
+                     "window and has a label")
+        return {"batch_size": args.batch_size or 32, "max_length": args.max_length or 128}
+    s = {"batch_size": args.batch_size or (4 if args.task == "synthetic" else 8),
          "max_length": args.max_length or 384, "stride": args.stride or 128,
-         "max_answer_length": args.max_answer_length or 30,
-         **({"generator": GENERATOR} if is_synthetic else {})}
+         "max_answer_length": args.max_answer_length or 30}
     if s["max_length"] < s["stride"] + 70:  # 64 tokens of question, 3 special ones, and some way on
         fail(f"--max-length {s['max_length']} leaves no room beside a question and --stride "
              f"{s['stride']}; at least stride + 70")
     return s
 
 
-def sentence_settings(args):
-    for flag in "stride", "max_answer_length":
-        if getattr(args, flag):
-            fail(f"--{flag.replace('_', '-')} is for question answering; a sentence is one window "
-                 "and has a label")
-    return {"batch_size": args.batch_size or 32, "max_length": args.max_length or 128}
-
-
-def column_settings(args, has_questions):
-    """The names of --data's columns, where they are not the default."""
-    given = {"text_column": (args.text_column, "sentence"),
-             "label_column": (args.label_column, "label")}
-    given = {key: name for key, (name, usual) in given.items() if name not in (None, usual)}
-    if given and (has_questions or not args.data):
-        fail(f"--{next(iter(given)).replace('_', '-')} is for --data with sentences")
-    return given
-
-
-def check_fold(args, files, has_questions):
-    """End if the task cannot be cut into folds: cross-validation needs one pool of sentences."""
-    if has_questions:
+def check_task(args, files, is_qa):
+    """Exit if flags about the rows do not fit the task."""
+    is_columns = args.text_column or args.label_column
+    if is_columns and (is_qa or not args.data):
+        fail(f"--{'text' if args.text_column else 'label'}-column is for --data with sentences")
+    has_parts = not is_qa and not args.fold and (args.data or args.task in ("sst2", "ag_news"))
+    if args.whole_sentences and not has_parts:
+        fail("--whole-sentences is for sst2, ag_news and --data, without folds: the others' rows "
+             "are pairs or no parts of one another, and questions are held out by passage")
+    if args.fold and is_qa:
         fail("folds are for sentences; question answering has run_grid.sh")
-    if args.data and (given := sorted(set(files) - {"train"})):
+    if args.fold and args.data and (given := sorted(set(files) - {"train"})):
         fail(f"{args.data} has {files[given[0]].name}; folds are for one pool of rows, a folder "
-             "with train.csv or train.tsv alone")
-    if not args.data and args.task not in RATED_TASKS:
+             "with a train file alone")
+    if args.fold and not args.data and args.task not in RATED_TASKS:
         fail(f"the test rows of {args.task} are given; folds are for one pool of rows: "
              f"{', '.join(RATED_TASKS)}, or --data DIR with training rows alone")
 
 
-def settings_of(args):
-    """All that decides a run's result, as a dict for JSON. Only a run that leaves out a trick has
-    "without", only one with other targets than query and value "targets", only one of a
-    cross-validation "fold", only one on a part of the training rows "train_rows", only one that
-    validates by whole sentences "whole_sentences", only one whose files name their columns
-    otherwise "text_column" and "label_column", only one on synthetic questions "generator"."""
+def asked_settings(args):
+    """Resolve the flags to Settings, all but --amp auto, which needs torch to be imported."""
+    if args.data and args.task:
+        fail("give --task or --data, not both")
+    args.task = args.task or (None if args.data else "movies")
     model = model_of(args)
-    is_local = model != DEFAULT_MODEL and Path(model).is_dir()
-    if not is_local and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        fail(f"--model {model}: no such folder")
-
-    files, has_questions = data_files(args.data) if args.data else ([], args.task in QA_TASKS)
-    is_rated = model == DEFAULT_MODEL and args.task in RATED_TASKS and not args.data
-    if args.fold:
-        check_fold(args, files, has_questions)
-    if args.whole_sentences and (has_questions or args.fold or
-                                 not args.data and args.task not in ("sst2", "ag_news")):
-        fail("--whole-sentences is for sst2, ag_news and --data, without folds: the others' rows "
-             "are pairs or no parts of one another, and questions are held out by passage")
     row = METHODS[args.placement if args.method == "adapter" else args.method]
-    targets = " ".join(args.targets)
-    if targets not in TARGETS:
-        fail(f"--targets {targets}: choose from {', '.join(TARGETS)}")
-    is_wide = "targets" in row.flags and targets != DEFAULT_TARGETS
-    rate = "questions" if has_questions else "rated" if is_rated else "sentences"
-    lr = WIDE_RATE if is_wide and is_rated else getattr(row.rates, rate)
+    is_folder = model != DEFAULT_MODEL and Path(model).is_dir()
+    if not is_folder and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        fail(f"--model {model}: no such folder")
+    files, is_qa = data_files(args.data) if args.data else ({}, args.task in QA_TASKS)
+    check_task(args, files, is_qa)
 
-    without = set(args.without)
-    if row.trains == ("",) or row.is_4bit:
-        without -= {"half_weights"}  # nothing is frozen, or in 4 bits
-    if has_questions:
-        without -= {"cls_only"}  # every token is read
-    return {
-        "method": args.method,
-        **method_settings(args, row),
-        "lr": args.lr or lr,
-        "epochs": args.epochs, "accumulation": args.accumulation,
-        **(question_settings if has_questions else sentence_settings)(args),
-        "warmup": args.warmup, "seed": args.seed, "amp": args.amp, "max_steps": args.max_steps,
-        **({"without": sorted(without)} if without else {}),
-        **({"targets": targets} if is_wide else {}),
-        **({"fold": args.fold} if args.fold else {}),
-        **({"train_rows": args.train_rows} if args.train_rows else {}),
-        **({"whole_sentences": True} if args.whole_sentences else {}),
-        **column_settings(args, has_questions),
+    own = method_settings(args, row)
+    is_rated = model == DEFAULT_MODEL and args.task in RATED_TASKS
+    rate = row.rates.questions if is_qa else row.rates.rated if is_rated else row.rates.sentences
+    if is_rated and own["targets"] not in (None, DEFAULT_TARGETS):
+        rate = WIDE_RATE
+    names = {f.name for f in dataclasses.fields(Settings)}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    values |= own | length_settings(args, is_qa) | {
+        "lr": args.lr or rate, "is_qa": is_qa,
+        "text_column": None if args.text_column == "sentence" else args.text_column,
+        "label_column": None if args.label_column == "label" else args.label_column,
         "task": args.data.resolve().name if args.data else args.task,
-        "data_sha256": fingerprint(files.values()) if args.data else None,
-        "model": Path(model).resolve().name if is_local else model,
-        "model_sha256": fingerprint(model_files(Path(model))) if is_local else None,
-    }
+        "data_sha256": fingerprint(files.values()) if args.data else
+        SYNTHETIC_SHA256 if args.task == "synthetic" else None,
+        "model": Path(model).resolve().name if is_folder else model,
+        "model_sha256": fingerprint(model_files(Path(model))) if is_folder else None}
+    return Settings(**values)
+
+
+def chosen_amp(mode):
+    """Return what --amp `mode` is on this machine: bf16, fp16 or off.
+
+    A CPU that emulates bf16 was 5 times slower in it than in fp32 (60 and 280 GFLOP/s on 2 cores
+    with AVX-512 but neither AMX nor AVX512-BF16).
+    """
+    if mode == "off":
+        return mode
+    import torch  # slow
+    on_cuda = torch.cuda.is_available()
+    has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else
+                torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    if mode == "bf16" and not has_bf16:
+        fail(f"--amp bf16: this {'cuda' if on_cuda else 'cpu'} has no bf16 arithmetic; --amp auto "
+             "takes what it has")
+    if mode == "fp16" and not on_cuda:
+        fail("--amp fp16 needs a CUDA device; use --amp auto")
+    return mode if mode != "auto" else "bf16" if has_bf16 else "fp16" if on_cuda else "off"
+
+
+def settings_of(args):
+    """Resolve the flags (make_parser's) to Settings: all that decides a run's result."""
+    s = asked_settings(args)
+    return dataclasses.replace(s, amp=chosen_amp(s.amp))
+
+
+def read_flags(argv=None):
+    """Read train.py's flags and return the Run that they ask for."""
+    args = make_parser().parse_args(argv)
+    settings = settings_of(args)
+    return Run(settings, args.data, model_of(args), args.output)
+
+
+def read_settings(result):
+    """Return the Settings in a result's JSON."""
+    return Settings(**result["settings"])
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+def is_synthetic(s):
+    """Tell whether the settings are of generated questions."""
+    return s.data_sha256 == SYNTHETIC_SHA256
 
 
 def case_settings(name):
-    """The settings of one of methods.CASES, with train.py's defaults."""
-    return settings_of(make_parser().parse_args(CASES[name].flags.split()))
+    """Return the settings of one of methods.CASES, with train.py's defaults."""
+    return asked_settings(make_parser().parse_args(CASES[name].flags.split()))
 
 
 def case_label(name):
-    """What tables and figures call one of methods.CASES."""
+    """Return what tables and figures call one of methods.CASES."""
     return label_of(case_settings(name))
 
 
 def short(lr):
-    """A learning rate as it is said: 4.25e-05 is 4.25e-5, 0.0002 is 2e-4."""
+    """Write a learning rate as it is said: 4.25e-05 is 4.25e-5, 0.0002 is 2e-4."""
     mantissa, exponent = f"{lr:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def run_name(s):
-    """A readable name and 8 hex digits of all settings: two different runs never share a file.
-    Question answering names a run as its study does: lora_epoch-3_lr_2e-4."""
-    tag = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
-    size = s["r"] and f"r{s['r']}" or s["reduction"] and f"rf{s['reduction']}" or s["bottleneck"]
-    grid_name = f"{s['method']}_epoch-{s['epochs']}_lr_{short(s['lr'])}"
-    first = [grid_name, s["task"]] if is_qa(s) else [s["task"], s["method"]]
-    fold = "fold{}of{}".format(*s["fold"]) if "fold" in s else None
-    n_rows = f"n{s['train_rows']}" if "train_rows" in s else None
-    parts = [*first, s["placement"], size, s.get("targets"), fold, n_rows, f"seed{s['seed']}", tag]
+    """Name a run: readable words, and 8 hex digits of all settings that decide its result, so that
+    two different runs never share a file. Questions: lora_epoch-3_lr_2e-4 and so on."""
+    decide = {k: v for k, v in dataclasses.asdict(s).items() if k not in NOT_IN_NAME}
+    tag = hashlib.sha256(json.dumps(decide, sort_keys=True).encode()).hexdigest()[:8]
+    size = s.r and f"r{s.r}" or s.reduction and f"rf{s.reduction}" or s.bottleneck
+    first = ([f"{s.method}_epoch-{s.epochs}_lr_{short(s.lr)}", s.task] if s.is_qa
+             else [s.task, s.method])
+    targets = None if s.targets == DEFAULT_TARGETS else s.targets
+    fold = s.fold and f"fold{s.fold.replace('/', 'of')}"
+    n_rows = s.train_rows and f"n{s.train_rows}"
+    parts = [*first, s.placement, size, targets, fold, n_rows, f"seed{s.seed}", tag]
     return "_".join(str(part) for part in parts if part)
 
 
 def result_path(output, s):
-    """Where the run with the settings `s` leaves its JSON. The file exists if and only if the run
-    is finished."""
+    """Return where the run with the settings `s` leaves its JSON. The file exists if and only if
+    the run is finished."""
     return output / "metrics" / "runs" / f"{run_name(s)}.json"
 
 
 def checkpoint_path(output, s):
-    """Where it leaves what it trained, the tensors of its best epoch (checkpoint.py)."""
+    """Return where it leaves the trained tensors of its best epoch (checkpoint.py)."""
     return output / "checkpoints" / f"{run_name(s)}.safetensors"
-
-
-def read_flags(argv=None):
-    """The flags of train.py, with .settings, .result and .checkpoint."""
-    args = make_parser().parse_args(argv)
-    args.settings = settings_of(args)
-    args.result = result_path(args.output, args.settings)
-    args.checkpoint = checkpoint_path(args.output, args.settings)
-    return args
-
-
-def parse_args(argv=None):
-    """read_flags; ends with status 0 if that run is finished."""
-    start()
-    args = read_flags(argv)
-    if args.result.exists():
-        # --amp auto has one name on all machines
-        made = read_json(args.result).get("environment", {})
-        print(f"finished already: {args.result} (amp {made.get('amp')}, {made.get('device')}; "
-              "delete it to run again)")
-        sys.exit(0)
-    for path in args.result, args.checkpoint:
-        check_name(path)
-        clear_parts(path)
-    return args

@@ -1,5 +1,6 @@
-"""How far to trust a number: mean and standard deviation over seeds, a paired bootstrap over seeds
-and sentences, or over folds; and how far a probability: its log-likelihood and its calibration."""
+"""How far to trust a number: macro-F1, mean and standard deviation over seeds, a paired bootstrap
+over seeds and sentences, or over folds. And how far to trust a probability: its log-likelihood and
+its calibration."""
 import math
 import statistics
 
@@ -11,20 +12,21 @@ BINS = 15
 
 
 def mean_std(values):
-    """(mean, sample standard deviation, or None for a single value)."""
+    """Return (mean, sample standard deviation, or None for a single value)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def nll(labels, probabilities):
-    """Mean negative log-likelihood in nats; labels (rows,) ints, probabilities (rows, classes)."""
+    """Compute the mean negative log-likelihood in nats; labels (rows,) ints, probabilities (rows,
+    classes)."""
     # NLL = -1/n sum log p(label)
     rows = np.arange(len(labels))
     return float(-np.log(np.asarray(probabilities)[rows, labels]).mean())
 
 
 def ece(labels, probabilities):
-    """Expected calibration error in [0, 1], of BINS bins of equal width (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599, equation 3): labels (rows,) ints, probabilities (rows,
+    """Compute the expected calibration error in [0, 1], of BINS bins of equal width (Guo et al.
+    2017, https://arxiv.org/abs/1706.04599, equation 3): labels (rows,) ints, probabilities (rows,
     classes). NaN if one of them is no number."""
     probabilities = np.asarray(probabilities)
     if not np.isfinite(probabilities).all():
@@ -39,7 +41,8 @@ def ece(labels, probabilities):
 
 
 def f1_parts(labels, predictions):
-    """Per sentence what the F1 of each class adds up: (hits, sizes), (classes, sentences) each.
+    """Return per sentence what the F1 of each class adds up: (hits, sizes), (classes, sentences)
+    each.
 
     labels, predictions: (sentences,) int arrays. F1 of a class = 2 hits / sizes, summed over the
     sentences.
@@ -50,9 +53,9 @@ def f1_parts(labels, predictions):
     return hits, is_label.astype(np.float64) + is_prediction
 
 
-def macro_f1(labels, predictions, weights):
-    """Macro-F1 in [0, 1] of every resample: weights (replicates, sentences), how often it drew each
-    sentence."""
+def resampled_f1(labels, predictions, weights):
+    """Compute the macro-F1 in [0, 1] of every resample, (replicates,): weights (replicates,
+    sentences), how often it drew each sentence."""
     # (replicates, classes)
     hits, sizes = (weights @ part.T for part in f1_parts(labels, predictions))
     # F1 = 2 TP / (2 TP + FP + FN), mean over the classes that occur
@@ -60,10 +63,18 @@ def macro_f1(labels, predictions, weights):
         return np.nanmean(2 * hits / sizes, axis=1)  # (replicates,)
 
 
+def macro_f1(labels, predictions):
+    """Compute macro-F1 in [0, 1]; labels, predictions: (sentences,) ints."""
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    return float(resampled_f1(labels, predictions, np.ones((1, len(labels))))[0])
+
+
 def draw_sentences(rng, size, n, folds):
-    """How often each of `size` resamples draws each of n sentences, (size, sentences). Without
-    folds: n sentences. With folds (sentences,), the number of each sentence's: as many folds as
-    there are, and in each as many sentences as it has."""
+    """Draw `size` resamples: how often each draws each of n sentences, (size, sentences).
+
+    Without folds a resample is n sentences. With folds (sentences,), the number of each sentence's
+    fold, it is as many folds as there are, and of each as many sentences as it has.
+    """
     if folds is None:
         return rng.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)
     names, sizes = np.unique(folds, return_counts=True)
@@ -76,8 +87,8 @@ def draw_sentences(rng, size, n, folds):
 
 
 def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES):
-    """Macro-F1 of `method` minus that of `baseline`, in points, over the same test sentences, the
-    same seeds and the same folds.
+    """Subtract the macro-F1 of `baseline` from that of `method`, in points, over the same test
+    sentences, the same seeds and the same folds.
 
     labels: (sentences,), method, baseline: (seeds, sentences), ints; folds: (sentences,), which
     fold of a cross-validation tested each, or None. Returns {points, low, high}: the difference of
@@ -98,7 +109,7 @@ def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES
     rng = np.random.default_rng(0)
 
     def differences(weights):  # (replicates, sentences) -> (replicates, seeds), in points
-        return 100 * np.stack([macro_f1(labels, m, weights) - macro_f1(labels, b, weights)
+        return 100 * np.stack([resampled_f1(labels, m, weights) - resampled_f1(labels, b, weights)
                                for m, b in zip(method, baseline)], axis=1)
 
     drawn = []
@@ -113,10 +124,10 @@ def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES
 
 
 def mean_interval(differences):
-    """{points, low, high}: the mean of the differences (seeds, questions), or (questions,) of one
-    seed, and the 2.5 and 97.5 % percentiles of the means of resamples that draw seeds and questions
-    with replacement (Efron & Tibshirani 1993, chapter 13). With a single seed another one is not in
-    it; with few it is too narrow, as in paired_bootstrap."""
+    """Return {points, low, high} of differences (seeds, questions), or (questions,) of one seed:
+    the mean, and the 2.5 and 97.5 % percentiles of the means of resamples that draw seeds and
+    questions with replacement (Efron & Tibshirani 1993, chapter 13). With a single seed the
+    interval does not speak of other seeds; with few it is too narrow, as in paired_bootstrap."""
     differences, rng = np.atleast_2d(differences), np.random.default_rng(0)
     (n_seeds, n), means = differences.shape, []
     for start in range(0, REPLICATES, CHUNK):
@@ -129,8 +140,8 @@ def mean_interval(differences):
 
 
 def corrected_interval(differences, n_test, n_train):
-    """{points, low, high}: the mean of one difference a fold (folds,) and its 95 % interval, had
-    each fold been trained on rows of its own.
+    """Return {points, low, high} of one difference per fold (folds,): the mean and its 95 %
+    interval, had each fold been trained on rows of its own.
 
     Trainings that share rows are correlated, so that s^2 / k is too small a variance for the mean
     of k folds, and no unbiased one can be had from one cross-validation (Bengio & Grandvalet 2004).

@@ -1,0 +1,210 @@
+"""Guards on what users bring: their files, models and tokenizers. They are kept here so that they
+stand in nobody's way who reads how the methods work. Imports nothing slow.
+
+Each function exits with one line if something cannot be right, warns in one line if it is legal but
+perhaps not meant, and otherwise returns what was found.
+"""
+import re
+import unicodedata
+from decimal import Decimal
+from pathlib import Path
+
+from common import QUESTIONS, SPLITS, TABLES, data_files, fail, list_folder, warn
+
+LOOKS_LIKE_TABLE = (*TABLES, QUESTIONS, ".parquet", ".arrow", ".xls", ".xlsx", ".ods")
+NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is a number
+WRITTEN_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"  # in any writing
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+def files_to_read(folder):
+    """Return {split: path} of the user's own folder. Exit if there is no train file; warn about
+    tables that are ignored."""
+    files, has_questions = data_files(folder)
+    if "train" not in files:
+        fail(f"{folder} has no train.json" if has_questions else
+             f"{folder} has neither train.tsv nor train.csv nor train.jsonl, nor train.json with "
+             "questions")
+    read = {path.name for path in files.values()}
+    stems = {stem for of_split in SPLITS.values() for stem in of_split}
+
+    def looks_like_data(name):
+        path = Path(name.lower())
+        is_named_like_a_split = not stems.isdisjoint({path.name.split(".")[0], path.stem})
+        is_table = not set(LOOKS_LIKE_TABLE).isdisjoint(path.suffixes)  # test.csv.gz is one, too
+        return is_named_like_a_split or is_table
+
+    ignored = [name for name in list_folder(folder)
+               if name not in read and not name.startswith(".") and looks_like_data(name)]
+    if ignored:
+        some = ", ".join(ignored[:5]) + (f" and {len(ignored) - 5} more" if ignored[5:] else "")
+        warn(f"{folder}: not read: {some}; read are " + ", ".join(sorted(read)))
+    return files
+
+
+# --- tables and labels ---------------------------------------------------------------------------
+
+def check_header(path, header, needed, delimiter):
+    """Exit if the first line of a file lacks a column that is `needed`, names one twice, or seems
+    to have another delimiter."""
+    if len(header) == 1 and (found := [c for c in "\t;,|" if c != delimiter and c in header[0]]):
+        fail(f"{path}, line 1: one column, {header[0]!r}; is {found[0]!r} between the columns? A "
+             f"{path.suffix} has {delimiter!r}")
+    for column in needed:
+        if column not in header:
+            fail(f"{path} has no column {column!r}; its first line is {','.join(header)!r}")
+    if twice := [name for name in header if header.count(name) > 1]:
+        fail(f"{path}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} times")
+
+
+def check_surrogates(path, where, text):
+    """Exit if a text holds half of a surrogate pair: it is no character, and no file could hold
+    it."""
+    if re.search("[\ud800-\udfff]", text):
+        fail(f"{path}{where} holds half of a surrogate pair, which is no character")
+
+
+def looks_quoted(text):
+    """Tell whether csv.writer, or a spreadsheet, may have put the quotes around and inside a
+    text."""
+    inner = text[1:-1]
+    return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
+
+
+def warn_quoting(path, quoted, breaks):
+    """Warn about rows of a .tsv that look quoted, whose lines are `quoted`, and about fields of a
+    .csv that go over several lines; breaks: the lines where each opens and closes."""
+    if quoted:
+        warn(f"{path}: {len(quoted):,} rows, line {quoted[0]} first, look quoted as in a .csv; a "
+             ".tsv has no quoting, so the quotes stay in the text")
+    if breaks:
+        opens, closes = max(breaks, key=lambda lines: lines[1] - lines[0])
+        many = f"{len(breaks):,} quoted fields hold line breaks, the longest"
+        warn(f"{path}: {'a quoted field' if len(breaks) == 1 else many} opens at line {opens} and "
+             f"closes at line {closes}; a stray quote swallows rows like that")
+
+
+def warn_labels(names):
+    """Warn about labels that may not be meant as classes: ratings, and labels that differ in
+    writing only."""
+    if all(re.fullmatch(NUMBER, name) for name in names) and any(float(name) % 1 for name in names):
+        warn(f"{len(names)} labels are numbers with fractions ({names[0]} to {names[-1]}); each "
+             "counts as a class")
+    written = {}
+    for name in names:
+        seen = "".join(c for c in unicodedata.normalize("NFKC", name)
+                       if unicodedata.category(c) != "Cf")  # U+200B is invisible
+        is_number = re.fullmatch(WRITTEN_NUMBER, seen)
+        key = Decimal(seen) if is_number else " ".join(seen.casefold().split())
+        if (other := written.setdefault(key, name)) != name:
+            warn(f"the labels {other!r} and {name!r} ({ascii(other)} and {ascii(name)}) count as "
+                 "two classes")
+            break
+
+
+def warn_repeats(trained, scored):
+    """Warn about sentences that are scored and trained on, too. scored: {split: sentences}."""
+    trained = set(trained)
+    for split, sentences in scored.items():
+        if n := sum(sentence in trained for sentence in sentences):
+            warn(f"{n:,} of {len(sentences):,} {split} rows stand in the training rows, too, so "
+                 "that their scores are too good; leave out the repeats")
+
+
+# --- models and tokenizers -----------------------------------------------------------------------
+
+def check_config(name, config):
+    """Exit if this project cannot fine-tune the model `name`."""
+    if config.model_type != "bert":
+        fail(f"{name} is a {config.model_type!r} model; this project fine-tunes BERT (model_type "
+             "'bert')")
+    positions = getattr(config, "position_embedding_type", "absolute")
+    if positions != "absolute":
+        fail(f"{name} has {positions!r} position embeddings; only absolute ones are supported")
+    if config.is_decoder:
+        fail(f"{name} is a decoder (is_decoder), whose tokens do not see what follows; this "
+             "project fine-tunes encoders")
+
+
+def fit_tokenizer(name, tokenizer, config):
+    """Exit if the tokenizer of the model `name` cannot be right for it; correct what can be
+    corrected."""
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        fail(f"{name} has no tokenizer (tokenizer.json or vocab.txt): every word would be unknown")
+    largest = max(vocabulary.values())
+    if largest >= config.vocab_size:
+        fail(f"{name}: its tokenizer gives ids up to {largest:,}, its embeddings have "
+             f"{config.vocab_size:,} rows; they were not made for each other, or tokens were added "
+             "and the embeddings not resized")
+    if tokenizer.pad_token is None:
+        if "[PAD]" not in vocabulary:
+            fail(f"{name}: its tokenizer has no padding token")
+        tokenizer.pad_token = "[PAD]"
+
+    if config.vocab_size - largest > 1000:  # fewer only fill up a matrix
+        warn(f"{name}: its embeddings have {config.vocab_size:,} rows, but its tokenizer gives ids "
+             f"up to {largest:,} only; perhaps it is another model's")
+
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    one, two = tokenizer("a")["input_ids"], tokenizer("a", "a")["input_ids"]
+    is_wrapped = (one[0], one[-1]) == (two[0], two[-1]) == (cls, sep) and two.count(sep) == 2
+    if None in (cls, sep) or not is_wrapped:
+        fail(f"{name}: its tokenizer does not put [CLS] before a text and [SEP] after it, which "
+             "BERT was trained with")
+
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    types = ["token_type_ids"] if config.type_vocab_size > 1 else []
+    tokenizer.model_input_names = ["input_ids", *types, "attention_mask"]
+
+
+def check_loading(name, model, loading, is_head):
+    """Exit if the file and BERT do not have the same tensors, heads left out, or if one is not
+    finite. loading: what from_pretrained says of it; is_head(name): whether a parameter is new in
+    every method."""
+    untrained = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    if missing := sorted(key for key in untrained if not is_head(key)):
+        fail(f"{name} lacks {len(missing)} of BERT's tensors ({missing[0]} first); they would stay "
+             "random")
+    foreign = [key for key in sorted(loading["unexpected_keys"])
+               if {"encoder", "embeddings"} & set(key.split("."))
+               and not key.endswith(("position_ids", "token_type_ids"))]  # older versions' buffers
+    if foreign:
+        fail(f"{name} has {len(foreign)} tensors that BERT does not ({foreign[0]} first); without "
+             "them it is another model")
+    if bad := [key for key, p in model.named_parameters()
+               if not is_head(key) and not p.isfinite().all()]:
+        fail(f"{name} has {len(bad)} tensors with NaN or infinity ({bad[0]} first)")
+
+
+def check_length(s, config):
+    """Exit if the model does not read as many tokens as the settings `s` ask for."""
+    if s.max_length > (longest := config.max_position_embeddings):
+        fail(f"--max-length {s.max_length}: {s.model} reads {longest} tokens at most")
+
+
+def check_words(name, rows, tokenizer):
+    """Warn if the tokenizer of the model `name` does not know more than a tenth of the words in the
+    training rows; exit if it knows none. rows: token ids, a list of 1-D tensors. A word is a token
+    that neither continues another nor is special."""
+    import numpy as np  # needed here only, and settings.py imports this file
+    tokens = tokenizer.convert_ids_to_tokens(range(max(tokenizer.get_vocab().values()) + 1))
+    special = set(tokenizer.all_special_tokens) - {tokenizer.unk_token}
+    is_word = np.array([token is not None and token not in special
+                        and not token.startswith("##") for token in tokens])
+    ids = np.concatenate([row.numpy() for row in rows])
+    n_words, n_unknown = is_word[ids].sum(), (ids == tokenizer.unk_token_id).sum()
+    said = (f"{n_unknown / max(n_words, 1):.0%} of the training rows' words are unknown to the "
+            f"tokenizer of {name} and become {tokenizer.unk_token}")
+    if n_unknown == n_words:
+        fail(said)
+    if n_unknown > n_words / 10:
+        warn(f"{said}; perhaps its vocabulary is of another language, or cased where the "
+             "tokenizer lower-cases")
+        return
+    capitals = np.mean([word != word.lower() for word in tokenizer.get_vocab()])
+    if capitals > 0.02 and tokenizer("A")["input_ids"] == tokenizer("a")["input_ids"]:
+        warn(f"the tokenizer of {name} lower-cases, so that {capitals:.0%} of its vocabulary never "
+             "come; a cased model needs \"do_lower_case\": false in tokenizer_config.json")

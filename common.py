@@ -1,0 +1,243 @@
+"""What every program needs: one line for what is wrong, a quiet start, files that are written whole
+or not at all, and which files of a user's folder are read. Imports nothing slow.
+
+Imported before anything that may import bitsandbytes.
+"""
+import atexit
+import csv
+import hashlib
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress
+# On some CPUs bitsandbytes, while it is imported, asks a hub for code through the package
+# `kernels` and runs it. None is Python's way to say that there is no such package.
+sys.modules.setdefault("kernels", None)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+# What the file of a split may be called, and of which kinds it may be.
+SPLITS = {"train": ("train",), "test": ("test",),
+          "validation": ("validation", "val", "valid", "dev", "eval")}
+TABLES, QUESTIONS = (".tsv", ".csv", ".jsonl"), ".json"
+CONFIG_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json",
+                "special_tokens_map.json", "added_tokens.json", "vocab.txt")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+# --- how a program begins, speaks and ends -------------------------------------------------------
+
+def one_line(message):
+    """Return a text as one line, whatever is in the names that it quotes."""
+    return message.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def fail(message):
+    """Exit with one line on stderr and status 1."""
+    sys.exit(one_line(f"error: {message}"))
+
+
+def warn(message):
+    """Print one line on stderr about what is legal but perhaps not meant. Of several processes only
+    the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(one_line(f"warning: {message}"), file=sys.stderr)
+
+
+def mute():
+    """Send what is still to be printed nowhere: its reader has closed the pipe (`| head`)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def flush():
+    """Print what is left. A closed pipe is no error; a full disk is one."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        mute()
+    except OSError as e:
+        mute()
+        print(one_line(f"error: cannot print: {e}"), file=sys.stderr, flush=True)
+        os._exit(1)  # a function that runs at exit cannot set the status in another way
+
+
+def end(kind, error, traceback):
+    """Take the place of sys.excepthook: a full disk, a forbidden folder or a full GPU is one
+    line."""
+    if kind is BrokenPipeError:
+        mute()
+    elif kind.__name__ == "OutOfMemoryError":  # torch's
+        print("error: the GPU has no memory left; in training, --accumulation 2 computes the same "
+              "batches in halves", file=sys.stderr)
+    elif issubclass(kind, OSError):
+        print(one_line(f"error: {error}"), file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            mute()
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def start():
+    """Call first in a program. Ctrl-C exits quietly, which is safe because files are written whole;
+    a closed pipe is no error; characters that a terminal cannot show are escaped."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.excepthook = end
+    # None where they were closed (`>&-`)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    atexit.register(flush)
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):  # a notebook's have no encoding
+            stream.reconfigure(errors="backslashreplace")
+
+
+def command():
+    """Return the command line of this program, for the file that it writes."""
+    file = Path(sys.argv[0])
+    is_tool = file.parent.name == "tools"
+    program = ["-m", f"tools.{file.stem}"] if is_tool else [file.name]
+    return shlex.join(["python", *program, *sys.argv[1:]])
+
+
+# --- files that are written ----------------------------------------------------------------------
+
+def usual_mode(path):
+    """Let others read a file or folder as they may read every new one: tempfile and safetensors
+    make theirs for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def write_whole(path, write):
+    """Let write(part) fill a temporary file beside `path`, then rename it to `path`. So `path`
+    never exists half-written, whoever else writes it."""
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(".part", f"{path.name[:100]}.", path.parent)
+        os.close(handle)
+        part = Path(part)
+        write(part)
+        usual_mode(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except Exception as e:  # OSError, or safetensors' own for the same causes
+        fail(f"cannot write {path}: {e}")
+    finally:  # also where write() itself exits
+        if part:
+            Path(part).unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text as UTF-8."""
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, value):
+    """Write a value as JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path, rows):
+    """Write dicts that have the same keys as a CSV file with a header."""
+    def write(part):
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    write_whole(path, write)
+
+
+def read_json(path):
+    """Read a JSON file that this project wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        fail(f"{path} is damaged ({e}); delete it")
+
+
+def check_writable(folder, flag="--output"):
+    """Exit now, not after the training, if no file can be made in `folder`, which `flag` named."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        fail(f"cannot write into {folder}: {e.strerror}; choose another {flag}")
+
+
+def check_name(path):
+    """Exit now, not after the training, if no file can have the name `path`."""
+    check_writable(path.parent)
+    try:
+        str(path).encode()  # safetensors takes no other names
+        if path.is_dir():
+            fail(f"cannot write {path}: it is a folder")
+    except UnicodeEncodeError:
+        fail(f"cannot write {ascii(str(path))}: the name is not UTF-8; rename that folder")
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}; a shorter folder name makes a shorter file name")
+
+
+# --- files that are read --------------------------------------------------------------------------
+
+def list_folder(folder):
+    """Return the names in a folder, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as e:
+        fail(f"cannot read {folder}: {e.strerror}")
+
+
+def data_files(folder):
+    """Find the train, validation and test files in the user's own folder: ({split: path}, whether
+    they hold questions)."""
+    names = list_folder(folder)
+    found = {split: [folder / (stem + suffix) for stem in stems for suffix in (*TABLES, QUESTIONS)
+                     if stem + suffix in names]
+             for split, stems in SPLITS.items()}
+    kinds = {path.suffix == QUESTIONS: path.name for paths in found.values() for path in paths}
+    if len(kinds) > 1:
+        fail(f"{folder} has sentences ({kinds[False]}) and questions ({kinds[True]}); a folder is "
+             "for one of the two")
+    for paths in found.values():
+        if len(paths) > 1:
+            fail(f"{folder} has both {paths[0].name} and {paths[1].name}; keep one")
+    return {split: paths[0] for split, paths in found.items() if paths}, True in kinds
+
+
+def model_files(folder):
+    """Return the files of a model's folder that are read: configuration, tokenizer and one set of
+    weights, of several the one that transformers takes."""
+    names = list_folder(folder)
+    weights = next((name for name in WEIGHT_FILES if name in names), None)
+    shards = weights.split(".")[0] + "-" if weights and weights.endswith(".index.json") else None
+    return [folder / name for name in names
+            if name in (*CONFIG_FILES, weights)
+            or shards and name.startswith(shards) and name.endswith((".safetensors", ".bin"))]
+
+
+def fingerprint(files):
+    """Return the SHA-256 (first 16 hex digits) of the names and bytes of some files, to tell
+    changed data or weights."""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(files):
+            digest.update(os.fsencode(path.name) + b"\0")  # some names are not UTF-8
+            with open(path, "rb") as file:  # in pieces: it may be larger than the memory
+                while piece := file.read(2**20):
+                    digest.update(piece)
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror}")
+    return digest.hexdigest()[:16]
