@@ -1,43 +1,54 @@
-"""How much memory each method needs in training, from the model's configuration alone: nothing is
-allocated.
+"""Predict how much memory each method needs in training, from the model's configuration alone:
+nothing is allocated.
 
-    python memory.py --model bert-base-uncased --batch-size 32 --max-length 128
+    python -m tools.memory --model bert-base-uncased --batch-size 32 --max-length 128
 
     sum = weights + gradients + optimizer + kept for backward
           in bytes; an MB is 1e6 and a GB 1e9 of them
 
-weights    all parameters and buffers, trained and frozen; BERT's position and segment numbers are
-           buffers (8 kB). For 4-bit weights, both levels of absmax and the tables of levels too
-           (NF4StandIn)
+weights    all parameters and buffers, trained and frozen; a 4-bit weight with all its constants
 gradients  fp32, of every trained number
-optimizer  AdamW's two moments, fp32, of every trained number; without its step counters, 4 bytes a
-           tensor
-kept       what autograd saves in the forward pass for the backward pass, each storage once however
-           many views it has. The model's own parameters and buffers are left out, nothing else:
-           token ids count, and so do the bf16 copies that autocast makes of fp32 weights
+optimizer  AdamW's two moments, fp32, of every trained number, without its step counters (4 bytes
+           per tensor)
+kept       what autograd saves in the forward pass for the backward pass. Each storage counts once,
+           however many views it has. Only the model's own parameters and buffers are left out:
+           token ids count, and so do the bf16 copies that autocast makes of fp32 weights.
 
 Temporaries, the CUDA context and what an allocator wastes come on top. Gradients come while what
 was kept goes, so the true peak can also be lower. Every row has full length.
 
-Without CUDA this describes the CPU's modules (fast.py), which is what training uses there. On a
-GPU, fused attention keeps no (tokens, tokens) matrix and a dropout mask takes one byte an element,
-so that the batches are on the safe side; below some 50 tokens they need not be, since only the CPU
-shortens the last layer. With CUDA this describes Hugging Face's modules on CUDA, as train.py uses
-them. Neither has been measured on a GPU; where there is one, --measure does.
+Without CUDA this describes the CPU's modules (fast.py), with CUDA Hugging Face's, as train.py uses
+them. The CPU's batches are on the safe side for a GPU, where fused attention keeps no (tokens,
+tokens) matrix and a dropout mask takes one byte per element. Below some 50 tokens they may be too
+large, since only the CPU shortens the last layer. Nothing was measured on a GPU; where there is
+one, --measure does.
 """
+if not __package__:
+    raise SystemExit("error: run this from the project's folder: python -m tools.memory")
+
 import json
 from pathlib import Path
 
-from files import check_writable, write_json
+from common import check_writable, command, fail, read_json, start, write_json
 from methods import CASES
-from settings import DEFAULT_MODEL, MODELS, Parser, case_label, make_parser, number, settings_of
-from start import command, fail, start
-from studies import PARTS, ledger_caption, markdown_table
+from settings import DEFAULT_MODEL, Parser, case_label, number, read_flags
+
+# The models that are known without a download: how their configurations differ from BertConfig's
+# defaults, which are bert-base-uncased's
+MODELS = {
+    DEFAULT_MODEL: {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+    "bert-base-uncased": {},
+    "bert-large-uncased": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+                           "intermediate_size": 4096},
+}
+PARTS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer",
+         "kept": "kept for backward"}
+PART_COLORS = dict(zip(PARTS, ("#332288", "#88CCEE", "#44AA99", "#DDCC77")))
 
 
 def fields_of(name):
-    """The fields of a BertConfig as a dict: of one of MODELS, of a config.json or of a folder that
-    holds one."""
+    """Return the fields of a BertConfig as a dict: of one of MODELS, of a config.json or of a
+    folder that holds one."""
     if name in MODELS:
         return MODELS[name]
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
@@ -52,6 +63,7 @@ def fields_of(name):
 
 
 def parse_args(argv=None):
+    """Read the flags, and the configuration that they name into `fields`."""
     start()
     p = Parser(description="Predict how much memory each method needs in training.",
                allow_abbrev=False)
@@ -63,17 +75,16 @@ def parse_args(argv=None):
     p.add_argument("--max-length", type=number(int, 3, 10**6), default=128, metavar="N",
                    help="tokens of every row (default: 128)")
     p.add_argument("--amp", choices=["bf16", "off"], default="bf16",
-                   help="mixed precision of the machine that will train, which need not be this "
-                        "one: hence no auto (default: bf16)")
+                   help="mixed precision of the machine that will train (default: bf16)")
     p.add_argument("--gb", type=number(float, 0.001, 10**6), nargs="+", default=[4, 8, 12, 24],
                    metavar="X", help="memory to find the largest batches for, in 1e9 bytes "
                                      "(default: 4 8 12 24)")
     p.add_argument("--measure", action="store_true",
-                   help="also train every method for two steps here, from random weights, and "
-                        "count the same bytes")
-    p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
-                   help="where metrics/memory.json and figures/ledger.png go (default: beside this "
-                        "file)")
+                   help="also count the same bytes in real training steps, from random weights")
+    p.add_argument("--redraw", action="store_true",
+                   help="draw the figure and print the table of metrics/memory.json again")
+    p.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="DIR",
+                   help="where metrics/ and figures/ go (default: the project's folder)")
 
     args = p.parse_args(argv)
     args.fields = fields_of(args.model)
@@ -91,8 +102,8 @@ import gc
 import math
 from unittest import mock
 
+import numpy as np
 import torch
-import transformers
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import BertConfig, BertForSequenceClassification
@@ -100,13 +111,16 @@ from transformers import BertConfig, BertForSequenceClassification
 import fast
 from lora import replace_modules
 from model import build, trained_tensors
-from plots import draw_ledger
+from plots import markdown_table, name_rows, plt, save_figure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# --- a model without numbers ---------------------------------------------------------------------
+
 class KeepNothing(torch.autograd.Function):
-    """x (..., in) -> (..., out), without numbers. No prediction gets as far as a backward pass."""
+    """Turn x (..., in) into (..., out), without numbers. No prediction gets as far as a backward
+    pass."""
 
     @staticmethod
     def forward(ctx, x, out_features):
@@ -114,9 +128,9 @@ class KeepNothing(torch.autograd.Function):
 
 
 class NF4StandIn(nn.Module):
-    """quant.NF4Linear without numbers, because bitsandbytes' weights have to be allocated: the same
-    stored bytes and the same types. It keeps nothing for backward: bitsandbytes needs its 4-bit
-    weight alone there, not x.
+    """A quant.NF4Linear without numbers, because bitsandbytes' weights have to be allocated: the
+    same stored bytes and the same types. It keeps nothing for backward, since bitsandbytes needs
+    its 4-bit weight alone there, not x.
 
     forward: x (..., in) -> (..., out) in compute_dtype.
     """
@@ -125,16 +139,11 @@ class NF4StandIn(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.compute_dtype = compute_dtype
-        n = linear.weight.numel()
-        blocks = math.ceil(n / 64)
-        # n / 2 + n / 64 + 4 n / (64 * 256) bytes, and 4 (16 + 256 + 1) a layer: see
-        # bitsandbytes.functional.QuantState
-        for name, size, dtype in (("packed", math.ceil(n / 2), torch.uint8),
-                                  ("absmax", blocks, torch.uint8),
-                                  ("nested_absmax", math.ceil(blocks / 256), torch.float32),
-                                  ("code", 16, torch.float32), ("nested_code", 256, torch.float32),
-                                  ("offset", 1, torch.float32)):
-            self.register_buffer(name, torch.empty(size, dtype=dtype))
+        n, blocks = linear.weight.numel(), math.ceil(linear.weight.numel() / 64)
+        # half a byte per weight, a byte per block of them (quant.py), and in fp32 a constant per
+        # 256 blocks, tables of 16 and 256 levels and a mean: see bitsandbytes.functional.QuantState
+        size = math.ceil(n / 2) + blocks + 4 * (math.ceil(blocks / 256) + 16 + 256 + 1)
+        self.register_buffer("packed", torch.empty(size, dtype=torch.uint8))
         self.bias = (None if linear.bias is None
                      else nn.Parameter(linear.bias.detach().to(compute_dtype)))
 
@@ -142,39 +151,48 @@ class NF4StandIn(nn.Module):
         return KeepNothing.apply(x.to(self.compute_dtype), self.out_features)
 
     def dequantize(self):
-        return self.offset.new_empty(self.out_features, self.in_features)
+        return self.packed.new_empty(self.out_features, self.in_features, dtype=torch.float32)
 
 
 def stand_in_encoder(model, compute_dtype):
-    """quant.quantize_encoder without numbers."""
+    """Do what quant.quantize_encoder does, without numbers."""
     replace_modules(model.bert.encoder, nn.Linear, lambda linear: NF4StandIn(linear, compute_dtype))
 
 
 def bits_without_numbers(n):
-    """fast.random_bits for fake tensors, which numpy cannot fill: the same bytes."""
+    """Take the place of fast.random_bits for fake tensors, which numpy cannot fill: the same
+    bytes."""
     return torch.empty(-(-n // 4), dtype=torch.int64).view(torch.int16)[:n]
 
 
+# --- counting ------------------------------------------------------------------------------------
+
 def make_model(config, flags, dtype, quantize=None):
-    """The model of one method as train.py makes it, in training mode; quantize: instead of
+    """Make the model of one method as train.py does, in training mode. quantize: instead of
     quant.quantize_encoder."""
-    s = settings_of(make_parser().parse_args(flags.split()))
-    model = BertForSequenceClassification(config)
+    model, s = BertForSequenceClassification(config), read_flags(flags.split()).settings
     return build(model, s, torch.device(DEVICE), dtype, quantize).train()
 
 
 def stored(model):
-    """{identity of a storage: its bytes} of all parameters and buffers, and of what goes with a
-    4-bit weight."""
+    """Return {identity of a storage: its bytes} of all parameters and buffers, and of what goes
+    with a 4-bit weight."""
     tensors = [*model.parameters(), *model.buffers()]
     for q in [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]:
         tensors += [q.absmax, q.code, q.offset, q.state2.absmax, q.state2.code]
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
-def forward(model, batch_size, max_length, dtype, **inputs):
-    """(loss, bytes kept for backward) of one batch; inputs: what the model gets besides token ids
-    and labels."""
+def fixed_bytes(model):
+    """Count the bytes that do not depend on the batch: {weights, gradients, optimizer}."""
+    trained = sum(p.numel() for p in trained_tensors(model).values())
+    return {"weights": sum(stored(model).values()), "gradients": 4 * trained,
+            "optimizer": 8 * trained}
+
+
+def count_kept(model, batch_size, max_length, dtype, **inputs):
+    """Run one batch forward: (its loss, the bytes kept for backward). inputs: what the model gets
+    besides token ids and labels."""
     own, kept = stored(model), {}
 
     def pack(tensor):
@@ -192,40 +210,39 @@ def forward(model, batch_size, max_length, dtype, **inputs):
     return loss, sum(storage.nbytes() for storage in kept.values())
 
 
-def predict(config, flags, batch_size, max_length, dtype, gb=()):
-    """{weights, gradients, optimizer, kept: bytes; fits: {GB: largest batch, None where this
-    cannot tell}} of one method, from fake tensors: those have shape, type and device, but no
-    memory. dtype: autocast's, or None; gb: memory sizes in 1e9 bytes."""
+def predict_bytes(config, flags, batch_size, max_length, dtype, gb=()):
+    """Predict the bytes of one method: {weights, gradients, optimizer, kept, fits: {GB: the largest
+    batch, None where this cannot tell}}. dtype: autocast's, or None; gb: memory sizes in 1e9 bytes.
+
+    The tensors are fake ones: those have shape, type and device, but no memory.
+    """
     with torch.device("meta"):  # trunc_normal_ does not know fake tensors
         model = make_model(config, flags, dtype, stand_in_encoder)
-
+    row = fixed_bytes(model)
     with (mock.patch.object(fast, "random_bits", bits_without_numbers),
           FakeTensorMode(allow_non_fake_inputs=True)):  # the meta tensors, until they are replaced
         model.to_empty(device=DEVICE)
-        trained = sum(p.numel() for p in trained_tensors(model).values())
-        row = {"weights": sum(stored(model).values()), "gradients": 4 * trained,
-               "optimizer": 8 * trained}
         # Without an attention mask: Hugging Face drops one that is all ones, but cannot look into a
         # fake one.
-        kept, kept_by_one_more = (forward(model, n, max_length, dtype)[1]
+        kept, kept_by_one_more = (count_kept(model, n, max_length, dtype)[1]
                                   for n in (batch_size, batch_size + 1))
 
-    # kept(n) = c + k n: k bytes a row, and c of bf16 copies. Exactly, so the largest n that fits
-    # needs no search.
+    # kept(n) = c + k n: k bytes per row, and c of bf16 copies. It is exact, so the largest n that
+    # fits needs no search.
     k = kept_by_one_more - kept
     room = {f"{x:g}": x * 1e9 - sum(row.values()) for x in gb}
     fits = {x: max(0, batch_size + int((room[x] - kept) // k)) for x in room}
     if k < 2 * max_length * config.hidden_size:
-        # not even one layer's output: it is temporaries that bound the batch
+        # less than the output of one layer: it is temporaries that bound the batch
         fits = dict.fromkeys(room)
     return {**row, "kept": kept, "fits": fits}
 
 
-def measure(config, flags, batch_size, max_length, dtype):
-    """The same bytes counted in real training steps on DEVICE, from random weights, and `peak`:
-    what CUDA's allocator had given out at most, None without CUDA."""
+def measure_bytes(config, flags, batch_size, max_length, dtype):
+    """Count the same bytes in two real training steps on DEVICE, from random weights, and `peak`:
+    the most that CUDA's allocator had given out, None without CUDA."""
     from train import make_optimizer  # slow to import
-    gc.collect()  # what the method before left in reference cycles would count in its peak
+    gc.collect()  # what the last method left in reference cycles would count in the peak
     model = make_model(config, flags, dtype)
     trained = list(trained_tensors(model).values())
     optimizer = make_optimizer(trained, 1e-5)
@@ -236,7 +253,7 @@ def measure(config, flags, batch_size, max_length, dtype):
     # the first step makes the optimizer's moments, so that only the second has the usual peak
     for _ in range(2):
         optimizer.zero_grad()
-        loss, kept = forward(model, batch_size, max_length, dtype, attention_mask=mask)
+        loss, kept = count_kept(model, batch_size, max_length, dtype, attention_mask=mask)
         loss.backward()
         optimizer.step()
 
@@ -248,20 +265,63 @@ def measure(config, flags, batch_size, max_length, dtype):
             "peak": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None}
 
 
+# --- table and figure ----------------------------------------------------------------------------
+
+def ledger_caption(ledger):
+    """Say what a memory.json is of."""
+    on_cpu = ledger["device"] == "cpu"
+    modules = "the CPU's modules (fast.py)" if on_cpu else "Hugging Face's modules on CUDA"
+    return (f"Predicted for {ledger['model']}, batches of {ledger['batch_size']} rows of "
+            f"{ledger['max_length']} tokens, amp {ledger['amp']}, {modules}")
+
+
 def mb(n):
+    """Write bytes as MB."""
     return f"{n / 1e6:,.1f}"
 
 
-def markdown(ledger):
-    """The table and the caption of a memory.json, as Markdown."""
+def ledger_markdown(ledger):
+    """Make the table and caption of a memory.json, as Markdown."""
     header = ["method", *(f"{name} (MB)" for name in PARTS.values()), "sum (MB)",
               *(f"largest batch in {x} GB" for x in ledger["methods"]["full"]["fits"])]
-    rows = [[row["label"], *(mb(row[c]) for c in PARTS), mb(sum(row[c] for c in PARTS)),
+    rows = [[row["label"], *(mb(row[part]) for part in PARTS), mb(sum(row[p] for p in PARTS)),
              *("*" if n is None else f"{n:,}" if n else "–" for n in row["fits"].values())]
             for row in ledger["methods"].values()]
     return markdown_table(header, rows) + (
         f"\n{ledger_caption(ledger)}. A batch fits if this sum does; temporaries and the CUDA "
         "context come on top. – is not even one row, * is as many as the temporaries allow.\n")
+
+
+def draw_ledger(ledger, path):
+    """Draw the parts of each method's sum as one stacked bar."""
+    rows = ledger["methods"].values()
+    fig, ax = plt.subplots(figsize=(9, 4))
+    left = np.zeros(len(rows))
+
+    for part, name in PARTS.items():
+        gb = np.array([row[part] for row in rows]) / 1e9
+        ax.barh(range(len(rows)), gb, left=left, color=PART_COLORS[part], label=name, height=0.65)
+        left += gb
+    for y, total in enumerate(left):
+        ax.annotate(f"{total:.2f}", (total, y), xytext=(6, 0), textcoords="offset points",
+                    va="center")
+
+    name_rows(ax, [row["label"] for row in rows])
+    ax.margins(x=0.08)
+    ax.set_xlabel("memory in training (GB)")
+    ax.legend(fontsize=9, loc="center right")
+    fig.suptitle(ledger_caption(ledger), fontsize=9)
+    save_figure(fig, path)
+
+
+def redraw(output):
+    """Draw the figure of output/metrics/memory.json, and print its table."""
+    path, figure = output / "metrics" / "memory.json", output / "figures" / "ledger.png"
+    if not path.exists():
+        fail(f"there is no {path}; python -m tools.memory makes it")
+    ledger = read_json(path)
+    draw_ledger(ledger, figure)
+    print(f"{ledger_markdown(ledger)}\n{path} holds these numbers; drew {figure}")
 
 
 def print_measured(config, batch, predicted):
@@ -271,8 +331,8 @@ def print_measured(config, batch, predicted):
     rows = []
     for name, case in CASES.items():
         try:
-            measured = measure(config, case.flags, *batch)
-        except RuntimeError as e:  # there is a type of its own for a full GPU, not for a full CPU
+            measured = measure_bytes(config, case.flags, *batch)
+        except RuntimeError as e:  # only a full GPU has a type of its own, a full CPU has none
             if "memory" not in str(e):
                 raise
             fail("there is not enough memory here for --measure; take a smaller --batch-size")
@@ -283,7 +343,9 @@ def print_measured(config, batch, predicted):
 
 
 def main(args):
-    transformers.logging.set_verbosity_error()
+    if args.redraw:
+        redraw(args.output)
+        return
     try:
         config = BertConfig(**{**args.fields, "num_labels": 2,
                                "problem_type": "single_label_classification"})
@@ -294,14 +356,13 @@ def main(args):
              f"({type(e).__name__}: {' '.join(str(e).split())})")
 
     batch = args.batch_size, args.max_length, torch.bfloat16 if args.amp == "bf16" else None
-    methods = {name: {"label": case_label(name), **predict(config, case.flags, *batch, args.gb)}
+    methods = {name: {"label": case_label(name),
+                      **predict_bytes(config, case.flags, *batch, args.gb)}
                for name, case in CASES.items()}
-    ledger = {"command": command(), "model": args.model, "batch_size": args.batch_size,
-              "max_length": args.max_length, "amp": args.amp, "device": DEVICE, "methods": methods}
-    path = args.output / "metrics" / "memory.json"
-    write_json(path, ledger)
-    draw_ledger(args.output)
-    print(markdown(ledger) + f"\nwrote {path} and drew figures/ledger.png")
+    write_json(args.output / "metrics" / "memory.json", {
+        "command": command(), "model": args.model, "batch_size": args.batch_size,
+        "max_length": args.max_length, "amp": args.amp, "device": DEVICE, "methods": methods})
+    redraw(args.output)
     if args.measure:
         print_measured(config, batch, methods)
 

@@ -1,4 +1,8 @@
-"""Synthetic questions and answers of five levels, made here so that nothing has to be fetched.
+"""Generate questions and answers of five levels, so that nothing has to be fetched.
+
+    python -m tools.synthetic       writes downloads/synthetic/, and prints some
+
+train.py --task synthetic does the first of the two when it needs the files.
 
 Every passage holds four facts, so that one of them taken blindly is right one time in four
 (CHANCE). What else is needed to find the right one is the question's level:
@@ -14,11 +18,16 @@ Every passage holds four facts, so that one of them taken blindly is right one t
     employed by Royal Bank.       Which company does Omar Reed work for? -> Royal Bank   (pronoun)
 
 Train, validation and test share no name, place, company, year, number or date, and no wording: a
-model that learned the training sentences by heart knows nothing of the test. `python synthetic.py`
-prints some.
+model that learned the training sentences by heart knows nothing of the test.
 """
+if not __package__:
+    raise SystemExit("error: run this from the project's folder: python -m tools.synthetic")
+
+import json
 import random
 
+from common import start, write_text
+from fetch import DOWNLOADS
 from settings import SPLIT_SEED
 
 SIZES = {"train": 1800, "validation": 250, "test": 1600}  # questions, each with its own passage
@@ -133,42 +142,44 @@ MONTHS = {"train": "January March May July September November".split(),
           "test": "April August December".split()}
 
 
-def share(split, numbers):
-    """A split's own part of some numbers: those that leave 0, 1 or 2 (train), 3 (validation) or 4
-    (test) mod 5."""
+def own_numbers(split, numbers):
+    """Return a split's own part of some numbers: those that leave 0, 1 or 2 (train), 3 (validation)
+    or 4 (test) mod 5."""
     own = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[split]
     return [n for n in numbers if n % 5 in own]
 
 
 def wordings(split, texts, held_out):
-    """A split's own wordings out of a list: validation and test have `held_out` each."""
+    """Return a split's own wordings out of a list: validation and test have `held_out` each."""
     return {"train": texts[:-2 * held_out], "validation": texts[-2 * held_out:-held_out],
             "test": texts[-held_out:]}[split]
 
 
 def draw_people(split, rng):
-    """Six people, (name, pronoun) each, of whom no two share a first or last name."""
+    """Draw six people, (name, pronoun) each, of whom no two share a first or last name."""
     women, men = FIRST[split]
     return [(f"{first} {last}", "She" if first in women else "He")
             for first, last in zip(rng.sample(women + men, 6), rng.sample(LAST[split], 6))]
 
 
 def two_answers(kind, people, split, rng):
-    """Two different answers of one kind; if the kind is "person", the first two `people`."""
+    """Draw two different answers of one kind; if the kind is "person", the first two `people`."""
     if kind == "person":
         return [name for name, _ in people[:2]]
     if kind == "company":
         brands, trades = rng.sample(BRANDS[split], 2), rng.sample(TRADES[split], 2)
         return [f"{a} {b}" for a, b in zip(brands, trades)]
     if kind == "date":
-        days, months = rng.sample(share(split, range(1, 29)), 2), rng.choices(MONTHS[split], k=2)
+        days = rng.sample(own_numbers(split, range(1, 29)), 2)
+        months = rng.choices(MONTHS[split], k=2)
         return [f"{a} {b}" for a, b in zip(days, months)]
-    numbers = share(split, range(1950, 2020) if kind == "year" else range(11, 100))
+    numbers = own_numbers(split, range(1950, 2020) if kind == "year" else range(11, 100))
     return rng.sample(TOWNS[split], 2) if kind == "town" else list(map(str, rng.sample(numbers, 2)))
 
 
 def draw_facts(level, split, rng):
-    """Four facts (kind, person, pronoun, answer), in the order in which the level states them."""
+    """Draw four facts (kind, person, pronoun, answer), in the order in which the level states
+    them."""
     people = draw_people(split, rng)
     kinds = rng.sample(list(RELATIONS), 4 if level == "match" else 2)
     pairs = {kind: two_answers(kind, people, split, rng) for kind in kinds}
@@ -185,22 +196,24 @@ def draw_facts(level, split, rng):
 
 
 def state(kind, x, y, split, rng):
+    """Say in a sentence what is the y of x."""
     return rng.choice(wordings(split, RELATIONS[kind][0], 2)).format(x=x, y=y)
 
 
 def state_by_pronoun(kind, pronoun, y, split, rng):
-    """As state, in one of the wordings that start with the person."""
+    """Say it in one of the wordings that start with the person."""
     own = [text for text in wordings(split, RELATIONS[kind][0], 2) if text.startswith("{x}")]
     return rng.choice(own).format(x=pronoun, y=y)
 
 
-def ask(kind, x, split, rng):
+def ask_for(kind, x, split, rng):
+    """Ask for the y of x."""
     return rng.choice(wordings(split, RELATIONS[kind][1], 1)).format(x=x)
 
 
 def make_passage(level, split, rng):
-    """(sentences, question, answers, which of them is right): the four answers in the order of the
-    passage."""
+    """Make (sentences, question, answers, which of them is right): the four answers in the order of
+    the passage."""
     if level == "number":
         return make_counts(split, rng)
     facts = draw_facts(level, split, rng)  # (kind, person, pronoun, answer)
@@ -215,13 +228,13 @@ def make_passage(level, split, rng):
     if level == "join":
         other, y = next((k, y) for k, x, _, y in facts if x == person and k != kind)
         person = rng.choice(wordings(split, RELATIONS[other][2], 1)).format(y=y)
-    return sentences, ask(kind, person, split, rng), [fact[3] for fact in facts], asked
+    return sentences, ask_for(kind, person, split, rng), [fact[3] for fact in facts], asked
 
 
 def make_counts(split, rng):
-    """make_passage for the level of numbers: two sentences."""
+    """Make the passage of the level of numbers: two sentences."""
     people, things = draw_people(split, rng)[:2], rng.sample(THINGS[split], 2)
-    numbers = [str(n) for n in rng.sample(share(split, range(11, 100)), 4)]
+    numbers = [str(n) for n in rng.sample(own_numbers(split, range(11, 100)), 4)]
     sentences, counted = [], []
     for i, (x, _) in enumerate(people):
         a, b = rng.sample(things, 2)
@@ -234,9 +247,9 @@ def make_counts(split, rng):
     return sentences, question.format(a=counted[asked], x=people[asked // 2][0]), numbers, asked
 
 
-def make_question(split, number, rng):
-    """One SQuAD-style dict: id, context, question, answers {text: [str], answer_start: [int]}, and
-    level and choices, the four answers of the passage."""
+def generate(split, number, rng):
+    """Make one question as a dict: id, context, question, answers {text: [str], answer_start:
+    [int]}, and level and choices, the four answers of the passage."""
     levels = TRAINED if split == "train" else LEVELS
     level = levels[number % len(levels)]
     sentences, question, choices, asked = make_passage(level, split, rng)
@@ -248,13 +261,31 @@ def make_question(split, number, rng):
 
 
 def make_questions(split):
-    """The SIZES[split] questions of one split; always the same ones."""
+    """Make the SIZES[split] questions of one split; always the same ones."""
     rng = random.Random(f"{SPLIT_SEED} {split}")
-    return [make_question(split, number, rng) for number in range(SIZES[split])]
+    return [generate(split, number, rng) for number in range(SIZES[split])]
+
+
+def as_squad(questions):
+    """Return questions in the form of a SQuAD v1.1 file, each with its own passage and level."""
+    paragraphs = [{"context": q["context"], "qas": [
+        {"id": q["id"], "question": q["question"], "level": q["level"],
+         "answers": [{"text": text, "answer_start": start}
+                     for text, start in zip(*q["answers"].values())]}]} for q in questions]
+    return {"data": [{"title": "generated", "paragraphs": paragraphs}]}
+
+
+def main():
+    start()
+    for split in SIZES:
+        questions = make_questions(split)
+        path = DOWNLOADS / "synthetic" / f"{split}.json"
+        write_text(path, json.dumps(as_squad(questions), indent=1) + "\n")
+        print(f"wrote {path}")
+        for q in questions[:len(LEVELS)]:
+            print(f"{split}, {q['level']}: {q['context']}\n  {q['question']} -> "
+                  f"{q['answers']['text'][0]}")
 
 
 if __name__ == "__main__":
-    for split in SIZES:
-        for q in make_questions(split)[:len(LEVELS)]:
-            print(f"{split}, {q['level']}: {q['context']}\n  {q['question']} -> "
-                  f"{q['answers']['text'][0]}")
+    main()

@@ -1,0 +1,403 @@
+"""Export what was trained for other programs, and read what peft has trained.
+
+    python -m tools.export checkpoints/NAME.safetensors --to FOLDER
+    python -m tools.export checkpoints/NAME.safetensors --to FOLDER --format peft
+
+The first makes a plain Hugging Face folder, which needs nothing from here: what LoRA or DoRA
+learned is folded into BERT's own weights.
+
+    LoRA    W = W0 + s B A                                lora.py, computed in fp32
+    DoRA    W = m (W0 + s B A) / ||W0 + s B A||
+
+A 4-bit W0 is dequantised first, and W stays in float, because rounding it to 4 bits once more could
+undo what was learned. --requantized JSON does that all the same, and scores the test rows.
+
+The second leaves it beside the weights, in the two files that PeftModel.from_pretrained takes.
+adapter_config.json says what is put where; adapter_model.safetensors has the tensors, named as peft
+0.21 names them:
+
+    base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight           (r, in)
+    base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight           (out, r)
+    base_model.model.bert.encoder.layer.0.attention.self.query.lora_magnitude_vector   (out)  DoRA
+    base_model.model.classifier.weight, ...bias       the head; of questions qa_outputs
+
+peft's scale is alpha / r, too, or with use_rslora alpha / sqrt(r) (Kalajdzievski 2023,
+https://arxiv.org/abs/2312.03732). peft does not say whether the base was 4-bit. An export from here
+says so in the metadata of its tensors. Such a folder can be given instead of a checkpoint, here and
+to tools.predict.
+"""
+if not __package__:
+    raise SystemExit("error: run this from the project's folder: python -m tools.export")
+
+import argparse
+from pathlib import Path
+
+from common import check_writable, fail, start
+from settings import Parser
+
+
+def parse_args(argv=None):
+    start()
+    p = Parser(description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", nargs="+", type=Path,
+                   help="what train.py left in checkpoints/, or a peft folder")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", type=Path, metavar="FOLDER", help="export the model, its tokenizer")
+    what.add_argument("--requantized", type=Path, metavar="JSON",
+                      help="measure instead, for QLoRA and QDoRA")
+    p.add_argument("--format", choices=["merged", "peft"], default="merged",
+                   help="merged: a BERT for transformers; peft: what was trained (default: merged)")
+    p.add_argument("--model", metavar="FOLDER",
+                   help="where the base is, if it was a folder (default: as in training)")
+    p.add_argument("--data", type=Path, metavar="DIR",
+                   help="where the data are, if they were a folder (default: none)")
+
+    args = p.parse_args(argv)
+    if args.to and len(args.checkpoint) > 1:
+        fail(f"--to takes one checkpoint, not {len(args.checkpoint)}")
+    if args.to and args.data:
+        fail("--data is for --requantized")
+    if args.requantized and args.format != "merged":
+        fail("--format is for --to")
+    flag, path = ("--to", args.to) if args.to else ("--requantized", args.requantized)
+    try:
+        if path.is_dir() or args.to and args.to.exists():
+            fail(f"{path} already exists; choose another {flag}")
+        folder = path.resolve().parent
+    except (OSError, RuntimeError) as e:  # RuntimeError: a symbolic link to itself
+        fail(f"cannot write {path}: {e}")
+    check_writable(folder, flag)
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports
+
+import atexit
+import dataclasses
+import json
+import math
+import re
+import shutil
+import tempfile
+
+import torch
+from safetensors.torch import save_file
+
+import checkpoint
+from checkpoint import attach, read_about, read_tensors
+from common import command, data_files, fingerprint, usual_mode, write_json, write_whole
+from lora import LoRALinear, frozen_weight, merge_lora
+from methods import HEAD, TARGETS, is_4bit, label_of, row_of
+from model import autocast, load_pretrained
+from qa import load_task
+from settings import DEFAULT_MODEL, Settings, is_synthetic
+from train import evaluate
+
+PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, LAYERS = "base_model.model.", "bert.encoder.layer."
+ENDS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+HUB_NAME = f"sentence-transformers/{DEFAULT_MODEL}"  # the same weights as fetch.py's
+TASK_TYPES = {"classifier.": "SEQ_CLS", "qa_outputs.": "QUESTION_ANS"}  # by the head
+# what peft's LoRA may have and ours has not
+FOREIGN = ("rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "use_qalora",
+           "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "revision")
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the frozen weights
+
+
+# --- checkpoints that are read -------------------------------------------------------------------
+
+def load_base(path, model_name=None):
+    """Return (tokenizer, base, its hash) for a checkpoint; model_name: instead of the model that it
+    was trained on."""
+    about = read_about(path)
+    s = about["settings"]
+    if s.model_sha256 and not model_name:
+        fail(f"{path} was trained on a model in the folder {s.model}; --model FOLDER says where "
+             "that is")
+    tokenizer, base = load_pretrained(model_name or s.model, about["label_names"])
+    checkpoint.check_tokenizer(path, about, tokenizer)
+    return tokenizer, base.eval(), checkpoint.hash_base(base)
+
+
+def name_files(paths):
+    """Return {name: checkpoint} of checkpoints and peft folders. The name is that of the file or
+    folder, or its path where two names are the same."""
+    names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = map(str, paths)
+    return dict(zip(names, map(as_checkpoint, paths)))
+
+
+def as_checkpoint(path):
+    """Return a path that checkpoint.py can read: `path` itself, or if that is a peft folder, a
+    temporary file of the folder's name, made from it and removed at exit."""
+    if not path.is_dir():
+        return path
+    config = read_config(path)
+    # peft also saves in 16 bits
+    tensors = {own_name(name): p.float() for name, p in read_tensors(path / PEFT_TENSORS).items()}
+    about = describe_folder(path, config, tensors)
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = folder / f"{path.resolve().name}.safetensors"
+    write_whole(file, lambda part: save_file(tensors, part, checkpoint.as_metadata(about)))
+    return file
+
+
+# --- peft's format -------------------------------------------------------------------------------
+
+def peft_name(name):
+    """Return what peft calls one of our trained tensors."""
+    for own, end in ENDS.items():
+        if name.endswith("." + own):
+            name = name.removesuffix(own) + end
+    return PREFIX + name
+
+
+def own_name(name):
+    """Return what we call one of peft's tensors."""
+    name = name.removeprefix(PREFIX).replace("magnitude_vector.weight", "magnitude_vector")
+    for own, end in ENDS.items():
+        if name.endswith("." + end):
+            name = name.removesuffix(end) + own
+    return name
+
+
+def write_peft(path, folder):
+    """Write a checkpoint of LoRA or DoRA into `folder` as peft would. What peft's files do not say,
+    such as the names of the labels, goes into the metadata, which peft does not read."""
+    about, tensors = read_about(path), read_tensors(path)
+    s = about["settings"]
+    head = "qa_outputs" if s.is_qa else "classifier"
+    new_pooler = ["pooler"] if any(".pooler." in name for name in tensors) else []
+    write_json(folder / PEFT_CONFIG, {
+        "peft_type": "LORA", "task_type": TASK_TYPES[f"{head}."],
+        "base_model_name_or_path": HUB_NAME if s.model == DEFAULT_MODEL else s.model,
+        "r": s.r, "lora_alpha": s.alpha, "lora_dropout": s.dropout,
+        "target_modules": list(s.target_layers), "modules_to_save": [head, *new_pooler],
+        "use_dora": "magnitude" in row_of(s).adds, "use_rslora": False, "bias": "none",
+        "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True})
+    save_file({peft_name(name): p for name, p in tensors.items()}, folder / PEFT_TENSORS,
+              {"format": "pt", **checkpoint.as_metadata(about)})
+
+
+def read_config(folder):
+    """Return the content of a folder's adapter_config.json. Exit if it is not of a LoRA or DoRA
+    that we have."""
+    path = folder / PEFT_CONFIG
+    if not path.exists():
+        fail(f"{folder} is no peft folder: {PEFT_CONFIG} is not there")
+    if not (folder / PEFT_TENSORS).exists():
+        fail(f"{folder} has no {PEFT_TENSORS}; peft writes it with save_pretrained(folder, "
+             "safe_serialization=True)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, r, alpha = config["peft_type"], config.get("r"), config.get("lora_alpha")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        fail(f"{path} is damaged")
+    if kind != "LORA":
+        fail(f"{folder} is peft's {kind}; LoRA and DoRA alone are read")
+    if not isinstance(r, int) or not isinstance(alpha, (int, float)) or r < 1 or alpha <= 0:
+        fail(f"{path}: r is {r} and lora_alpha {alpha}")
+    if config.get("task_type") not in (*TASK_TYPES.values(), None):
+        fail(f"{folder} is for {config['task_type']}; {' and '.join(TASK_TYPES.values())} are read")
+    if found := [key for key in FOREIGN if config.get(key)]:
+        fail(f"{folder}: {found[0]} is not supported")
+    if config.get("bias", "none") != "none":
+        fail(f"{folder} trained biases (bias {config['bias']!r}), which is not supported")
+    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+        fail(f"{folder}: init_lora_weights {config['init_lora_weights']!r} changes the frozen "
+             "weights, which is not supported")
+    return config
+
+
+def find_targets(folder, names):
+    """Return which of methods.TARGETS the trained tensors with these names are on."""
+    layers = {}  # {number: names of its linear layers with LoRA}
+    for name in names:
+        if name.endswith(".lora_A"):
+            module = name.removesuffix(".lora_A")
+            found = re.fullmatch(re.escape(LAYERS) + r"(\d+)\.(.+)", module)
+            if not found:
+                fail(f"{folder}: LoRA is on {module}, which is not supported; on {LAYERS}* alone "
+                     'it is (peft\'s "all-linear" takes the pooler, too)')
+            layers.setdefault(int(found[1]), set()).add(found[2])
+    for targets, own in TARGETS.items():
+        if layers and all(found == set(own) for found in layers.values()):
+            return targets
+    least = min(layers.values(), key=len, default=set())
+    fail(f"{folder}: LoRA is on {', '.join(sorted(least)) or 'nothing'} of a layer; every layer "
+         f"must have it on one of: {'; '.join(TARGETS)}")
+
+
+def describe_folder(folder, config, tensors):
+    """Return what checkpoint.describe says of a run for a peft folder with this config and these
+    tensors (by our names)."""
+    targets = find_targets(folder, tensors)
+    heads = [head for head in HEAD if f"{head}weight" in tensors]
+    if len(heads) != 1:
+        fail(f"{folder} has no head (classifier or qa_outputs, in peft's modules_to_save): what "
+             "it answers is not in it")
+    if config.get("task_type") not in (TASK_TYPES[heads[0]], None):
+        fail(f"{folder} is for {config['task_type']}, but its head is {heads[0]}weight")
+    is_qa, n_labels = heads[0] == "qa_outputs.", len(tensors[f"{heads[0]}weight"])
+    if n_labels < 2:
+        fail(f"{folder} has a head with one output, a regression's, which is not supported")
+
+    # an export from here left in the metadata what peft's files do not say
+    file = folder / PEFT_TENSORS
+    is_ours = "settings" in checkpoint.read(file, lambda opened: opened.metadata() or {})
+    about = read_about(file) if is_ours else describe_foreign(folder, config, is_qa, n_labels)
+    method = "dora" if config.get("use_dora") else "lora"
+    if is_4bit(about["settings"]):
+        method = f"q{method}"
+    # s = alpha / sqrt(r) = (alpha sqrt(r)) / r
+    scale = math.sqrt(config["r"]) if config.get("use_rslora") else 1
+    return about | {"settings": dataclasses.replace(
+        about["settings"], method=method, targets=targets, r=config["r"],
+        alpha=config["lora_alpha"] * scale, dropout=config.get("lora_dropout", 0.0))}
+
+
+def describe_foreign(folder, config, is_qa, n_labels):
+    """Return what can be said of a folder that another program wrote. Labels get the names that
+    transformers gives them, lengths are train.py's defaults, and what nothing tells is None."""
+    model = config.get("base_model_name_or_path") or DEFAULT_MODEL
+    max_length, stride, max_answer_length = (384, 128, 30) if is_qa else (128, None, None)
+    s = Settings(method="lora", placement=None, task=folder.resolve().name, is_qa=is_qa,
+                 model=DEFAULT_MODEL if model == HUB_NAME else model, max_length=max_length,
+                 stride=stride, max_answer_length=max_answer_length)
+    labels = None if is_qa else [f"LABEL_{i}" for i in range(n_labels)]
+    return {"settings": s, "label_names": labels, "base": None, "tokenizer": None, "pairs": False,
+            "epoch": None}
+
+
+# --- exporting -----------------------------------------------------------------------------------
+
+def merge(model, s):
+    """Turn a model of the settings `s` (checkpoint.attach) into a plain BERT, in place. Twice is
+    the same as once."""
+    if not row_of(s).merges:
+        fail(f"adapters cannot be merged ({label_of(s)}): a nonlinear function stands between "
+             "their two matrices, so that no weight of BERT's own does the same. LoRA, DoRA, QLoRA "
+             "and QDoRA can")
+    merge_lora(model)
+    if is_4bit(s):
+        from quant import dequantize_encoder  # bitsandbytes is slow to import
+        dequantize_encoder(model)
+    # a wrapper that is left would be exported without a word
+    with torch.device("meta"):
+        plain = set(type(model)(model.config).state_dict())
+    if left := sorted(set(model.state_dict()) ^ plain):
+        fail(f"{label_of(s)} was not merged: {left[0]} is left")
+
+
+def export(path, folder, model_name=None, is_peft=False):
+    """Write a checkpoint as a folder for transformers, merged and in fp32, or for peft, with the
+    tokenizer; whole or not at all."""
+    tokenizer, base, base_hash = load_base(path, model_name)
+    model, about = attach(base, base_hash, path)
+    s = about["settings"]
+    if not is_peft:
+        merge(model, s)
+    elif "r" not in row_of(s).flags:
+        fail(f"{label_of(s)} has no place in peft's format of LoRA; --format merged exports what "
+             "can be merged")
+    folder = folder.resolve()
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name[:100] + "."))
+    try:
+        write_peft(path, part) if is_peft else model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        for made in (part, *part.iterdir()):
+            usual_mode(made)
+        part.rename(folder)
+    except (Exception, SystemExit) as e:  # OSError, safetensors' own for the same causes, or fail
+        shutil.rmtree(part, ignore_errors=True)
+        fail(f"cannot write {folder}: {e}")
+
+
+# --- rounding once more --------------------------------------------------------------------------
+
+def check_requantized(paths):
+    """Exit if some checkpoints cannot be measured together."""
+    all_settings = [read_about(path)["settings"] for path in paths]
+    for path, s in zip(paths, all_settings):
+        if not is_4bit(s):
+            fail(f"{path} is {s.method}; only QLoRA and QDoRA have 4-bit weights that could be "
+                 "requantised")
+    if len({s.is_qa for s in all_settings}) > 1:
+        fail("some of these were trained on sentences and some on questions; a table is of one")
+
+
+def load_test(s, tokenizer, folder):
+    """Load the test rows that the run with the settings `s` was scored on."""
+    if s.data_sha256 and not folder and not is_synthetic(s):
+        fail(f"it was trained on the folder {s.task}; --data DIR says where that is")
+    if folder and fingerprint(data_files(folder)[0].values()) != s.data_sha256:
+        fail(f"{folder} is not what it was trained on, which is {s.task}")
+    task = load_task(s, folder)
+    return task.encode(task.test, tokenizer, s)
+
+
+@torch.no_grad()
+def requantize(path, model_name, folder):
+    """Measure what merging a 4-bit model does to its scores on the test rows, in float and rounded
+    to 4 bits again."""
+    from quant import quantize_encoder  # bitsandbytes is slow to import
+    tokenizer, base, base_hash = load_base(path, model_name)
+    model, about = attach(base, base_hash, path)
+    s, device = about["settings"], torch.device("cpu")
+    split, amp = load_test(s, tokenizer, folder), autocast(device, None)
+    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    before = {name: frozen_weight(m.base).float() for name, m in wrapped.items()}
+    unmerged, unmerged_outcome = evaluate(model, split, device, amp)
+
+    def score():
+        scores, outcome = evaluate(model, split, device, amp)
+        pairs = zip(outcome["predictions"], unmerged_outcome["predictions"])
+        return scores | {"changed_predictions": sum(a != b for a, b in pairs)}
+
+    def norm(a, b):
+        return float(torch.stack([(a[name] - b[name]).norm() for name in a]).norm())
+
+    merge(model, s)
+    merged = {name: model.get_submodule(name).weight.clone() for name in wrapped}
+    merged_scores = score()
+    quantize_encoder(model, torch.float32)
+    rounded = {name: model.get_submodule(name).dequantize() for name in wrapped}
+    # Frobenius norms over all weights that LoRA is on: of the update W - W0, and of the error of
+    # rounding W
+    return {"settings": vars(s), "test_rows": split.n, "unmerged": unmerged,
+            "merged": merged_scores, "requantized": score(),
+            "update_norm": norm(merged, before), "rounding_norm": norm(rounded, merged)}
+
+
+def requantized_table(results):
+    """Make the table of --requantized, as markdown."""
+    from plots import markdown_table  # matplotlib is slow to import
+    metric, digits = ("f1", 2) if "f1" in results[0]["unmerged"] else ("f1_macro", 4)
+    header = ["", "seed", "4-bit W0, update beside it", "merged, in float", "predictions changed",
+              "merged, in 4 bits", "predictions changed", "rounding error / update"]
+    rows = [[r["settings"]["method"], str(r["settings"]["seed"]),
+             f"{r['unmerged'][metric]:.{digits}f}",
+             f"{r['merged'][metric]:.{digits}f}", str(r["merged"]["changed_predictions"]),
+             f"{r['requantized'][metric]:.{digits}f}", str(r["requantized"]["changed_predictions"]),
+             f"{r['rounding_norm'] / r['update_norm']:.2f}"] for r in results]
+    return markdown_table(header, rows)
+
+
+def main(args):
+    paths = list(map(as_checkpoint, args.checkpoint))
+    if args.to:
+        export(paths[0], args.to, args.model, args.format == "peft")
+        print(f"wrote {args.to}")
+    else:
+        check_requantized(paths)
+        results = [{"command": command()} | requantize(path, args.model, args.data)
+                   for path in paths]
+        write_json(args.requantized, results)
+        print(requantized_table(results) + f"\nwrote {args.requantized}")
+
+
+if __name__ == "__main__":
+    main(ARGS)

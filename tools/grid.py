@@ -1,0 +1,498 @@
+"""The study of question answering: twenty runs, and what becomes of them.
+
+    bash run_grid.sh                    trains what is missing, then does as the next line
+    python -m tools.grid                gathers the finished runs in metrics/grid.json, tables and
+                                        figures, and names the missing ones
+    python -m tools.grid --list         prints the twenty commands, one per line, for xargs -P, GNU
+                                        parallel or a Slurm array
+    python -m tools.grid --redraw       draws again what metrics/grid.json of --output holds
+    python -m tools.grid --trainer FOLDER --output DIR
+                                        gathers runs that Hugging Face's Trainer left
+
+With --trainer, every folder in FOLDER whose name tells a method, a number of epochs and a learning
+rate is a run, however the name is written: 2_epochs_base_qa_2e-4 (base is full fine-tuning),
+lora-epoch-3_lr_4.25e-05, qdora_epoch-2_lr_2e-4. Its scores are those of the evaluation with the
+best eval_f1, and of the last one. Its time is Trainer's train_runtime, for a resumed training that
+of the last part, or else what tensorboard's files tell; both include evaluation.
+"""
+if not __package__:
+    raise SystemExit("error: run this from the project's folder: python -m tools.grid")
+
+import contextlib
+import json
+import re
+import shlex
+import statistics
+import sys
+import textwrap
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from common import check_writable, command, fail, read_json, start, warn, write_csv, write_json
+from compare import TRAIN, explain, given, mixed_hardware, print_commands, refuse
+from fetch import model_folder, synthetic_folder
+from methods import CASES, label_of
+from settings import DEFAULT_MODEL, Parser, Settings, is_synthetic, read_flags, read_settings, short
+from spread import mean_interval, mean_std
+from tools.synthetic import CHANCE
+
+GRID_METHODS = ("full", "lora", "qlora", "dora", "qdora")
+STYLES = CASES | {"lora": CASES["lora_r16"]}
+# What the folders of Trainer's runs call them, and words that name a method of no grid
+FOLDER_WORDS = {"base": "full", **{method: method for method in GRID_METHODS}}
+OTHER_METHODS = "adapter|ia3|loraplus|lora[-_+]plus|adalora|loha|lokr|vera|bitfit|prefix|prompt"
+
+
+# --- the twenty runs ------------------------------------------------------------------------------
+
+def twenty_runs(full, others):
+    """Return {run: flags of train.py}: every method with 2 and 3 epochs and two learning rates.
+    full: the rates of full fine-tuning; others: those of the other methods."""
+    return {f"{method}_epoch-{epochs}_lr_{lr}":
+            f"--method {method} --epochs {epochs} --lr {lr}"
+            + (" --r 16" if method != "full" else "")
+            for method in GRID_METHODS for epochs in (2, 3)
+            for lr in (full if method == "full" else others)}
+
+
+# The rates of the study on Portuguese SQuAD; the small model's on generated questions are higher.
+GRID_RUNS = twenty_runs(("2e-4", "4.25e-5"), ("2e-4", "4.25e-5"))
+SYNTHETIC_RATES = ("1e-4", "5e-5"), ("1e-3", "5e-4")  # of full fine-tuning, of the others
+SYNTHETIC_RUNS = twenty_runs(*SYNTHETIC_RATES)
+
+
+def grid_runs(s):
+    """Return the twenty runs of a grid on the task of the settings `s`."""
+    return SYNTHETIC_RUNS if is_synthetic(s) else GRID_RUNS
+
+
+def read_grid(path):
+    """Read a grid.json: {"command": how it was made, "runs": {run: result}}. Without a file there
+    are no runs."""
+    if not path.exists():
+        return {"runs": {}}
+    content = read_json(path)
+    try:
+        if content["command"] and [read_settings(run) for run in content["runs"].values()]:
+            return content
+    except (AttributeError, KeyError, TypeError):
+        pass
+    fail(f"{path} is damaged or of an earlier version; delete it")
+
+
+def check_same_study(path, runs):
+    """Exit if the grid.json at `path` holds others than these runs, {name: flags}."""
+    elsewhere = "give this one an --output of its own"
+    for name, result in read_grid(path)["runs"].items():
+        if "trainer" in result:
+            fail(f"{path} holds Trainer's runs; {elsewhere}")
+        if name not in runs:
+            fail(f"{path} holds results of another study ({name}); {elsewhere}")
+        for key, asked in vars(read_flags(runs[name]).settings).items():
+            if (held := result["settings"].get(key)) != asked:
+                fail(f"{path} holds results of another study ({key} {held}, here {asked}); "
+                     f"{elsewhere}")
+
+
+# --- runs of Hugging Face's Trainer ---------------------------------------------------------------
+
+def parse_name(name):
+    """Return (method, epochs, learning rate) of a run's folder, or None if its name does not say
+    each of them once. Words are taken whole, so that lora is not found in qlora; numbers are
+    compared as numbers."""
+    name = re.sub(r"q[-_]?(lora|dora)", r"q\1", re.sub("bert[-_]base", "bert", name.lower()))
+    number = r"(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
+    # lr_2e-4, lr-0.0002; without lr the one number with an exponent
+    rates = (re.findall(rf"(?<![a-z])lr[-_=]?({number})(?![a-z\d]|\.\d)", name)
+             or re.findall(r"(?<![a-z\d.-])\d+(?:\.\d+)?e-\d+(?![a-z\d])", name))
+    epochs = (re.findall(r"(?<![a-z])epochs?[-_=]?(\d+)(?![a-z\d.])", name)
+              or re.findall(r"(?<![a-z\d.-])(\d+)[-_]?epochs?(?![a-z\d])", name))
+    methods = {FOLDER_WORDS[word] for word in re.findall("[a-z]+", name) if word in FOLDER_WORDS}
+    if ({len(rates), len(epochs), len(methods)} != {1} or not float(rates[0])
+            or re.search(OTHER_METHODS, name)):
+        return None
+    return methods.pop(), int(epochs[0]), float(rates[0])
+
+
+def find_state(folder):
+    """Return the path of a run's trainer_state.json: its own, or that of the checkpoint with the
+    highest number; None if there is neither."""
+    if (own := folder / "trainer_state.json").exists():
+        return own
+    checkpoints = {int(path.parent.name.removeprefix("checkpoint-")): path
+                   for path in folder.glob("checkpoint-*/trainer_state.json")
+                   if path.parent.name.removeprefix("checkpoint-").isdecimal()}
+    return checkpoints[max(checkpoints)] if checkpoints else None
+
+
+def seconds_of_events(folder):
+    """Add up the seconds between the first and the last scalar in each of tensorboard's files: a
+    training that was resumed has several. None without such files, or without tensorboard."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        return None
+    seconds = 0.0
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file)).Reload()
+        times = [event.wall_time for tag in events.Tags()["scalars"]
+                 for event in events.Scalars(tag)]
+        seconds += max(times) - min(times) if times else 0.0
+    return seconds or None
+
+
+def trainer_run(folder):
+    """Read a run's folder as a result of the grid, but for its settings; None if there is no
+    evaluation yet."""
+    path = find_state(folder)
+    if not path:
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        evaluations = [entry for entry in state["log_history"] if "eval_f1" in entry]
+        times = [e["train_runtime"] for e in state["log_history"] if "train_runtime" in e]
+        if not evaluations:
+            return None
+        best, last = max(evaluations, key=lambda e: e["eval_f1"]), evaluations[-1]
+        if state.get("global_step", 0) < state.get("max_steps", 0):
+            warn(f"{path} ends at step {state['global_step']:,} of {state['max_steps']:,}: what "
+                 "came later, if anything did, is not in its scores")
+        return {"f1": best["eval_f1"], "exact_match": best["eval_exact_match"],
+                "f1_last": last["eval_f1"], "exact_match_last": last["eval_exact_match"],
+                "best_epoch": round(best["epoch"], 2),
+                "history": [{"validation_f1": e["eval_f1"]} for e in evaluations],
+                "train_time_s": times[-1] if times else seconds_of_events(folder),
+                "trainable_params": None, "peak_vram_gb": None, "peak_rss_gb": None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        fail(f"{path} is damaged ({type(e).__name__}: {e})")
+
+
+def trainer_runs(folder):
+    """Read a folder of Trainer's runs: ({run: result}, [names of the missing runs]). A run is
+    missing if others have its method, its epochs and its rate, but none has all three."""
+    if not folder.is_dir():
+        fail(f"--trainer {folder}: no such folder")
+    found, unfinished = {}, set()
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if not (parsed := parse_name(path.name)):
+            warn(f"{path} is left out: its name does not say method, epochs and learning rate")
+        elif parsed in found:
+            fail(f"{found[parsed][0]} and {path} are both {' '.join(map(str, parsed))}")
+        elif result := trainer_run(path):
+            told = dict(zip(("method", "epochs", "lr"), parsed), task=folder.resolve().name)
+            # a folder does not tell the other settings
+            settings = dict.fromkeys(vars(Settings())) | told | {"is_qa": True}
+            found[parsed] = path, result | {"settings": settings, "trainer": str(folder)}
+        else:
+            unfinished.add(parsed)
+    if not found:
+        fail(f"{folder} holds no run of Trainer with an eval_f1 in its trainer_state.json")
+
+    methods, epochs, rates = map(set, zip(*found, *unfinished))
+    methods = [method for method in GRID_METHODS if method in methods]
+    results, missing = {}, []
+    for run in product(methods, sorted(epochs), sorted(rates, reverse=True)):
+        name = f"{run[0]}_epoch-{run[1]}_lr_{short(run[2])}"
+        if run in found:
+            results[name] = found[run][1]
+        else:
+            missing.append(name)
+    return results, missing
+
+
+# --- scores and statistics ------------------------------------------------------------------------
+
+def add_scores(results):
+    """Give every result `f1_by_level`, where its questions have levels, and `vs_full`: its F1 minus
+    that of full fine-tuning's run with the best validation F1, question by question. The answers
+    stay in the runs' own files."""
+    import qa  # torch is slow to import
+    f1 = {name: np.array(qa.question_scores(result.pop("test_predictions"))["f1"])
+          for name, result in results.items()}
+    full = next((row["run"] for row in best_of(rows_of(results)) if row["method"] == "full"), None)
+    for name, result in results.items():
+        if levels := result.pop("test_levels", None):
+            result["f1_by_level"] = {level: float(f1[name][np.array(levels) == level].mean())
+                                     for level in dict.fromkeys(levels)}
+        if full and name != full:
+            result["vs_full"] = mean_interval(f1[name] - f1[full])
+
+
+def rows_of(results):
+    """Return one dict per run, the best F1 first: scores in percent, vs_full in points (None for
+    the run that all are compared with), minutes of training without evaluation."""
+    rows = []
+    for name, r in results.items():
+        vs, levels = r.get("vs_full") or {}, r.get("f1_by_level", {})
+        rows.append({
+            "run": name, **{key: r["settings"][key] for key in ("method", "epochs", "lr")},
+            "f1": r["f1"], "exact_match": r["exact_match"],
+            "validation_f1": max(h["validation_f1"] for h in r["history"]),
+            **{f"vs_full_{key}": vs.get(key) for key in ("points", "low", "high")},
+            **{f"f1_{level}": f1 for level, f1 in levels.items()},
+            **{key: r[key] for key in ("f1_last", "exact_match_last") if key in r},
+            "minutes": r["train_time_s"] and r["train_time_s"] / 60,
+            **{key: r[key] for key in ("best_epoch", "trainable_params", "peak_vram_gb",
+                                       "peak_rss_gb")}})
+    return sorted(rows, key=lambda row: -row["f1"])
+
+
+def by_method(rows):
+    """Return {method: its rows}, without methods that have none."""
+    found = {row["method"] for row in rows}
+    return {method: [row for row in rows if row["method"] == method]
+            for method in GRID_METHODS if method in found}
+
+
+def statistics_of(rows):
+    """Return one dict per method: n runs, and mean, sample standard deviation, min and max of F1,
+    exact match and minutes."""
+    out = []
+    for method, own in by_method(rows).items():
+        line = {"method": method, "n": len(own)}
+        for key in "f1", "exact_match", "minutes":
+            # Trainer's runs may not say how long they took
+            values = [row[key] for row in own if row[key] is not None]
+            numbers = (*mean_std(values), min(values), max(values)) if values else [None] * 4
+            line |= zip((f"{key}_mean", f"{key}_std", f"{key}_min", f"{key}_max"), numbers)
+        out.append(line)
+    return out
+
+
+def best_of(rows):
+    """Return each method's row with the best validation F1, of equal ones the first by name: the
+    test questions must choose nothing."""
+    return [min(own, key=lambda row: (-row["validation_f1"], row["run"]))
+            for own in by_method(rows).values()]
+
+
+def correlation_of(rows):
+    """Compute Pearson's correlation of F1 with exact match over the runs; None where one of the two
+    never differs."""
+    values = [row["f1"] for row in rows], [row["exact_match"] for row in rows]
+    return statistics.correlation(*values) if min(len(set(own)) for own in values) > 1 else None
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+def title_of(runs):
+    """Return one line that says what was compared on what; and what the scores are of: the test
+    questions, or what Trainer evaluated on."""
+    from plots import study
+    first = next(iter(runs.values()))
+    if "trainer" in first:
+        return f"{len(runs)} runs of Hugging Face's Trainer in {first['trainer']}", "evaluation"
+    return study(list(runs.values())), "test"
+
+
+def or_dash(value, form):
+    """Write a number, or a dash for None."""
+    return "–" if value is None else format(value, form)
+
+
+def statistics_cells(line):
+    """Return the cells of one method's statistics."""
+    cells = [line["method"], str(line["n"])]
+    for key in "f1", "exact_match", "minutes":
+        mean, std, low, high = (line[f"{key}_{what}"] for what in ("mean", "std", "min", "max"))
+        cells.append("–" if mean is None else
+                     f"{mean:.2f} ± {or_dash(std, '.2f')} ({low:.2f} to {high:.2f})")
+    return cells
+
+
+def grid_markdown(content):
+    """Make the four tables of a grid.json, as Markdown: all runs, the statistics of the methods,
+    the best run of each with its F1 by level, and the top five."""
+    from plots import markdown_table, points
+    runs = content["runs"]
+    rows, first = rows_of(runs), next(iter(runs.values()))
+    s, (title, kind) = read_settings(first), title_of(runs)
+    vs_full = {name: points(run.get("vs_full")) for name, run in runs.items()}
+    levels, correlation = list(first.get("f1_by_level", {})), correlation_of(rows)
+    missing = [name for name in grid_runs(s) if name not in runs and kind == "test"]
+
+    header = ["run", "F1 (%)", "vs full (points)", "exact match (%)", "training (min)",
+              "best epoch", "trainable"]
+    cells = [[row["run"], f"{row['f1']:.2f}", vs_full[row["run"]], f"{row['exact_match']:.2f}",
+              or_dash(row["minutes"], ".2f"), f"{row['best_epoch']} of {row['epochs']}",
+              or_dash(row["trainable_params"], ",")] for row in rows]
+    chance = [["one of the four at random", f"{CHANCE:.1f}", "", "25.00", "", "", "0"]]
+    best = [[row["run"], f"{row['f1']:.2f}", vs_full[row["run"]], f"{row['validation_f1']:.2f}",
+             *(f"{row[f'f1_{level}']:.1f}" for level in levels)] for row in best_of(rows)]
+    interval = ("; [ ] is a 95 % interval, by a paired bootstrap over test questions, of the "
+                "difference to full fine-tuning's run with the best validation F1"
+                if kind == "test" else "")
+
+    return "".join([
+        f"All {len(runs)} runs by F1: {title}{interval}; made by `{content['command']}`.\n\n",
+        markdown_table(header, cells + (chance if is_synthetic(s) else [])),
+        f"\nMissing: {', '.join(missing)}.\n" if missing else "",
+        "\nBy method, mean ± standard deviation (min to max) over the n configurations, not over "
+        "seeds:\n\n",
+        markdown_table(["method", "n", "F1 (%)", "exact match (%)", "training (min)"],
+                       map(statistics_cells, statistics_of(rows))),
+        "\nBest configuration of each method, by validation F1",
+        "; the last columns are the F1 of each level" if levels else "", ":\n\n",
+        markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels], best),
+        "\nTop five:\n\n", markdown_table(header, cells[:5]),
+        "" if correlation is None else "\nPearson's correlation of F1 with exact match over the "
+        f"{len(rows)} runs: {correlation:.3f}.\n"])
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+def grid_bars(runs, path):
+    """Draw the F1 of every run, the best on top."""
+    from plots import name_rows, plt, save_figure
+    rows, (title, kind) = rows_of(runs), title_of(runs)
+    fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
+    ax.barh(range(len(rows)), [row["f1"] for row in rows],
+            color=[STYLES[row["method"]].color for row in rows], height=0.7)
+    if is_synthetic(read_settings(next(iter(runs.values())))):
+        ax.axvline(CHANCE, color="#AA3377", linestyle="--", label="one of four at random")
+        ax.legend(fontsize=9, loc="lower right")
+    for y, row in enumerate(rows):
+        ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0),
+                    textcoords="offset points", va="center")
+    name_rows(ax, [row["run"] for row in rows])
+    ax.margins(x=0.08, y=0.02)
+    ax.set_xlabel(f"{kind} F1 (%)")
+    fig.suptitle(title, fontsize=9)
+    save_figure(fig, path)
+
+
+def grid_boxes(runs, path):
+    """Draw F1 and exact match by method: a box from quartile to quartile, its median, and a marker
+    for every run."""
+    from plots import plt, save_figure
+    rows, (title, kind) = by_method(rows_of(runs)), title_of(runs)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for ax, key, name in zip(axes, ("f1", "exact_match"), ("F1 (%)", "exact match (%)")):
+        values = {method: [row[key] for row in own] for method, own in rows.items()}
+        ax.boxplot(list(values.values()), widths=0.6, showfliers=False,
+                   medianprops={"color": "#555555"})
+        for x, (method, own) in enumerate(values.items(), 1):
+            _, color, marker = STYLES[method]
+            ax.plot([x] * len(own), own, marker, color=color, alpha=0.8)
+        ax.set_xticks(range(1, len(rows) + 1), rows)
+        ax.set(title=f"{kind} {name}")
+    fig.suptitle(f"{title}\none marker a run (epochs and learning rates differ)", fontsize=9)
+    save_figure(fig, path)
+
+
+def grid_time(runs, path):
+    """Draw F1 against the time of training, with filled markers for a method's highest rate."""
+    from plots import plt, save_figure
+    timed, (title, kind) = [row for row in rows_of(runs) if row["minutes"]], title_of(runs)
+    fig, ax = plt.subplots(figsize=(8, 4.5))
+    for method, rows in by_method(timed).items():
+        _, color, marker = STYLES[method]
+        run = runs[rows[0]["run"]]
+        name = method if "trainer" in run else label_of(read_settings(run))
+        rates = sorted({row["lr"] for row in rows})
+        for lr in rates:
+            minutes, f1 = zip(*((row["minutes"], row["f1"]) for row in rows if row["lr"] == lr))
+            ax.plot(minutes, f1, marker, color=color, markersize=8,
+                    fillstyle="full" if lr == rates[-1] else "none", label=f"{name}, {short(lr)}")
+    ax.set(xlabel=f"training time (min, evaluation {'ex' if kind == 'test' else 'in'}cluded)",
+           ylabel=f"{kind} F1 (%)", xlim=(0, None))
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
+    fig.suptitle(textwrap.fill(title, 110), fontsize=9)
+    save_figure(fig, path)
+
+
+def redraw(output):
+    """Draw everything that output/metrics/grid.json holds into output/figures/, and print the
+    tables."""
+    from plots import write_table
+    path, figures = output / "metrics" / "grid.json", output / "figures"
+    content = read_grid(path)
+    if not (runs := content["runs"]):
+        fail(f"there is no {path}; bash run_grid.sh makes it")
+    grid_bars(runs, figures / "grid_f1.png")
+    grid_boxes(runs, figures / "grid_boxes.png")
+    (figures / "grid_time.png").unlink(missing_ok=True)
+    if any(run["train_time_s"] for run in runs.values()):  # Trainer's may not say
+        grid_time(runs, figures / "grid_time.png")
+    write_table(figures / "grid.md", grid_markdown(content))
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+def write_grid(output, made_by, results):
+    """Write the JSON, the CSV files, the figures and the tables of a grid's results."""
+    metrics, rows = output / "metrics", rows_of(results)
+    write_json(metrics / "grid.json", {"command": made_by, "runs": results})
+    write_csv(metrics / "grid_results.csv", rows)
+    write_csv(metrics / "grid_best.csv", best_of(rows))
+    write_csv(metrics / "grid_statistics.csv", statistics_of(rows))
+    redraw(output)
+
+
+def gather_trainer(argv):
+    """Gather the runs that Trainer left."""
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("--trainer", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    results, missing = trainer_runs(args.trainer)
+    check_writable(args.output)
+    path = args.output / "metrics" / "grid.json"
+    if not all("trainer" in run for run in read_grid(path)["runs"].values()):
+        fail(f"{path} holds runs that train.py made; choose another --output")
+    write_grid(args.output, command(), results)
+    if missing:
+        print(f"missing: {', '.join(missing)}")
+
+
+def main(argv):
+    start()
+    explain(__doc__, argv)
+    refuse(["--method", "--r", "--epochs", "--lr"], argv,
+           "is part of what the twenty runs are; for one run of your own use train.py")
+    if given("--trainer", argv):
+        return gather_trainer(argv)
+    if given("--redraw", argv):
+        parser = Parser(allow_abbrev=False)
+        parser.add_argument("--redraw", action="store_true")
+        parser.add_argument("--output", type=Path, default=TRAIN.parent)
+        return redraw(parser.parse_args(argv).output)
+
+    asked = [word for word in argv if word != "--list"]
+    has_task = given("--task", asked) or given("--data", asked)
+    flags = asked if has_task else ["--task", "synthetic", *asked]
+    run = read_flags([*flags, "--method", "full"])  # a bad flag ends here, not in the first run
+    if not run.settings.is_qa:
+        fail("run_grid.sh is for question answering (with --data, a folder with train.json); for "
+             "sentences there is run_all.sh")
+    if not given("--amp", flags):
+        flags = [*flags, "--amp", run.settings.amp]  # decided once, for all runs
+    runs = {name: [*flags, *own.split()] for name, own in grid_runs(run.settings).items()}
+    check_same_study(run.output / "metrics" / "grid.json", runs)
+    if "--list" in argv:
+        # what several runs need is made before they start at once; stdout is for the commands
+        with contextlib.redirect_stdout(sys.stderr):
+            if run.model == DEFAULT_MODEL:
+                model_folder()
+            if is_synthetic(run.settings):
+                synthetic_folder(run.settings.data_sha256)
+        print_commands(runs.values())
+        return
+
+    # a result of other settings is never taken: its file is named after its settings
+    paths = {name: read_flags(own).result for name, own in runs.items()}
+    results = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    if not results:
+        fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
+    add_scores(results)
+    write_grid(run.output, shlex.join(["bash", "run_grid.sh", *asked]), results)
+    if line := mixed_hardware(results.values()):
+        warn(f"the minutes do not compare: {line}")
+    if missing := [name for name in runs if name not in results]:
+        print(f"{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,389 @@
+"""Choose each method's learning rate by validation, then compare the methods on the test rows, also
+after training on parts of the data.
+
+    python -m tools.sweep --data DIR          eight methods on your own files
+    python -m tools.sweep --data DIR --train-rows 1000 4000 all --seeds 42 43 44 \\
+                          --methods full lora_r16 "lora --r 64"
+    python -m tools.sweep --redraw            draw all tables and figures again; nothing is run
+
+A method tries three learning rates with the first seed, or run_grid.sh's two on the generated
+questions. The rate with the best validation score is used for the other seeds, too. --rates-from N
+tries the rates on N training rows. --methods takes names of methods.CASES, or flags of train.py in
+quotes. All other flags are train.py's and go to every run.
+
+Results go to metrics/sweep_NAME.json, answers to metrics/sweep_NAME.csv. A later call with other
+--train-rows or --methods adds to them. What they hold already is not run again, even if another
+machine ran it.
+"""
+if not __package__:
+    raise SystemExit("error: run this from the project's folder: python -m tools.sweep")
+
+import csv
+import shlex
+import sys
+import textwrap
+
+import numpy as np
+
+from common import command, fail, read_json, start, warn, write_csv, write_json
+from compare import explain, mixed_hardware, refuse, split_seeds, trained
+from methods import CASES, DEFAULT_TARGETS, FOLD_STUDY, WIDE_RATE, label_of, row_of
+from settings import (
+    DEFAULT_MODEL,
+    Parser,
+    asked_settings,
+    case_label,
+    is_synthetic,
+    make_parser,
+    number,
+    read_settings,
+    short,
+)
+from spread import mean_interval, mean_std, paired_bootstrap
+from tools.grid import GRID_METHODS, SYNTHETIC_RATES
+
+METHOD_SETTINGS = {"method", "r", "alpha", "dropout", "placement", "bottleneck", "reduction",
+                   "targets"}
+FREE = METHOD_SETTINGS | {"lr", "seed", "train_rows"}  # in which the runs of one sweep differ
+
+
+def row_count(text):
+    """Convert an argparse value: a number of rows, or None for "all"."""
+    return None if text == "all" else number(int, 1)(text)
+
+
+def parse_args(argv):
+    """Return the flags of a sweep. methods: [(a method's flags, its settings)]; rest: the flags of
+    all runs; settings: full fine-tuning's, which are common to all but for FREE."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--methods", nargs="+", default=FOLD_STUDY)
+    parser.add_argument("--train-rows", nargs="+", type=row_count, default=[None])
+    parser.add_argument("--rates-from", type=number(int, 1))
+    parser.add_argument("--redraw", action="store_true")
+    args, rest = parser.parse_known_args(argv)
+    refuse(["--method", "--lr", "--r", "--targets", "--fold"], rest,
+           "is what the runs differ in; for one run of your own use train.py")
+    args.seeds, args.rest = split_seeds(rest)
+    common = make_parser().parse_args([*args.rest, "--method", "full"])
+    args.output, args.settings = common.output, asked_settings(common)
+
+    names, args.methods = args.methods, []
+    for name in names:  # a bad flag ends here, not in the first run
+        flags = (CASES[name].flags if name in CASES else f"--method {name}").split()
+        for word in flags:
+            if word.startswith("--") and word[2:].split("=")[0] not in METHOD_SETTINGS:
+                fail(f"--methods {name!r}: {word} must be the same for all methods")
+        args.methods.append((flags, asked_settings(make_parser().parse_args([*args.rest, *flags]))))
+    return args
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+def rates_of(s):
+    """Return the learning rates to try for the method, the task and the model of the settings
+    `s`."""
+    rates = row_of(s).rates
+    if is_synthetic(s) and s.method in GRID_METHODS:
+        # the grid's, so that other seeds repeat its better configurations
+        full, others = SYNTHETIC_RATES
+        return tuple(sorted(map(float, full if s.method == "full" else others)))
+    if s.model != DEFAULT_MODEL:
+        default = rates.questions if s.is_qa else rates.sentences
+        return default / 2, default, 2 * default
+    if s.method == "full":
+        return 5e-5, 1e-4, 2e-4
+    best = rates.rated if s.targets in (None, DEFAULT_TARGETS) else WIDE_RATE
+    return best / 2, best, 2 * best
+
+
+def score_name(s):
+    """Return the score by which the settings `s` compare."""
+    return "f1" if s.is_qa else "f1_macro"
+
+
+def validation_score(result):
+    """Return the score of the best epoch, which is the one that is tested."""
+    key = f"validation_{score_name(read_settings(result))}"
+    return max(epoch[key] for epoch in result["history"])
+
+
+def choose_rate(flags):
+    """Return (the best learning rate, {rate: validation score, None if its run failed})."""
+    scores = {}
+    for lr in rates_of(asked_settings(make_parser().parse_args(flags))):
+        result = trained([*flags, "--lr", f"{lr:g}"])
+        scores[lr] = result and validation_score(result)
+    done = {lr: score for lr, score in scores.items() if score is not None}
+    if not done:
+        fail(f"no learning rate worked for {shlex.join(flags)}")
+    return max(done, key=done.get), scores
+
+
+def run_method(flags, seeds, rows, tried_on):
+    """Train a method with each seed at its best learning rate: (results, choose_rate's scores).
+    rows, tried_on: the flags for the training rows of the runs, and of those that choose."""
+    lr, scores = choose_rate([*flags, "--seed", str(seeds[0]), *tried_on])
+    results = [trained([*flags, *rows, "--seed", str(seed), "--lr", f"{lr:g}"]) for seed in seeds]
+    if None in results:
+        fail(f"a run of {shlex.join(flags)} failed; the same command tries it again")
+    return results, scores
+
+
+# --- entries and answers -------------------------------------------------------------------------
+
+def answers_of(result):
+    """Return one number per test row: the predicted label, or the F1 of a question in percent."""
+    predictions = result["test_predictions"]
+    if read_settings(result).is_qa:
+        from qa import question_scores  # torch is slow to import
+        return [round(f1, 6) for f1 in question_scores(predictions)["f1"]]
+    return [predicted for _, predicted in predictions]
+
+
+def columns_of(name, seeds):
+    """Return the columns of the CSV with the answers of an entry, one per seed."""
+    return [f"{name}, seed {seed}" for seed in seeds]
+
+
+def difference(answers, own, full):
+    """Subtract full fine-tuning's test score from a method's, in points, with a 95 % interval over
+    test rows and seeds. own, full: columns of `answers`, one per seed. None if a column is missing
+    or the two are the same."""
+    if own == full or not {*own, *full} <= set(answers):
+        return None
+    method, baseline = (np.array([answers[column] for column in columns])
+                        for columns in (own, full))  # (seeds, test rows)
+    if "label" not in answers:
+        return mean_interval(method - baseline)
+    return paired_bootstrap(answers["label"], method, baseline)
+
+
+def entry_of(results, scores, rates_from):
+    """Make the entry of one method on one number of rows. results: one per seed; scores:
+    choose_rate's."""
+    first = results[0]
+    s = read_settings(first)
+    entry = {"command": command(), "label": label_of(s), "rows": first["rows"], "n": len(results),
+             "lr": s.lr, "rates_from": rates_from,
+             "tried": [{"lr": lr, "validation": score} for lr, score in scores.items()],
+             "trainable_params": first["trainable_params"], "vs_full": None}
+    values = {"test": [r[score_name(s)] for r in results],
+              "validation": [validation_score(r) for r in results],
+              "minutes": [r["train_time_s"] / 60 for r in results]}
+    if s.is_qa:
+        values["exact_match"] = [r["exact_match"] for r in results]
+    for key, own in values.items():
+        entry[key], entry[f"{key}_std"] = mean_std(own)
+    kept = "settings", "best_epoch", "history", "splits", "environment"
+    return entry | {"runs": [{key: result[key] for key in kept} for result in results]}
+
+
+def seeds_of(entry):
+    """Return the seeds of an entry's runs."""
+    return [read_settings(run).seed for run in entry["runs"]]
+
+
+def method_and_rows(name):
+    """Split "lora --r 16, all rows", the name of an entry, at the comma."""
+    return name.rsplit(", ", 1)
+
+
+def is_done(entry, seeds, rates_from, s):
+    """Tell whether an entry has these seeds, its learning rate was tried on this many rows without
+    a failure, and its method is that of the settings `s`."""
+    if entry is None or None in [tried["validation"] for tried in entry["tried"]]:
+        return False
+    own = read_settings(entry["runs"][0])
+    is_same_method = all(getattr(own, key) == getattr(s, key) for key in METHOD_SETTINGS)
+    has_seeds = set(seeds) <= set(seeds_of(entry))
+    return is_same_method and has_seeds and entry["rates_from"] == rates_from
+
+
+def read_sweep(path):
+    """Read the JSON of a sweep."""
+    sweep = read_json(path)
+    if not isinstance(sweep, dict) or "entries" not in sweep:
+        fail(f"{path} is damaged (not a sweep); delete it")
+    return sweep
+
+
+def held(path, s):
+    """Return ({name: entry}, {column: answers}) of the sweep at `path`, to which a run with the
+    settings `s` would be added. Exit if they are of another task, model or setting."""
+    if not path.exists():
+        return {}, {}
+    entries = read_sweep(path)["entries"]
+    common = vars(s).keys() - FREE
+    if s.amp == "auto":
+        common -= {"amp"}  # another machine may have taken it for something else
+    for entry in entries.values():
+        other = read_settings(entry["runs"][0])
+        for key in sorted(common):
+            if getattr(s, key) != getattr(other, key):
+                fail(f"{path} holds results of another study ({key} {getattr(other, key)}, here "
+                     f"{getattr(s, key)}); give this one an --output of its own")
+    try:
+        with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+            head, *rows = csv.reader(file)
+        kind = int if "label" in head else float
+        return entries, {name: list(map(kind, column)) for name, column in zip(head, zip(*rows))}
+    except (OSError, ValueError) as e:
+        fail(f"{path.with_suffix('.csv')} is missing or damaged ({e}); delete {path}, too")
+
+
+def add_entry(path, s, name, entry, results):
+    """Write an entry and the answers of its results into the sweep at `path`; return all
+    entries."""
+    entries, answers = held(path, s)  # read now: another sweep may have added its own
+    # answers of an earlier rate or seed go
+    answers = {column: own for column, own in answers.items()
+               if not column.startswith(f"{name}, seed ")}
+    if not s.is_qa:
+        answers["label"] = [label for label, _ in results[0]["test_predictions"]]
+    answers |= zip(columns_of(name, seeds_of(entry)), map(answers_of, results))
+    method, _ = method_and_rows(name)
+    taken = {other["label"] for who, other in entries.items() if method_and_rows(who)[0] != method}
+    if entry["label"] in taken:  # two methods that differ in --alpha, say
+        entry["label"] = method
+    entries[name] = entry
+    # before the JSON, which says that they are there
+    write_csv(path.with_suffix(".csv"), [dict(zip(answers, row)) for row in zip(*answers.values())])
+    write_json(path, {"command": command(), "entries": entries})
+    return entries
+
+
+def compare_entries(path, s):
+    """Compare every entry of the sweep at `path` with full fine-tuning's; warn about runs that
+    failed or do not compare."""
+    entries, answers = held(path, s)
+    for name, entry in entries.items():
+        if failed := [f"{t['lr']:g}" for t in entry["tried"] if t["validation"] is None]:
+            warn(f"{name}: no result at {', '.join(failed)}; the same command tries it again")
+        own, full = (columns_of(who, seeds_of(entry))
+                     for who in (name, f"full, {method_and_rows(name)[1]}"))
+        entry["vs_full"] = difference(answers, own, full)
+    if line := mixed_hardware([run for entry in entries.values() for run in entry["runs"]]):
+        warn(line)
+    write_json(path, {"command": command(), "entries": entries})
+
+
+# --- table and figure ----------------------------------------------------------------------------
+
+def chosen_rate(entry):
+    """Write the learning rate of an entry, with an arrow if nothing beyond it was tried."""
+    rates = [tried["lr"] for tried in entry["tried"]]
+    mark = {max(rates): " ↑", min(rates): " ↓"}.get(entry["lr"], "")
+    return short(entry["lr"]) + mark
+
+
+def sweep_caption(sweep):
+    """Say what the table and the figure of a sweep show."""
+    entries = sweep["entries"].values()
+    runs = [run for entry in entries for run in entry["runs"]]
+    s, seeds = read_settings(runs[0]), sorted({seed for e in entries for seed in seeds_of(e)})
+    # parts of a sweep may be from different machines
+    where = sorted({"{device}, amp {amp}".format(**run["environment"]) for run in runs})
+    n_tried = sorted({sum(tried["validation"] is not None for tried in entry["tried"])
+                      for entry in entries})
+    tried_on = [f"{n:,} rows" if n else "as many rows"
+                for n in sorted({entry["rates_from"] or 0 for entry in entries})]
+    plural, spread, drawn = "", "", "test rows"
+    if len(seeds) > 1:
+        plural, spread = "s", "± is the standard deviation over the seeds; "
+        drawn = "test rows and seeds"
+    return (f"{s.model} on {s.task}, {s.epochs} epochs, seed{plural} {', '.join(map(str, seeds))}, "
+            f"{' or '.join(where)}; each learning rate is the best of "
+            f"{' or '.join(map(str, n_tried))} by validation, of runs on {' or on '.join(tried_on)}"
+            f"; {spread}[ ] is a 95 % interval, by a paired bootstrap over {drawn}")
+
+
+def sweep_markdown(sweep):
+    """Make the table of a sweep, with one line per method and number of training rows, and its
+    caption."""
+    from plots import markdown_table, plus_minus, points  # matplotlib is slow to import
+    entries = sorted(sweep["entries"].values(), key=lambda e: e["rows"]["train"])
+    has_questions = any("exact_match" in e for e in entries)
+    more, digits = (["exact match"], 2) if has_questions else ([], 4)
+    header = ["training rows", "method", "lr", "n", "validation F1", "test F1",
+              "vs full (points)", *more, "training (min)", "trainable"]
+    rows = [[f"{e['rows']['train']:,}", e["label"], chosen_rate(e), str(e["n"]),
+             plus_minus(e, "validation", digits), plus_minus(e, "test", digits),
+             points(e["vs_full"]), *(plus_minus(e, "exact_match", digits) for _ in more),
+             plus_minus(e, "minutes", 1), f"{e['trainable_params']:,}"] for e in entries]
+    commands = dict.fromkeys(f"`{e['command']}`" for e in sweep["entries"].values())
+    return (markdown_table(header, rows)
+            + f"\n{sweep_caption(sweep)}; ↑ and ↓ mark the highest and the lowest rate that was "
+            f"tried, beyond which a better one may lie; made by {' and '.join(commands)}.\n")
+
+
+def draw_sweep(path):
+    """Draw the sweep at `path` into figures/, scores and differences to full fine-tuning against
+    the number of training rows, and print its table."""
+    from plots import plt, save_figure, write_table
+    sweep = read_sweep(path)
+    entries = sweep["entries"].values()
+    style = {case_label(name): case for name, case in CASES.items()}
+    labels = list(dict.fromkeys(e["label"] for e in entries))
+    fig, (scores, differences) = plt.subplots(1, 2, figsize=(12, 4.5))
+
+    for i, label in enumerate(labels):
+        own = sorted((e for e in entries if e["label"] == label), key=lambda e: e["rows"]["train"])
+        _, color, marker = style.get(label, ("", "#777777", "*"))
+        # beside one another, not on one another
+        x = np.array([e["rows"]["train"] for e in own]) * 1.04 ** (i - (len(labels) - 1) / 2)
+        look = {"color": color, "marker": marker, "capsize": 3, "linewidth": 1.2, "label": label}
+        scores.errorbar(x, [e["test"] for e in own], [e["test_std"] or 0 for e in own], **look)
+        if vs := [(at, e["vs_full"]) for at, e in zip(x, own) if e["vs_full"]]:
+            y = np.array([[v["points"], v["low"], v["high"]] for _, v in vs]).T
+            differences.errorbar([at for at, _ in vs], y[0], [y[0] - y[1], y[2] - y[0]], **look)
+
+    differences.axhline(0, color=CASES["full"].color, linewidth=1)
+    sizes = sorted({e["rows"]["train"] for e in entries})
+    for ax in scores, differences:
+        # a single size is in the middle
+        ax.set(xscale="log", xlim=(sizes[0] / 1.3, sizes[-1] * 1.3), xlabel="training rows")
+        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        ax.minorticks_off()
+    scores.set_ylabel("test F1, ± standard deviation over seeds")
+    differences.set_ylabel("against full fine-tuning (points), 95 % interval")
+    scores.legend(fontsize=9)
+    fig.suptitle(textwrap.fill(sweep_caption(sweep), 150), fontsize=9)
+    figures = path.parent.parent / "figures"
+    save_figure(fig, figures / f"{path.stem}.png")
+    write_table(figures / f"{path.stem}.md", sweep_markdown(sweep))
+
+
+def redraw(output):
+    """Draw every sweep in output/metrics/ again."""
+    paths = sorted(output.glob("metrics/sweep_*.json"))
+    if not paths:
+        fail(f"{output / 'metrics'} holds no sweep_*.json; python -m tools.sweep makes one")
+    for path in paths:
+        draw_sweep(path)
+
+
+def main(argv):
+    start()
+    explain(__doc__, argv)
+    args = parse_args(argv)
+    if args.redraw:
+        redraw(args.output)
+        return
+    path = args.output / "metrics" / f"sweep_{args.settings.task}.json"
+    entries, _ = held(path, args.settings)
+
+    for n in args.train_rows:
+        rows = ["--train-rows", str(n)] if n else []
+        tried_on = ["--train-rows", str(args.rates_from)] if args.rates_from else rows
+        for flags, s in args.methods:
+            name = f"{shlex.join(flags[1:])}, {n or 'all'} rows"
+            if not is_done(entries.get(name), args.seeds, args.rates_from, s):
+                results, scores = run_method([*args.rest, *flags], args.seeds, rows, tried_on)
+                entry = entry_of(results, scores, args.rates_from)
+                entries = add_entry(path, args.settings, name, entry, results)
+    compare_entries(path, args.settings)
+    draw_sweep(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
