@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data
 from fetch import model_folder
-from methods import DEFAULT_TARGETS, PLACEMENTS, TARGETS
+from methods import CASES, DEFAULT_TARGETS, PLACEMENTS, STUDY, TARGETS
 from methods import METHODS as ROWS
 from model import apply_method, trained_tensors
 from settings import make_parser, settings_of
@@ -72,6 +74,17 @@ def settings(*flags):
     return settings_of(make_parser().parse_args([str(f) for f in flags]))
 
 
+def lengths(max_length, stride=None, max_answer_length=30):
+    """What Sentences and Windows read of a run's settings."""
+    return SimpleNamespace(max_length=max_length, stride=stride,
+                           max_answer_length=max_answer_length)
+
+
+def load_folder(folder, *flags):
+    """The Task of a folder with sentences, as --data FOLDER and these flags ask for it."""
+    return data.load_folder(folder, settings("--method", "full", "--data", folder, *flags))
+
+
 @functools.cache
 def default_tokenizer():
     return AutoTokenizer.from_pretrained(model_folder())
@@ -114,34 +127,57 @@ def run(*command, timeout=300, **kwargs):
 
 
 # Each line that it reads is a command, which it runs in a fork of itself: to import these takes
-# longer than what most tests do then.
+# longer than what most tests do then. The project's own modules are each fork's own. A fork ends by
+# os._exit, since taking torch down takes longer still; what was registered to run at exit runs
+# before.
 FORKS = """
-import json, os, runpy, signal, sys
-import sklearn.metrics, torch, transformers.models.bert.modeling_bert
+import atexit, json, os, runpy, signal, sys
+sys.path[0] = ROOT
+import common  # before bitsandbytes
+import bitsandbytes, safetensors.torch, sklearn.model_selection, torch, tqdm
+from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
+from transformers import BertForSequenceClassification
+del sys.modules["common"]
 for line in sys.stdin:
     *sys.argv, folder = json.loads(line)
     if not os.fork():
         signal.alarm(300)  # ends one that hangs, as run() does
         for i, name in enumerate((os.devnull, "stdout", "stderr")):
             os.dup2(os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT, 0o644), i)
-        sys.path[0] = os.path.dirname(sys.argv[0])
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        sys.exit()
+        status = 0
+        try:
+            if sys.argv[0].endswith(".py"):
+                sys.path[0] = os.path.dirname(sys.argv[0])
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        except SystemExit as e:
+            status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+            if isinstance(e.code, str):
+                print(e.code, file=sys.stderr)
+        except BaseException:
+            status = 1
+            sys.excepthook(*sys.exc_info())
+        atexit._run_exitfuncs()
+        for stream in sys.stdout, sys.stderr:
+            stream.flush()
+        os._exit(status)
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
 @functools.cache
 def forks():
-    return subprocess.Popen([sys.executable, "-c", FORKS], text=True, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", f"ROOT = {str(ROOT)!r}{FORKS}"], text=True,
+                            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def program(name, *flags):
-    """The finished process of `python name flags`, without input; name: in the project's folder,
-    or a whole path."""
+    """The finished process of `python name flags`, without input; name: a file in the project's
+    folder, a whole path, or a module such as tools.predict."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(word) for word in (ROOT / name, *flags)]
+        program = ROOT / name if str(name).endswith(".py") else name
+        command = [str(word) for word in (program, *flags)]
         print(json.dumps([*command, folder]), file=forks().stdin, flush=True)
         status = int(forks().stdout.readline())
         said = [Path(folder, stream).read_text() for stream in ("stdout", "stderr")]
@@ -194,8 +230,9 @@ def save_small_bert(folder, **config):
     config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=96, **config)
     BertForSequenceClassification(config).save_pretrained(folder)
+    source = model_folder()  # reads all of it, to check it
     for name in "tokenizer.json", "tokenizer_config.json", "vocab.txt":
-        (folder / name).write_bytes((model_folder() / name).read_bytes())
+        (folder / name).write_bytes((source / name).read_bytes())
     return folder
 
 
@@ -220,7 +257,7 @@ def data_dir(tmp_path):
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """One whole run_all.sh on a small folder of data: (output folder, its flags, the finished
-    process)."""
+    process). It finds all trainings but the last finished, in forks that need not import torch."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         # both workers have this one in common; the first to come runs run_all.sh
@@ -235,6 +272,8 @@ def study(tmp_path_factory):
             write_splits(base / "mine", {"train": 200, "validation": 20, "test": 20},
                          lambda i, split:
                          f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}")
+            for name in STUDY[:-1]:
+                train(*flags, *CASES[name].flags.split())
             done = run("bash", ROOT / "run_all.sh", *flags)
             (base / "done.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
     return (base / "out", flags,

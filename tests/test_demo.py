@@ -1,4 +1,4 @@
-"""The page: over HTTP with gradio's client, and in headless Chromium where it is installed."""
+"""Test the page: over HTTP with gradio's client, and in headless Chromium where it is installed."""
 import base64
 import importlib.util
 import json
@@ -12,14 +12,23 @@ import urllib.request
 
 import pytest
 from conftest import ROOT, one_line_exit, run
+from safetensors.torch import save_file
 
-HAS_GRADIO = importlib.util.find_spec("gradio") is not None
-pytestmark = pytest.mark.skipif(not HAS_GRADIO, reason="gradio is not installed")
-if HAS_GRADIO:
+from checkpoint import as_metadata, read_about, read_tensors
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None,
+                                reason="gradio is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Import gradio when the first of these tests runs: it is slow, and all workers read this
+    file."""
+    global Client, demo, gradio, predict
+    import gradio
     from gradio_client import Client
 
-    import demo
-    import predict
+    from tools import demo, predict
 
 
 def free_port():
@@ -30,7 +39,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def served(study):
-    """(address, the page) over a small study of sentences; no questions were trained on."""
+    """Serve a small study of sentences, without one of questions: (address, the page)."""
     page, port = demo.make_page(study[0]), free_port()
     demo.launch(page, port)
     yield f"http://127.0.0.1:{port}", page
@@ -58,14 +67,14 @@ def test_sentences_are_answered_as_by_predict(client, study):
 
 def test_disagreement_is_marked(monkeypatch):
     monkeypatch.setattr(predict, "classify", lambda method, tokenizer, s: (method.name[0], 0.5))
-    here = demo.Study.__new__(demo.Study)
+    here = demo.Answerers.__new__(demo.Answerers)
     here.missing, here.files, here.tokenizer = "", {"a": 1, "ab": 1, "c": 1}, None
-    here.switch = lambda name: (predict.Method(name, None, {}, 0, 1.0), 1.0)
-    answers = demo.ask(here, "a film", ["a", "ab", "c"])
+    here.switch = lambda name: predict.Trained(name, None, {}, 0, 1.0)
+    answers = demo.ask_sentences(here, "a film", ["a", "ab", "c"])
     assert answers.count('class="differs"') == 1 and '<td class="differs">c 0.50</td>' in answers
-    assert "Marked" in answers and "Marked" not in demo.ask(here, "a film", ["a", "ab"])
+    assert "Marked" in answers and "Marked" not in demo.ask_sentences(here, "a film", ["a", "ab"])
     # of two that disagree neither is what most say
-    assert demo.ask(here, "a film", ["a", "c"]).count('class="differs"') == 2
+    assert demo.ask_sentences(here, "a film", ["a", "c"]).count('class="differs"') == 2
 
 
 @pytest.mark.parametrize("text, names, words", [
@@ -82,13 +91,13 @@ def test_without_trained_questions_it_is_said(client):
 
 
 def test_the_answer_is_marked_where_it_stands(monkeypatch):
-    here = demo.Study.__new__(demo.Study)
+    here = demo.Answerers.__new__(demo.Answerers)
     here.missing, here.files, here.tokenizer = "", {"lora": 1}, None
-    here.switch = lambda name: (predict.Method(name, None, {}, 0, 1.0), 1.0)
+    here.switch = lambda name: predict.Trained(name, None, {}, 0, 1.0)
     monkeypatch.setattr(predict, "answer", lambda *_: ("<Oslo>", 15))
     marked = demo.ask_passage(here, "where?", "Not <Oslo>, but<Oslo>.", ["lora"])
     assert "Not &lt;Oslo&gt;, but<mark>&lt;Oslo&gt;</mark>." in marked
-    assert "too many" in demo.ask_passage(here, "where?", "x" * 20_001, ["lora"])
+    one_line_exit(lambda: demo.ask_passage(here, "where?", "x" * 20_001, ["lora"]), "too many")
 
 
 def test_the_picture_has_every_cost(client):
@@ -115,43 +124,50 @@ def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(ser
 def test_a_checkpoint_that_goes_while_the_page_is_open_is_a_line(study, tmp_path):
     path = tmp_path / "mine.safetensors"
     shutil.copy(predict.find(study[0])["lora_r8"], path)
-    here = demo.Study(study[0], False, None, {"mine": path})
-    assert "ms per" in demo.ask(here, "a film", ["mine"])
+    here = demo.Answerers(study[0], False, None, {"mine": path})
+    assert "ms per" in demo.ask_sentences(here, "a film", ["mine"])
     path.unlink()
-    assert "cannot read the checkpoint" in demo.ask(here, "a film", ["mine"])
+    one_line_exit(lambda: demo.ask_sentences(here, "a film", ["mine"]),
+                  "cannot read the checkpoint")
 
 
-def test_any_checkpoints_can_be_asked(study, tmp_path):
+def test_any_checkpoints_can_be_asked(study, tmp_path, monkeypatch, capsys):
     paths = [predict.find(study[0])[name] for name in ("lora_r8", "qlora")]
-    port = free_port()
-    page = subprocess.Popen([sys.executable, ROOT / "demo.py", "--port", str(port), "--output",
-                             tmp_path, *(arg for path in paths for arg in ("--checkpoint", path))],
-                            stdout=subprocess.PIPE, text=True)
+    given = [arg for path in paths for arg in ("--checkpoint", str(path))]
+    port, pages = free_port(), []
+    # the program would wait here for as long as the page is served
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: pages.append(page))
+    demo.main(demo.parse_args(["--port", str(port), "--output", str(tmp_path), *given]))
+    address = f"http://127.0.0.1:{port}"
+    assert address in capsys.readouterr().out
     try:
-        assert str(port) in page.stdout.readline()  # said when it answers
-        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        client = Client(address, verbose=False)
         answers = client.predict("A good film.", [path.stem for path in paths], api_name="/ask")
         assert all(f"<th>{path.stem}</th>" in answers for path in paths)
         said = client.predict("Who?", "A passage.", [], api_name="/ask_passage")
         assert "no --checkpoint was trained on questions" in said
     finally:
-        page.kill()
+        pages[0].close()
 
 
 def test_a_checkpoint_that_does_not_fit_is_said_at_the_start(study, tmp_path):
     good = predict.find(study[0])["lora_r8"]
     bad = tmp_path / "half.safetensors"
     bad.write_bytes(good.read_bytes()[:1000])
-    one_line_exit(lambda: demo.make_page(tmp_path, None, [bad]), "half.safetensors")
-    files = {"a": good, "b": bad}
-    assert "half.safetensors" in demo.Study(study[0], False, None, files).missing
+    one_line_exit(lambda: demo.make_page(tmp_path, None, [good, bad]), "half.safetensors")
+    about = read_about(good)
+    save_file(read_tensors(good), bad, as_metadata(about | {"base": "another"}))
+    said = demo.Answerers(study[0], False, None, {"a": good, "b": bad}).missing
+    assert "half.safetensors was trained on another base" in said
 
 
 def test_columns_without_a_number_are_left_out(study):
-    header, rows = demo.numbers_of(demo.load_results(study[0]))
+    entries = demo.load_entries(study[0])
+    header, rows = demo.table_of(entries)
     assert {len(row) for row in rows} == {len(header)} and header[0] == "method"
     assert all(any(row[j] is not None for row in rows) for j in range(len(header)))
-    assert demo.numbers_of({}) == (demo.HEADER, [])
+    unmeasured = {name: entry | {"nll": None} for name, entry in entries.items()}
+    assert demo.table_of(unmeasured)[0] == [name for name in header if name != "NLL"]
 
 
 def test_an_output_without_results_ends_in_one_line(tmp_path):
@@ -161,7 +177,7 @@ def test_an_output_without_results_ends_in_one_line(tmp_path):
 def test_without_gradio_one_line_says_how_to_install_it(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError")
     done = run(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, "
-               f"{str(ROOT)!r}]; import demo")
+               f"{str(ROOT)!r}]; import tools.demo")
     line, = done.stderr.splitlines()
     assert done.returncode == 1 and "pip install -r requirements-demo.txt" in line
 
@@ -169,7 +185,7 @@ def test_without_gradio_one_line_says_how_to_install_it(tmp_path):
 # --- in a browser ---------------------------------------------------------------------------------
 
 class Browser:
-    """Headless Chromium by chromedriver's HTTP interface (W3C WebDriver)."""
+    """Drive headless Chromium through chromedriver's HTTP interface (W3C WebDriver)."""
 
     def __init__(self):
         port = free_port()
@@ -214,8 +230,8 @@ class Browser:
         self.send("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def quit(self):
+        self.send("", method="DELETE")  # ends Chromium
         self.driver.kill()
-        subprocess.run(["pkill", "-f", self.profile])
         shutil.rmtree(self.profile, ignore_errors=True)
 
 
@@ -239,10 +255,10 @@ def test_typing_ticking_and_reading_in_a_browser(width, browser, served, tmp_pat
     browser.send(f"{element}/clear", {})
     browser.send(f"{element}/value", {"text": "A typed film."})
     # without the last method
-    browser.js("[...document.querySelectorAll('#methods input')].at(-1).click()")
+    browser.js("[...document.querySelectorAll('#ask_methods input')].at(-1).click()")
     browser.js("document.querySelector('#ask').click()")
-    rows = browser.wait("document.querySelectorAll('#answers td').length && "
-                        "[...document.querySelectorAll('#answers tr')].map(row => row.innerText)")
+    rows = browser.wait("document.querySelectorAll('#ask_answers td').length && [...document."
+                        "querySelectorAll('#ask_answers tr')].map(row => row.innerText)")
     assert "lora_r8" in rows[0] and "adapter" not in rows[0]
     assert rows[1].startswith("A typed film.") and "ms per sentence" in rows[2]
     # nothing is wider than the window

@@ -1,13 +1,37 @@
-"""Two processes under torchrun train as one does: same batches, same loss, same tensors,
-one writer."""
+"""Two and three processes train as one does: same batches, same loss, same tensors in every copy.
+
+torchrun gives each of its processes a few environment variables; a run costs the start of as many
+Pythons. Once the real torchrun starts train.py here. Otherwise forks get the same variables.
+"""
 import json
-import os
-import sys
+import socket
 
 import pytest
 import torch
-from conftest import ROOT, run, save_small_bert, write_splits
+from conftest import ROOT, program, save_small_bert, train, write_splits
 from safetensors.torch import load_file
+
+FORKED = """
+import os, runpy, signal, sys
+
+world, port, program, *flags = sys.argv[1:]
+for rank in range(int(world)):
+    if not os.fork():
+        signal.alarm(300)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world,
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        sys.path[0], sys.argv[:], failed = os.path.dirname(program), [program, *flags], 0
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as e:
+            failed = e.code not in (None, 0)
+        except BaseException:
+            failed = 1
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        os._exit(failed)
+sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for rank in range(int(world))))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +42,16 @@ def without_dropout(tmp_path_factory):
                            attention_probs_dropout_prob=0.0)
 
 
-def launch(n, *program):
-    """`program` in n processes under torchrun, or without it in one."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", n] if n > 1 else []
-    return run(sys.executable, *torchrun, *program,
-               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+def in_forks(n, folder, path, *flags):
+    """A program in n processes, as torchrun would start them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    (folder / "forked.py").write_text(FORKED)
+    return program(folder / "forked.py", n, port, path, *flags)
+
+
+def under_torchrun(n, path, *flags):
+    return program("torch.distributed.run", "--standalone", "--nproc-per-node", n, path, *flags)
 
 
 @pytest.fixture
@@ -35,26 +63,29 @@ def many_rows(tmp_path):
                         f"of {split}\t{i % 2}")
 
 
-@pytest.mark.parametrize("method, batch_size, extra",
-                         [("full", 79, []), ("qdora", 27, ["--accumulation", 2])])
+@pytest.mark.parametrize("method, batch_size, extra, torchrun", [
+    ("full", 79, [], True), ("qdora", 27, ["--accumulation", 2], False)])
 def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_path, method,
-                                             batch_size, extra):
+                                             batch_size, extra, torchrun):
     """80 rows in batches of 27 leave a last batch of 26, and pieces of uneven and even sizes; in
     batches of 79, a last one with a row for one of the two processes only."""
     flags = ["--method", method, "--model", without_dropout, "--data", many_rows,
              "--batch-size", batch_size, "--epochs", 2,
              "--dropout", 0, "--amp", "off", "--lr", "1e-3", *extra]
+    one = train(*flags, "--output", tmp_path / "1")
+    flags += ["--output", tmp_path / "2"]
+    two = (under_torchrun(2, ROOT / "train.py", *flags) if torchrun else
+           in_forks(2, tmp_path, ROOT / "train.py", *flags))
     results, tensors = [], []
-    for n in 1, 2:
-        done = launch(n, ROOT / "train.py", *flags, "--output", tmp_path / str(n))
+    for n, done in (1, one), (2, two):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 1:") == 1  # one process speaks
         path, = (tmp_path / str(n) / "metrics" / "runs").iterdir()  # and writes
         results.append(json.loads(path.read_text()))
         tensors.append(load_file(tmp_path / str(n) / "checkpoints" / f"{path.stem}.safetensors"))
     one, two = results
-    assert (one["environment"]["device"], two["environment"]["device"]) == (
-        "CPU, 1 thread", "2 x CPU, 1 thread")
+    threads = one["environment"]["device"].removeprefix("CPU, ")
+    assert two["environment"]["device"] == f"2 x CPU, {threads}" and "thread" in threads
     for a, b in zip(one["history"], two["history"], strict=True):
         for key in "train_loss", "validation_loss", "validation_f1_macro":
             assert a[key] == pytest.approx(b[key], abs=1e-5), key
@@ -68,9 +99,12 @@ def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_pat
 
 STEPS = """
 import contextlib, sys, torch
-import data, distributed, model, qa, train
-device, folder, accumulation, *cases, path = distributed.join(), *sys.argv[1:]
+from types import SimpleNamespace
+import data, model, qa, train
+
+device, (folder, accumulation, path, *cases) = model.join_processes(), sys.argv[1:]
 texts, states = [f"a film {'very ' * i} long" for i in range(7)], {}
+s = SimpleNamespace(max_length=32, stride=4, max_answer_length=30)
 train.CLIP_NORM = 1e9
 for case in cases:
     kind, order = case.split(", ")
@@ -78,46 +112,52 @@ for case in cases:
     tokenizer, bert = model.load_pretrained(folder, ["no", "yes"] if kind == "sentences" else None)
     start = {f"{name} at the start": p.detach().clone() for name, p in bert.named_parameters()
              if name.startswith(("classifier", "qa"))}
-    replica = distributed.parallel(bert)
     if kind == "sentences":
-        rows = data.Rows(texts, [i % 2 for i in range(7)])
-        split = data.Sentences(rows, tokenizer, {"max_length": 32})
+        split = data.Sentences(data.Rows(texts, [i % 2 for i in range(7)]), tokenizer, s)
     else:
         asked = [qa.Question(text, "what?", ["film"], 2, 6) for text in texts]
-        split = qa.Windows(asked, tokenizer, {"max_length": 32, "stride": 4})
+        split = qa.Windows(asked, tokenizer, s)
     # unlike AdamW it shows a wrong scale of the gradients
     sgd, scaler = torch.optim.SGD(bert.parameters(), lr=0.1), torch.amp.GradScaler(
         "cpu", enabled=False)
-    for batch in split.batches(4, by_length=order == "grouped"):
-        train.step(replica, sgd, split, batch, device, contextlib.nullcontext(), scaler,
-                   int(accumulation))
-    states[case] = bert.state_dict() | start
-    del replica
-if distributed.RANK == 0:
-    torch.save(states, path)
-distributed.leave()
+    losses = [train.step(bert, sgd, split, batch, device, contextlib.nullcontext(), scaler,
+                         int(accumulation))
+              for batch in split.batches(3, by_length=order == "grouped")]
+    states[case] = bert.state_dict() | start | {"losses": torch.stack(losses)}
+torch.save(states, f"{path}{model.RANK}")
+model.leave_processes()
 """
 CASES = "sentences, grouped", "questions, grouped", "questions, as they come"
 
 
 @pytest.fixture(scope="module")
 def states(without_dropout, tmp_path_factory):
-    """What one, two and three processes make of every case: [{case: tensors}]."""
-    folder, states = tmp_path_factory.mktemp("steps"), []
-    (folder / "steps.py").write_text(STEPS)
+    """What every process makes of every case, where there are one, two and three of them, in
+    batches of 3, 3 and 1 rows: {number of processes: [{case: tensors}]}."""
+    folder, states = tmp_path_factory.mktemp("steps"), {}
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{STEPS}"
+    (folder / "steps.py").write_text(code)
     for n, accumulation in (1, 1), (2, 2), (3, 1):
-        done = launch(n, folder / "steps.py", without_dropout, accumulation, *CASES,
-                      folder / "state.pt")
+        done = in_forks(n, folder, folder / "steps.py", without_dropout, accumulation,
+                        folder / f"{n}_", *CASES)
         assert done.returncode == 0, done.stderr
-        states.append(torch.load(folder / "state.pt"))
+        states[n] = [torch.load(folder / f"{n}_{rank}") for rank in range(n)]
     return states
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_have_the_scale_of_one_process(states, case):
-    one, *others = (state[case] for state in states)
-    for name, tensor in one.items():
-        for other in others:
-            assert torch.allclose(other[name], tensor, atol=1e-6), name
+    one = states[1][0][case]
+    for other in states[2] + states[3]:
+        for name, tensor in one.items():
+            assert torch.allclose(other[case][name], tensor, atol=1e-6), name
     head = "classifier.weight" if case.startswith("sentences") else "qa_outputs.weight"
     assert (one[head] - one[f"{head} at the start"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_copies_stay_equal(states, case):
+    for first, *others in states[2], states[3]:
+        for other in others:
+            for name, tensor in first[case].items():
+                assert torch.equal(other[case][name], tensor), name

@@ -9,10 +9,8 @@ from conftest import (
     BUILDS,
     METHODS,
     build,
-    elsewhere,
     logits,
     one_line_exit,
-    program,
     randomize,
     run,
     save_small_bert,
@@ -21,9 +19,9 @@ from conftest import (
 from torch import nn
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
-import export
+import tools.export as export
 from methods import PLACEMENTS
-from settings import checkpoint_path
+from settings import checkpoint_path, read_settings
 
 SENTENCES = ["a good film", "a bad film about a good dog", "no"]
 
@@ -60,8 +58,8 @@ def test_adapters_cannot_be_merged_and_stay_as_they_are(method):
 def checkpoints(study):
     """{name: checkpoint} of a small study."""
     comparison = json.loads((study[0] / "metrics" / "comparison.json").read_text())
-    return {name: checkpoint_path(study[0], entry["runs"][0]["settings"])
-            for name, entry in comparison.items()}
+    return {name: checkpoint_path(study[0], read_settings(entry["runs"][0]))
+            for name, entry in comparison["entries"].items()}
 
 
 @pytest.fixture(scope="module")
@@ -69,42 +67,63 @@ def small_bert(tmp_path_factory):
     return save_small_bert(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("name", ["full_ft", "lora_r8", "qlora"])
-def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, tmp_path):
-    export.main(export.parse_args([str(checkpoints[name]), "--to", str(tmp_path / "out")]))
-    found, labels = elsewhere("AutoModelForSequenceClassification", [SENTENCES], tmp_path / "out",
-                              tmp_path)
+# one process for all folders, since to start it takes longer than what it does
+ELSEWHERE = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+found, sentences = {}, json.loads(sys.argv[1])
+for folder in sys.argv[2:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(**tokenizer(sentences, padding=True, return_tensors="pt")).logits.tolist()
+    ask = pipeline("text-classification", folder)
+    found[folder] = {"logits": logits, "answer": ask("good " * 600, truncation=True)[0],
+                     "longest": ask.tokenizer.model_max_length, "config": model.config.to_dict()}
+assert not any(name in sys.modules for name in ("lora", "quant", "checkpoint", "bitsandbytes"))
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints, tmp_path_factory):
+    """{name: (folder, what a Python process makes of it that knows nothing of this project)}."""
+    base = tmp_path_factory.mktemp("exported")
+    folders = {name: base / name for name in ("full", "lora_r8", "qlora")}
+    for name, folder in folders.items():
+        export.main(export.parse_args([str(checkpoints[name]), "--to", str(folder)]))
+    done = run(sys.executable, "-I", "-c", ELSEWHERE, json.dumps(SENTENCES), *folders.values(),
+               cwd=base)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    return {name: (folder, found[str(folder)]) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("name", ["full", "lora_r8", "qlora"])
+def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, exported, tmp_path):
+    folder, found = exported[name]
     tokenizer, base, base_hash = export.load_base(checkpoints[name])
     model, _ = export.attach(base, base_hash, checkpoints[name])
     with torch.no_grad():
         expected = model(**tokenizer(SENTENCES, padding=True, return_tensors="pt")).logits
         plain = base(**tokenizer(SENTENCES, padding=True, return_tensors="pt")).logits
-    assert (found - expected).abs().max() < 1e-5 and (found - plain).abs().max() > 1e-3
-    assert labels == ["0", "1"] and not list(tmp_path.glob("*.part"))
+    logits = torch.tensor(found["logits"])
+    assert (logits - expected).abs().max() < 1e-5 and (logits - plain).abs().max() > 1e-3
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["full", "lora_r8", "qlora"]
     # for whom a new file is, too
     (tmp_path / "new").touch()
     usual = (tmp_path / "new").stat().st_mode
-    assert {file.stat().st_mode for file in (*(tmp_path / "out").iterdir(), checkpoints[name])} \
-        == {usual}
+    assert {file.stat().st_mode for file in (*folder.iterdir(), checkpoints[name])} == {usual}
 
 
-PIPELINE = """
-import json, sys
-from transformers import pipeline
-ask = pipeline("text-classification", sys.argv[1])
-print(json.dumps([ask("good " * 600, truncation=True)[0], ask.tokenizer.model_max_length, \
-ask.model.config.to_dict()]))
-"""
-
-
-def test_a_plain_pipeline_takes_the_exported_folder_and_a_long_text(checkpoints, tmp_path):
-    export.main(export.parse_args([str(checkpoints["lora_r8"]), "--to", str(tmp_path / "out")]))
-    done = run(sys.executable, "-I", "-c", PIPELINE, tmp_path / "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    answer, longest, config = json.loads(done.stdout)
-    assert answer["label"] in ("0", "1") and longest == 512
-    assert (config["problem_type"], config["dtype"]) == ("single_label_classification", "float32")
-    assert config["id2label"] == {"0": "0", "1": "1"} and config["label2id"] == {"0": 0, "1": 1}
+def test_a_plain_pipeline_takes_the_exported_folder_and_a_long_text(exported):
+    for _, found in exported.values():
+        assert found["answer"]["label"] in ("0", "1") and found["longest"] == 512
+        config = found["config"]
+        assert config["problem_type"] == "single_label_classification"
+        assert config["dtype"] == "float32"
+        assert config["id2label"] == {"0": "0", "1": "1"}
+        assert config["label2id"] == {"0": 0, "1": 1}
 
 
 def test_a_failed_export_leaves_nothing(checkpoints, tmp_path, monkeypatch):
@@ -118,26 +137,28 @@ def test_a_failed_export_leaves_nothing(checkpoints, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_requantizing_is_measured(checkpoints, tmp_path, study):
+def test_requantizing_is_measured(checkpoints, tmp_path, study, capsys):
     path = tmp_path / "requantized.json"
-    done = program("export.py", checkpoints["qlora"], "--requantized", path, "--data", study[1][1])
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    export.main(export.parse_args([str(checkpoints["qlora"]), "--requantized", str(path), "--data",
+                                   str(study[1][1])]))
+    said = capsys.readouterr()
+    assert not said.err
     row, = json.loads(path.read_text())
     assert row["test_rows"] == 20 and row["merged"]["changed_predictions"] == 0
     assert row["merged"]["loss"] == pytest.approx(row["unmerged"]["loss"], abs=1e-5)
     assert row["requantized"]["loss"] != pytest.approx(row["unmerged"]["loss"], abs=1e-5)
     assert row["rounding_norm"] > 0 and row["update_norm"] > 0
-    assert export.markdown([row]) in done.stdout
+    assert export.requantized_table([row]) in said.out
 
 
 @pytest.mark.parametrize("flags, words", [
     (["adapter", "--to", "{tmp}/out"], ["adapters cannot be merged"]),
-    (["lora_r8", "--to", "{tmp}"], ["is there already", "--to"]),
+    (["lora_r8", "--to", "{tmp}"], ["already exists", "--to"]),
     (["lora_r8", "qlora", "--to", "{tmp}/out"], ["one checkpoint"]),
     (["qlora", "lora_r8", "--requantized", "{tmp}/x.json"], ["lora", "only QLoRA and QDoRA"]),
     (["qlora", "--requantized", "{tmp}/x.json"], ["--data"]),
     (["qlora", "--requantized", "{tmp}/x.json", "--data", "{tmp}"], ["not what it was trained on"]),
-    (["qlora", "--requantized", "{tmp}"], ["is there already"]),
+    (["qlora", "--requantized", "{tmp}"], ["already exists"]),
     (["lora_r8", "--to", "{tmp}/out", "--data", "{tmp}"], ["--data is for"]),
     (["lora_r8", "--to", "{tmp}/" + 300 * "x"], ["cannot write"]),
     (["lora_r8"], ["--to", "--requantized"]),

@@ -2,25 +2,32 @@
 every method; and what is made of the runs."""
 import csv
 import json
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, one_line_error, one_line_exit, run, settings, train, write_splits
+from conftest import (
+    load_folder,
+    one_line_error,
+    one_line_exit,
+    program,
+    save_small_bert,
+    train,
+    write_splits,
+)
 from sklearn.metrics import f1_score, log_loss
 
 import compare
 import data
 import plots
-import studies
-from settings import read_flags
-from spread import corrected_interval, ece, paired_bootstrap
-from studies import FOLD_RUNS
+from compare import FOLD_RUNS
+from settings import make_parser, read_flags
+from spread import corrected_interval, ece
 
 
 @pytest.fixture(scope="module")
 def folds():
-    return [data.load_rated("movies", [k, 5]) for k in range(1, 6)]
+    return [data.load_rated("movies", f"{k}/5") for k in range(1, 6)]
 
 
 def test_every_movie_sentence_tests_once_and_is_not_in_its_own_training_rows(folds):
@@ -38,9 +45,7 @@ def test_every_movie_sentence_tests_once_and_is_not_in_its_own_training_rows(fol
 
 
 def test_folds_are_the_same_for_every_method_seed_and_call(folds):
-    again = [data.load_rated("movies", [k, 5]) for k in range(1, 6)]
-    for old, new in zip(folds, again):
-        assert old[1:4] == new[1:4]
+    assert data.load_rated("movies", "2/5")[1:4] == folds[1][1:4]
     # and validation is not the same rows of every fold's training rows
     assert len({sentence for task in folds for sentence in task.validation.sentences}) > 3000
     lines = commands("--folds", 5, "--seeds", 42, 7)
@@ -52,7 +57,7 @@ def test_folds_are_the_same_for_every_method_seed_and_call(folds):
 
 
 def commands(*flags):
-    done = run(sys.executable, ROOT / "compare.py", "--list", *flags)
+    done = program("compare.py", "--list", *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -65,18 +70,16 @@ def test_five_folds_are_the_five_runs_and_three_more():
 def test_a_pool_of_one_s_own_and_of_few_rows(tmp_path):
     rows = "".join(f"sentence {i}\t{'abc'[i % 3]}\n" for i in range(60))
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + rows)
-    tasks = [data.load_folder(tmp_path, {"fold": [k, 4]}) for k in range(1, 5)]
+    tasks = [load_folder(tmp_path, "--fold", f"{k}/4") for k in range(1, 5)]
     assert sorted(s for task in tasks for s in task.test.sentences) == sorted(
         f"sentence {i}" for i in range(60))
     assert [len(task.validation.labels) for task in tasks] == [6] * 4
     assert all(task.label_names == ["a", "b", "c"] for task in tasks)
-    one_line_exit(lambda: data.load_folder(tmp_path, {"fold": [1, 20]}),
+    one_line_exit(lambda: load_folder(tmp_path, "--fold", "1/20"),
                   "20 folds need 21 rows", "has 20")
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + rows + "x\td\n" * 3)
-    one_line_exit(lambda: data.load_folder(tmp_path, {"fold": [2, 2]}),
+    one_line_exit(lambda: load_folder(tmp_path, "--fold", "2/2"),
                   "2 folds need 4 rows", "'d' has 3")
-    read = settings("--method", "head", "--data", tmp_path, "--fold", "2/4")
-    assert read["fold"] == [2, 4] and "fold" not in settings("--method", "head")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -90,25 +93,25 @@ def test_what_has_no_folds_is_refused_before_anything_runs(flags, words, tmp_pat
     write_splits(tmp_path / "mine", {"train": 80, "dev": 12},
                  lambda i, split: f"{split} {i}\t{i % 2}")
     flags = [tmp_path / "mine" if flag == "HERE" else flag for flag in flags]
-    one_line_error(run(sys.executable, ROOT / "compare.py", "--list", "--folds", 5, *flags), *words)
+    one_line_error(program("compare.py", "--list", "--folds", 5, *flags), *words)
 
 
 @pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "2", "a/b", "1/5/2", "-1/5"])
 def test_a_fold_that_is_none(fold):
-    one_line_error(train("--method", "head", f"--fold={fold}"), repr(fold), "2/5")
+    one_line_exit(lambda: make_parser().parse_args(["--method", "head", f"--fold={fold}"]),
+                  repr(fold), "2/5")
 
 
 @pytest.mark.parametrize("folds", [1, "x"])
 def test_a_number_of_folds_that_is_none(folds):
-    one_line_error(run(sys.executable, ROOT / "compare.py", "--folds", folds), "--folds")
+    one_line_exit(lambda: compare.split_folds(["--folds", str(folds)]), "--folds")
 
 
 def test_a_fold_is_trained_tested_and_skipped_when_finished(tmp_path):
-    (tmp_path / "pool").mkdir()
-    rows = "".join(f"a {'good' if i % 2 else 'bad'} film {i}\t{i % 2}\n" for i in range(90))
-    (tmp_path / "pool" / "train.tsv").write_text("sentence\tlabel\n" + rows)
-    flags = ["--method", "bitfit", "--data", tmp_path / "pool", "--fold", "3/3", "--max-steps", 2,
-             "--output", tmp_path / "out"]
+    pool = write_splits(tmp_path / "pool", {"train": 90}, lambda i, _:
+                        f"a {'good' if i % 2 else 'bad'} film {i}\t{i % 2}")
+    flags = ["--method", "bitfit", "--model", save_small_bert(tmp_path / "model"), "--data", pool,
+             "--fold", "3/3", "--max-steps", 2, "--output", tmp_path / "out"]
     done = train(*flags)
     assert done.returncode == 0 and "fold 3 of 3 tests" in done.stdout, done.stderr
     path, = (tmp_path / "out" / "metrics" / "runs").iterdir()
@@ -128,7 +131,7 @@ N_FOLDS, ROWS, SEEDS = 3, 40, (42, 7)
 
 def make_run(flags, labels, right, rng):
     """Leave the result of a run that is `right` about a share of its test rows, and sure of it."""
-    args = read_flags([str(flag) for flag in flags])
+    made = read_flags([str(flag) for flag in flags])
     predicted = np.where(rng.random(len(labels)) < right, labels, 1 - labels)
     sure = rng.uniform(0.5, 1, len(labels))
     one = np.where(predicted == 1, sure, 1 - sure)
@@ -137,14 +140,14 @@ def make_run(flags, labels, right, rng):
         "f1_macro": f1_score(labels, predicted, average="macro"),
         "accuracy": float(np.mean(labels == predicted)), "nll": 0.5, "ece": 0.1,
         "peak_vram_gb": None, "peak_rss_gb": 1 + rng.random(), "best_epoch": 1,
-        "history": [{"seconds": 1 + rng.random()}], "settings": args.settings,
+        "history": [{"seconds": 1 + rng.random()}], "settings": vars(made.settings),
         "rows": {"train": 70, "validation": 10, "test": len(labels)},
         "environment": {"device": "CPU, 2 threads", "amp": "off"},
         "test_predictions": np.stack([labels, predicted], 1).tolist(),
         "test_probabilities": np.stack([1 - one, one], 1).tolist()}
-    args.result.parent.mkdir(parents=True, exist_ok=True)
-    args.result.write_text(json.dumps(result))
-    return args.result
+    made.result.parent.mkdir(parents=True, exist_ok=True)
+    made.result.write_text(json.dumps(result))
+    return made.result
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +164,17 @@ def made_up(tmp_path_factory):
     return folder, paths
 
 
-def combined(folder):
-    return run(sys.executable, ROOT / "compare.py", "--folds", N_FOLDS, "--seeds", *SEEDS,
-               "--output", folder)
+def study_flags(folder):
+    return ["--folds", str(N_FOLDS), "--seeds", *map(str, SEEDS), "--output", str(folder)]
 
 
 def test_made_up_folds_are_pooled_and_compared(made_up):
     folder, paths = made_up
-    done = combined(folder)
-    assert done.returncode == 0, done.stderr
-    entries = json.loads((folder / "metrics" / "crossvalidation.json").read_text())
+    done = program("compare.py", *study_flags(folder))
+    assert done.returncode == 0 and "==" not in done.stdout, done.stderr
+    study = json.loads((folder / "metrics" / "crossvalidation.json").read_text())
+    entries, command = study["entries"], study["command"]
+    assert command == f"bash run_all.sh --folds 3 --seeds 42 7 --output {folder}"
     assert list(entries) == list(FOLD_RUNS)
     results = {key: json.loads(path.read_text()) for key, path in paths.items()}
     scores = {}
@@ -189,29 +193,19 @@ def test_made_up_folds_are_pooled_and_compared(made_up):
         assert entry["ece"] == pytest.approx(np.mean(
             [ece([label for label, _ in pairs], own) for pairs, own in zip(pooled, likely)]))
         assert "test_probabilities" not in entry["runs"][0]
-    assert entries["full_ft"]["vs_full"] is None
+    assert entries["full"]["vs_full"] is None
     vs = entries["head"]["vs_full"]
-    assert vs["points"] == pytest.approx(100 * (scores["head"] - scores["full_ft"]))
+    assert vs["points"] == pytest.approx(100 * (scores["head"] - scores["full"]))
     assert vs["low"] < vs["points"] < vs["high"] < 0
     by_fold = [100 * np.mean([results["head", seed, k]["f1_macro"]
-                              - results["full_ft", seed, k]["f1_macro"] for seed in SEEDS])
+                              - results["full", seed, k]["f1_macro"] for seed in SEEDS])
                for k in range(1, N_FOLDS + 1)]
     assert entries["head"]["vs_full_new_rows"] == pytest.approx(
         corrected_interval(by_fold, 40, 70))
-    # an interval over this many sentences would just reach 0; this many times those that there are
-    labels = [label for label, _ in pooled[0]]
-    predicted = {name: [[p for k in range(1, N_FOLDS + 1)
-                         for _, p in results[name, seed, k]["test_predictions"]]
-                        for seed in SEEDS] for name in ("head", "full_ft", "lora_r8")}
-    for name in "head", "lora_r8":
-        flat = paired_bootstrap(labels, predicted[name], predicted["full_ft"], replicates=2000)
-        times = ((flat["high"] - flat["low"]) / 2 / flat["points"]) ** 2
-        assert entries[name]["rows_to_resolve"] == round(120 * times)
-    assert entries["head"]["rows_to_resolve"] < 120 < entries["lora_r8"]["rows_to_resolve"]
     for figure in "pareto.png", "crossvalidation.png":
         assert (folder / "figures" / figure).stat().st_size > 10_000
     table = (folder / "figures" / "crossvalidation.md").read_text()
-    assert table in done.stdout and "bash run_all.sh --folds 3 --seeds 42 7" in table
+    assert table in done.stdout and f"made by `{command}`" in table
     assert "3 folds, each 70 training" in table and "(n = 6)" in table
 
     with open(folder / "metrics" / "crossvalidation_predictions.csv") as file:
@@ -223,42 +217,6 @@ def test_made_up_folds_are_pooled_and_compared(made_up):
                              for _, p in results["bitfit", seed, k]["test_predictions"]]
 
 
-@pytest.mark.parametrize("flags, seeds, said", [
-    ([], [42], ""), ([], [42, 7], " --seeds 42 7"), (["--seed", 7], [7], " --seed 7"),
-    (["--fold", "1/5"], [42], " --folds 5"), (["--task", "sst2"], [42], " --task sst2"),
-    (["--lr", 1e-3, "--epochs", 1, "--train-rows", 500, "--without", "cls_only"], [42],
-     " --lr 0.001 --epochs 1 --without cls_only --train-rows 500"),
-    (["--data", "{pool}"], [42], " --data pool"),
-    (["--data", "{pool}", "--amp", "off", "--whole-sentences"], [42],
-     " --data pool --amp off --whole-sentences"),
-    (["--task", "synthetic", "--lr", 1e-3, "--epochs", 2], [42], ""),
-    (["--task", "squad", "--batch-size", 4], [42], " --task squad --batch-size 4")])
-def test_a_caption_s_command_has_what_is_not_the_default(flags, seeds, said, tmp_path):
-    pool = write_splits(tmp_path / "pool", {"train": 60}, lambda i, _: f"film {i}\t{i % 2}")
-    flags = [str(flag).format(pool=pool) for flag in flags]
-    run = {"settings": settings("--method", "full", *flags)}
-    own = "--method full" + " --lr 1e-3 --epochs 2" * ("synthetic" in flags)
-    assert studies.command_of("run.sh", [(own, run)], seeds) == f"bash run.sh{said}"
-
-
-@pytest.mark.parametrize("flags", [
-    "--dropout 0.0 --alpha 64.0", "--bottleneck 16", "--placement pfeiffer", "--lr 0.0002",
-    "--without half_weights", "--targets attention", "--task sst2 --amp off",
-    "--model somebody/a-bert"])
-def test_a_caption_s_command_has_what_only_some_of_the_methods_take(flags):
-    results = [(own, {"settings": settings(*flags.split(), *own.split())})
-               for own in studies.FOLD_RUNS.values() if "--targets" not in own]
-    command = studies.command_of("run.sh", results)
-    assert sorted(command.split()[2:]) == sorted(flags.split())
-
-
-def test_a_caption_s_command_names_a_model_that_is_not_the_task_s():
-    own = "--method lora --epochs 2 --lr 2e-4 --r 16"
-    for flags in "--task squad_pt", "--task squad_pt --model all-MiniLM-L6-v2":
-        results = [(own, {"settings": settings(*own.split(), *flags.split())})]
-        assert studies.command_of("run.sh", results) == f"bash run.sh {flags}"
-
-
 def test_the_frontier_is_what_nothing_beats_in_both():
     # cheap to dear: the best; beaten by it; better; as dear and worse; as good and dearer; better
     costs, scores = [1, 2, 3, 3, 4, 5], [0.6, 0.5, 0.7, 0.65, 0.7, 0.8]
@@ -266,10 +224,26 @@ def test_the_frontier_is_what_nothing_beats_in_both():
     assert plots.frontier([5, 1], [0.5, 0.9]) == [(1, 0.9)]
 
 
-def test_a_missing_fold_is_named(made_up):
+def test_a_missing_fold_is_trained_and_no_other(made_up, monkeypatch):
     folder, paths = made_up
-    path = paths["bitfit", 7, 2]
+    path, asked = paths["bitfit", 7, 2], []
     text = path.read_text()
+
+    def trains(command, **_):
+        asked.append(read_flags(command[2:]).result)
+        path.write_text(text)
+        return SimpleNamespace(returncode=len(asked) - 1)
+
+    monkeypatch.setattr(compare, "start", lambda: None)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=trains, DEVNULL=None))
+    monkeypatch.setattr(plots, "draw_folds", lambda output: None)
+    study = folder / "metrics" / "crossvalidation.json"
+    compare.main(study_flags(folder))
+    before = study.read_text()
     path.unlink()
-    one_line_error(combined(folder), "not finished", "seed 7", "fold 2/3", "bitfit")
-    path.write_text(text)
+    compare.main(study_flags(folder))
+    assert asked == [path] and study.read_text() == before
+    path.unlink()  # the next training fails
+    with pytest.raises(SystemExit) as error:
+        compare.main(study_flags(folder))
+    assert error.value.code == 1 and asked == [path, path] and study.read_text() == before

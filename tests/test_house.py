@@ -1,8 +1,11 @@
-"""How the project is built: no circles, one table of methods, files that stay short, papers around
-the code that lead somewhere."""
+"""How the project is built: two floors without circles, one table of methods, files that stay
+short, papers around the code that lead somewhere."""
 import ast
+import collections
+import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,28 +13,36 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import METHODS as METHOD_FLAGS
-from conftest import ROOT, build, settings, tiny_bert
+from conftest import ROOT, build, one_line_error, program, run, settings, tiny_bert
 
 import methods
-from export import merge
-from model import apply_method, count_params, trained_tensors
-from studies import SENTENCE_RUNS
+from compare import FOLD_RUNS, RUNS
+from model import PUT, apply_method, count_params, trained_tensors
+from tools.export import merge
 
-MODULES = {path.stem for path in ROOT.glob("*.py")}
-# what `--help`, a typo and a finished run may wait for
-QUICK = {"start", "files", "methods", "settings", "spread", "studies"}
+TOP = {path.stem: path for path in ROOT.glob("*.py")}
+TOOLS = {f"tools.{path.stem}": path for path in ROOT.glob("tools/*.py") if path.stem != "__init__"}
+MODULES = TOP | TOOLS
+# what `--help` and a typo may wait for
+QUICK = {"common", "methods", "settings", "spread", "compare"}
+ONCE_A_PROGRAM = {"main", "parse_args", "ARGS", "redraw"}
 
 
+@functools.cache
+def tree_of(name):
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(name):
     """The project's own modules that a module imports, also inside of functions."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-    return found & MODULES
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & set(MODULES)
 
 
 def reached(name, on_the_way=()):
@@ -43,35 +54,99 @@ def reached(name, on_the_way=()):
     return found
 
 
+def test_both_floors_are_seen():
+    assert {"train", "lora", "common"} <= set(TOP) and {"tools.predict", "tools.grid"} <= set(TOOLS)
+    assert imports("tools.predict") >= {"train", "tools.export"}
+    assert len(TOP) <= 17 and len(TOOLS) <= 9
+
+
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_no_module_imports_itself_over_others(name):
-    reached(name)
+def test_no_module_imports_itself_over_others_and_nothing_at_the_top_imports_tools(name):
+    below = reached(name)
+    if name in TOP:
+        assert not below & set(TOOLS) and "tools" not in imports(name)
 
 
-@pytest.mark.parametrize("name", ["settings", "methods", "files", "start"])
+@pytest.mark.parametrize("name", ["settings", "methods", "common", "compare"])
 def test_flags_and_table_import_nothing_slow(name):
-    assert reached(name) <= QUICK
+    at_start = {node.module for node in tree_of(name).body if isinstance(node, ast.ImportFrom)}
+    assert at_start & set(MODULES) <= QUICK
     slow = {"torch", "transformers", "matplotlib"}
     code = f"import sys, {name}; print(*({slow} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "" and done.returncode == 0, done.stderr
 
 
-def functions(path):
-    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.FunctionDef)]
+@pytest.mark.parametrize("name", sorted(TOOLS))
+def test_a_tool_run_as_a_file_says_how_it_is_run(name, tmp_path):
+    for folder in ROOT, tmp_path:
+        done = run(sys.executable, TOOLS[name], cwd=folder)
+        one_line_error(done, "from the project's folder", f"python -m {name}")
+
+
+def test_a_tool_is_run_as_a_module():
+    done = program("tools.predict", "--help")
+    assert done.returncode == 0 and "python -m tools.predict" in done.stdout, done.stderr
+
+
+# --- what a reader meets -------------------------------------------------------------------------
+
+def lines(path):
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def functions(name):
+    return [node for node in ast.walk(tree_of(name)) if isinstance(node, ast.FunctionDef)]
 
 
 def test_what_a_reader_meets_is_short():
-    def lines(name):
-        return len((ROOT / name).read_text(encoding="utf-8").splitlines())
+    assert lines(ROOT / "train.py") <= 175 and lines(ROOT / "plots.py") <= 430
+    assert lines(ROOT / "README.md") <= 185 and lines(ROOT / "CONTRIBUTING.md") <= 40
+    assert sum(map(lines, MODULES.values())) <= 7550
+    for name in MODULES:
+        for node in functions(name):
+            if (name, node.name) != ("train", "main"):  # the loop, as one story
+                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
 
-    assert lines("train.py") <= 200 and lines("plots.py") <= 480 and lines("README.md") <= 180
-    assert lines("CONTRIBUTING.md") <= 40
-    for path in ROOT.glob("*.py"):
-        for node in functions(path):
-            if (path.name, node.name) != ("train.py", "main"):  # the loop, as one story
-                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+def test_the_loop_speaks_of_several_processes_in_four_lines():
+    loop = [node for node in functions("train") if node.name in ("step", "predict")]
+    in_loop = next(node for node in ast.walk(tree_of("train")) if isinstance(node, ast.For)
+                   and getattr(node.target, "id", "") == "epoch")
+    words = {"own_share", "add_up", "gather", "RANK", "WORLD", "dist"}
+    at = {name.lineno for part in (*loop, in_loop) for name in ast.walk(part)
+          if isinstance(name, ast.Name) and name.id in words}
+    assert 0 < len(at) <= 4
+
+
+def test_no_name_is_defined_in_two_files():
+    places = collections.defaultdict(list)
+    for module in MODULES:
+        for node in tree_of(module).body:
+            targets = getattr(node, "targets", [node])
+            for target in targets if isinstance(node, ast.Assign) else []:
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name):
+                        places[name.id].append(module)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                places[node.name].append(module)
+    assert not {name: modules for name, modules in places.items()
+                if len(set(modules)) > 1 and name not in ONCE_A_PROGRAM}
+
+
+# how a docstring begins that says what something is and not what it does
+NOUNS = {"A", "An", "The", "All", "Whether", "What", "Where", "How", "Which", "When", "One", "As",
+         "Of", "In", "If", "Every", "Each", "Number", "Names", "Bytes", "End"}
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    wrong = []
+    for module in MODULES:
+        for node in functions(module):
+            text = ast.get_docstring(node)
+            if text and (not re.match(r"[A-Z][a-z]+\b", text) or text.split()[0] in NOUNS):
+                wrong.append(f"{module}.{node.name}: {text.splitlines()[0]}")
+    assert not wrong
 
 
 # --- the table of methods ------------------------------------------------------------------------
@@ -93,7 +168,10 @@ def test_every_row_is_tested_and_measured():
     assert set(METHOD_FLAGS) == set(methods.METHODS)
     rows = {methods.row_of(settings(*case.flags.split())) for case in methods.CASES.values()}
     assert rows == set(methods.METHODS.values())
-    assert list(SENTENCE_RUNS) == ["full_ft", "lora_r8", "lora_r16", "qlora", "adapter"]
+    assert list(RUNS) == ["full", "lora_r8", "lora_r16", "qlora", "adapter"]
+    assert list(FOLD_RUNS)[:5] == list(RUNS)
+    # what adds tensors has a function that does so
+    assert set(PUT) == {name for name, row in methods.METHODS.items() if row.adds}
 
 
 def test_a_row_that_nothing_measures_is_an_error_at_import(monkeypatch):
@@ -146,16 +224,29 @@ def test_every_link_leads_somewhere(paper):
 
 
 def test_every_result_names_the_command_that_makes_it():
-    in_captions = {"comparison.json": "summary.md", "crossvalidation.json": "crossvalidation.md",
-                   "grid.json": "grid.md"}
     for path in sorted((ROOT / "metrics").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if path.name in in_captions:
-            said = (ROOT / "figures" / in_captions[path.name]).read_text(encoding="utf-8")
-        else:
-            first = content[0] if isinstance(content, list) else content
-            said = f"{first.get('command')} {first.get('caption')}"
-        assert re.search(r"(python \w+\.py|bash run_\w+\.sh)", said), path.name
+        first = content[0] if isinstance(content, list) else content
+        said = f"{first.get('command')} {first.get('caption')}"
+        named = re.findall(r"python (\w+\.py)|python -m (tools\.\w+)|bash (run_\w+\.sh)", said)
+        assert named, path.name
+        for program_, tool, script in named:
+            assert (tool in TOOLS) if tool else (ROOT / (program_ or script)).exists(), path.name
+
+
+def test_papers_name_programs_that_exist():
+    for paper in PAPERS:
+        text = (ROOT / paper).read_text(encoding="utf-8")
+        for tool in re.findall(r"(?<![\w/])tools\.([a-z]+)", text):
+            assert f"tools.{tool}" in TOOLS, f"{paper}: {tool}"
+        for file in re.findall(r"(?:python3?|bash) ((?:tests/)?\w+\.(?:py|sh))", text):
+            assert (ROOT / file).exists(), f"{paper}: {file}"
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_scripts_are_right_bash():
+    for path in [*ROOT.glob("*.sh"), *ROOT.glob("tests/*.sh")]:
+        assert run("bash", "-n", path).returncode == 0, path
 
 
 def test_the_citation_is_whole():

@@ -1,5 +1,6 @@
 """The predicted bytes against closed forms, against what real training steps keep, and against
 bitsandbytes."""
+import functools
 import json
 import math
 import sys
@@ -7,16 +8,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, run
+from conftest import ROOT, one_line_error, one_line_exit, program, run
 from torch import nn
 from transformers import BertConfig
 
-import memory
 from fetch import DOWNLOADS
 from methods import CASES
-from plots import PARTS
 from quant import to_nf4
 from settings import DEFAULT_MODEL, case_label
+from tools import memory
 
 # numbers that train, two labels; position and segment numbers, int64
 BERT_BASE, BUFFERS = 109_483_778, 8 * (512 + 512)
@@ -38,15 +38,22 @@ def config(name):
 
 
 def bytes_of(row):
-    return {part: row[part] for part in PARTS}
+    return {part: row[part] for part in memory.PARTS}
+
+
+@functools.cache
+def predicted(method, dtype):
+    """The prediction for 3 rows of 24 tokens in a small BERT."""
+    gb = [0.0001, 0.001, 0.03, 0.5]
+    return memory.predict_bytes(BertConfig(**SMALL), flags(method), 3, 24, dtype, gb)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("method", CASES)
 def test_prediction_equals_real_training_steps(method, dtype):
-    measured = memory.measure(BertConfig(**SMALL), flags(method), 3, 24, dtype)
-    predicted = memory.predict(BertConfig(**SMALL), flags(method), 3, 24, dtype)
-    assert bytes_of(predicted) == bytes_of(measured) and all(bytes_of(predicted).values())
+    measured = memory.measure_bytes(BertConfig(**SMALL), flags(method), 3, 24, dtype)
+    own = bytes_of(predicted(method, dtype))
+    assert own == bytes_of(measured) and all(own.values())
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
@@ -54,20 +61,23 @@ def test_prediction_equals_real_training_steps(method, dtype):
 def test_prediction_equals_real_training_steps_on_more_layers(method, targets):
     wide = f"--method {method} --targets {targets}"
     sizes = 3, 24, torch.bfloat16
-    assert (bytes_of(memory.predict(BertConfig(**SMALL), wide, *sizes))
-            == bytes_of(memory.measure(BertConfig(**SMALL), wide, *sizes)))
+    assert (bytes_of(memory.predict_bytes(BertConfig(**SMALL), wide, *sizes))
+            == bytes_of(memory.measure_bytes(BertConfig(**SMALL), wide, *sizes)))
 
 
 @pytest.mark.parametrize("method", ["lora_r8", "qdora"])
 def test_prediction_equals_real_training_steps_of_the_default_model(method):
-    measured = memory.measure(config(DEFAULT_MODEL), flags(method), 2, 16, None)
-    assert (bytes_of(memory.predict(config(DEFAULT_MODEL), flags(method), 2, 16, None))
+    measured = memory.measure_bytes(config(DEFAULT_MODEL), flags(method), 2, 16, None)
+    assert (bytes_of(memory.predict_bytes(config(DEFAULT_MODEL), flags(method), 2, 16, None))
             == bytes_of(measured))
 
 
 def test_closed_forms():
     def three(method):
-        row = memory.predict(config("bert-base-uncased"), flags(method), 1, 8, None)
+        with torch.device("meta"):
+            model = memory.make_model(config("bert-base-uncased"), flags(method), None,
+                                      memory.stand_in_encoder)
+        row = memory.fixed_bytes(model)
         return row["weights"] - BUFFERS, row["gradients"], row["optimizer"]
 
     assert sum(three("full")) == 16 * BERT_BASE
@@ -101,8 +111,7 @@ def test_stand_in_stores_what_bitsandbytes_stores(shape):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("plain, nf4", [("lora_r16", "qlora"), ("dora", "qdora")])
 def test_4_bits_make_weights_smaller_and_nothing_else(plain, nf4, dtype):
-    plain, nf4 = (bytes_of(memory.predict(BertConfig(**SMALL), flags(m), 3, 24, dtype))
-                  for m in (plain, nf4))
+    plain, nf4 = (bytes_of(predicted(method, dtype)) for method in (plain, nf4))
     assert nf4["weights"] < plain["weights"]
     assert {**nf4, "weights": 0} == {**plain, "weights": 0}
 
@@ -123,7 +132,7 @@ class Toy(nn.Module):
 
 
 def test_every_storage_counts_once_and_the_models_own_never():
-    loss, kept = memory.forward(Toy(), 2, 3, None)
+    loss, kept = memory.count_kept(Toy(), 2, 3, None)
     assert kept == 2 * (2 * 3 * 4)
     loss.backward()  # what was packed can be unpacked
 
@@ -134,7 +143,7 @@ def test_a_padded_row_costs_nothing():
     model, mask = (memory.make_model(BertConfig(**SMALL), flags("full"), torch.bfloat16),
                    torch.ones(3, 24).long())
     mask[0, 20:] = 0
-    kept = [memory.forward(model, 3, 24, torch.bfloat16, **inputs)[1]
+    kept = [memory.count_kept(model, 3, 24, torch.bfloat16, **inputs)[1]
             for inputs in ({}, {"attention_mask": mask})]
     assert kept[0] == kept[1]
 
@@ -145,28 +154,32 @@ def test_a_padded_row_costs_nothing():
 def test_largest_batch_fits_and_one_more_does_not(method, dtype):
     def total(n):
         return sum(bytes_of(
-            memory.predict(BertConfig(**SMALL), flags(method), n, 24, dtype)).values())
+            memory.predict_bytes(BertConfig(**SMALL), flags(method), n, 24, dtype)).values())
 
-    fits = memory.predict(BertConfig(**SMALL), flags(method), 5, 24, dtype, [0.0001, 0.03])["fits"]
-    assert list(fits) == ["0.0001", "0.03"] and fits["0.0001"] == 0 and fits["0.03"] > 100
-    assert total(1) > 0.0001e9 and total(fits["0.03"]) <= 0.03e9 < total(fits["0.03"] + 1)
+    fits = predicted(method, dtype)["fits"]
+    assert list(fits) == ["0.0001", "0.001", "0.03", "0.5"]
+    assert fits["0.0001"] == 0 and fits["0.03"] > 100
+    assert predicted(method, dtype)["weights"] > 0.0001e9
+    assert total(fits["0.03"]) <= 0.03e9 < total(fits["0.03"] + 1)
 
 
 def test_the_head_alone_keeps_next_to_nothing_so_that_no_batch_can_be_told():
-    row = memory.predict(BertConfig(**SMALL), flags("head"), 3, 24, None, [0.03])
-    assert row["fits"] == {"0.03": None} and 0 < row["kept"] < 3 * 2 * 24 * 64
+    row = predicted("head", None)
+    assert set(row["fits"].values()) == {None} and 0 < row["kept"] < 3 * 2 * 24 * 64
 
 
-def test_nothing_is_allocated():
+def test_nothing_is_allocated(tmp_path):
     """The weights of bert-large alone are 1.3 GB; its prediction takes Python objects."""
-    script = ("import resource, memory\n"
-              "from transformers import BertConfig\n"
-              "memory.DEVICE = 'cpu'\n"
-              "for name in memory.DEFAULT_MODEL, 'bert-large-uncased':\n"
-              "    row = memory.predict(BertConfig(**memory.MODELS[name]), "
-              "'--method full', 32, 128, None)\n"
-              "    print(row['weights'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    done = run(sys.executable, "-c", script, cwd=ROOT)
+    (tmp_path / "predict.py").write_text(
+        f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from tools import memory\n"
+        "from transformers import BertConfig\n"
+        "memory.DEVICE = 'cpu'\n"
+        "for name in memory.DEFAULT_MODEL, 'bert-large-uncased':\n"
+        "    row = memory.predict_bytes(BertConfig(**memory.MODELS[name]), "
+        "'--method full', 32, 128, None)\n"
+        "    print(row['weights'], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = program(tmp_path / "predict.py")
     assert done.returncode == 0, done.stderr
     (small, before), (large, after) = (map(int, line.split()) for line in done.stdout.splitlines())
     assert (small, large) == (4 * 22_713_986 + BUFFERS, 4 * 335_143_938 + BUFFERS)
@@ -185,39 +198,46 @@ def test_default_model_is_the_one_that_is_fetched():
         assert getattr(built_in, key) == getattr(fetched, key), key
 
 
-def cli(*flags):
-    return run(sys.executable, ROOT / "memory.py", *flags)
+def parsed(*flags):
+    return memory.parse_args([str(flag) for flag in flags])
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, capsys, monkeypatch):
+    some = "full", "qdora", "head"
+    monkeypatch.setattr(memory, "CASES", {name: CASES[name] for name in some})
     (tmp_path / "config.json").write_text(
         json.dumps({**SMALL, "num_labels": 5, "problem_type": "regression"}))
-    done = cli("--model", tmp_path, "--batch-size", 3, "--max-length", 24, "--amp", "off",
-               "--gb", 0.001, 0.5, "--measure", "--output", tmp_path)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    memory.main(parsed("--model", tmp_path, "--batch-size", 3, "--max-length", 24, "--amp", "off",
+                       "--gb", 0.001, 0.03, 0.5, "--measure", "--output", tmp_path))
+    said = capsys.readouterr()
+    assert not said.err
     ledger = json.loads((tmp_path / "metrics" / "memory.json").read_text())
-    assert memory.markdown(ledger) in done.stdout
-    assert {key: ledger[key] for key in ("model", "batch_size", "max_length", "amp")} == \
-        {"model": str(tmp_path), "batch_size": 3, "max_length": 24, "amp": "off"}
-    assert list(ledger["methods"]) == list(CASES)
-    if ledger["device"] == "cpu":
-        for name in "full", "qdora":
-            predicted = memory.predict(BertConfig(**SMALL), flags(name), 3, 24, None, [0.001, 0.5])
-            assert ledger["methods"][name] == {"label": case_label(name), **predicted}
-        assert (tmp_path / "figures" / "ledger.png").stat().st_size > 10_000
-        rows = [line.split(" | ")[1:5]
-                for line in done.stdout.split("measured")[1].splitlines()[2:]]
-        assert (len(rows) == len(CASES)
-                and all(len(set(cell.split(" / "))) == 1 for row in rows for cell in row))
+    assert memory.ledger_markdown(ledger) in said.out
+    assert {key: ledger[key] for key in ("model", "batch_size", "max_length", "amp", "device")} == \
+        {"model": str(tmp_path), "batch_size": 3, "max_length": 24, "amp": "off", "device": "cpu"}
+    assert tuple(ledger["methods"]) == some
+    for name in some:
+        row = predicted(name, None)
+        fits = {gb: n for gb, n in row["fits"].items() if gb != "0.0001"}
+        assert ledger["methods"][name] == {"label": case_label(name), **row, "fits": fits}
+    rows = [line.split(" | ")[1:5] for line in said.out.split("measured")[1].splitlines()[2:]]
+    assert (len(rows) == len(some)
+            and all(len(set(cell.split(" / "))) == 1 for row in rows for cell in row))
+
+    drawn = (tmp_path / "figures" / "ledger.png").read_bytes()
+    (tmp_path / "figures" / "ledger.png").unlink()
+    memory.main(parsed("--redraw", "--output", tmp_path))
+    assert (tmp_path / "figures" / "ledger.png").read_bytes() == drawn and len(drawn) > 10_000
+    assert memory.ledger_markdown(ledger) in capsys.readouterr().out
 
 
 def test_table_shows_the_ledger():
     row = {"weights": 1_234_560_000, "gradients": 340_000, "optimizer": 680_000, "kept": 50_000_000,
            "fits": {"4": 0, "8": 1234}}
-    lines = memory.markdown({"model": "some-bert", "batch_size": 7, "max_length": 99, "amp": "bf16",
-                             "device": "cpu",
-                             "methods": {"full": {"label": "full fine-tuning", **row},
-                                         "qlora": {"label": "QLoRA", **row}}}).splitlines()
+    lines = memory.ledger_markdown({
+        "model": "some-bert", "batch_size": 7, "max_length": 99, "amp": "bf16", "device": "cpu",
+        "methods": {"full": {"label": "full fine-tuning", **row},
+                    "qlora": {"label": "QLoRA", **row}}}).splitlines()
     assert lines[2] == "| full fine-tuning | 1,234.6 | 0.3 | 0.7 | 50.0 | 1,285.6 | – | 1,234 |"
     assert lines[0].endswith("| largest batch in 4 GB | largest batch in 8 GB |")
     assert lines[3].startswith("| QLoRA | ")
@@ -236,14 +256,25 @@ def test_table_shows_the_ledger():
     (["--amp", "auto"], ["--amp", "auto"]),
     (["--output", "{}/broken.json"], ["broken.json"]),
 ])
-def test_bad_input_is_one_line_at_once(flags, words, tmp_path):
+def test_bad_input_is_one_line(flags, words, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "roberta.json").write_text('{"model_type": "roberta"}')
+    flags = ["--output", tmp_path / "out", *(str(flag).format(tmp_path) for flag in flags)]
+    one_line_exit(lambda: parsed(*flags), *words)
+    assert not list(tmp_path.rglob("memory.json"))
+
+
+def test_bad_input_is_answered_before_the_slow_imports(tmp_path):
     start = time.time()
-    done = cli("--output", tmp_path / "out", *(str(flag).format(tmp_path) for flag in flags))
-    assert time.time() - start < 3  # before the slow imports
-    one_line_error(done, *words)
+    done = run(sys.executable, "-m", "tools.memory", "--model", "bert-huge", "--output", tmp_path,
+               cwd=ROOT)
+    assert time.time() - start < 3
+    one_line_error(done, "bert-huge", "bert-large-uncased", "config.json")
     assert done.returncode == 1 and not done.stdout and not list(tmp_path.rglob("memory.json"))
+
+
+def test_redrawing_what_is_not_there_is_one_line(tmp_path):
+    one_line_exit(lambda: memory.main(parsed("--redraw", "--output", tmp_path)), "memory.json")
 
 
 @pytest.mark.parametrize("field, words", [
@@ -254,7 +285,5 @@ def test_bad_input_is_one_line_at_once(flags, words, tmp_path):
 def test_impossible_configuration_is_one_line(field, words, tmp_path):
     path = tmp_path / "my_layers.json"
     path.write_text(json.dumps({**SMALL, **field}))
-    with pytest.raises(SystemExit) as end:
-        memory.main(memory.parse_args(["--model", str(path), "--output", str(tmp_path)]))
-    message = str(end.value.code)
-    assert message.startswith(f"error: --model {path}") and words in message and "\n" not in message
+    one_line_exit(lambda: memory.main(parsed("--model", path, "--output", tmp_path)),
+                  f"error: --model {path}", words)

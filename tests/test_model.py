@@ -1,19 +1,19 @@
 """Models that do not fit themselves are refused in one line, or made right; unknown words
 are said."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
     METHODS,
-    one_line_error,
+    lengths,
     one_line_exit,
     one_warning,
     randomize,
     save_small_bert,
     settings,
-    train,
 )
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
@@ -27,13 +27,43 @@ from transformers import (
 
 import checkpoint
 import data
-import export
-import predict
 import qa
-from fetch import model_folder
-from model import apply_method, check_words, count_params, load_pretrained, trained_tensors
+import tools.export as export
+import tools.predict as predict
+import train
+from checks import check_words
+from model import apply_method, count_params, load_pretrained, trained_tensors
 
 QUESTION = qa.Question("it is here", "where?", ["here"], 6, 10)
+LABELS = ["no", "yes"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The small BERT as a folder, which nobody changes."""
+    return save_small_bert(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of it to spoil."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.fixture
+def without_pooler(folder):
+    """The small BERT as a masked language model leaves it: without pooler and head."""
+    torch.manual_seed(1)
+    BertForMaskedLM(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    return folder
+
+
+def train_lora(model, data_dir, tmp_path):
+    """The checkpoint of two steps of LoRA, trained in this process."""
+    train.main(["--method", "lora", "--model", str(model), "--data", str(data_dir), "--max-steps",
+                "2", "--epochs", "1", "--output", str(tmp_path / "out")])
+    path, = (tmp_path / "out" / "checkpoints").iterdir()
+    return path
 
 
 def edit_json(path, **changes):
@@ -91,34 +121,39 @@ def with_nan(folder):
     (without_special_tokens, ["[CLS]", "[SEP]"]),
     (with_foreign_tensors, ["distance_embedding", "1 tensors"]),
 ], ids=lambda x: getattr(x, "__name__", ""))
-@pytest.mark.parametrize("label_names", [["no", "yes"], None], ids=["sentences", "questions"])
-def test_what_cannot_be_right_is_refused(spoil, words, label_names, tmp_path):
-    spoil(folder := save_small_bert(tmp_path / "model"))
+@pytest.mark.parametrize("label_names", [LABELS, None], ids=["sentences", "questions"])
+def test_what_cannot_be_right_is_refused(spoil, words, label_names, folder):
+    spoil(folder)
     one_line_exit(lambda: load_pretrained(str(folder), label_names), folder, *words)
 
 
-def test_it_is_refused_before_the_training(data_dir, tmp_path):
-    with_more_words(folder := save_small_bert(tmp_path / "model"))
-    one_line_error(train("--method", "lora", "--model", folder, "--data", data_dir,
-                         "--output", tmp_path / "out"),
-                   "ids up to 30,522")
+def test_it_is_refused_before_the_training(folder, data_dir, tmp_path, capsys):
+    with_more_words(folder)
+    capsys.readouterr()
+    one_line_exit(lambda: train_lora(folder, data_dir, tmp_path), "ids up to 30,522")
+    assert capsys.readouterr() == ("", "")
 
 
 def inputs_of(folder):
     """(ids and mask of two sentences, all inputs of two questions, their logits) of the
     model in a folder."""
     torch.manual_seed(0)
-    tokenizer, model = load_pretrained(str(folder), ["no", "yes"])
-    rows = data.Sentences(data.Rows(["a good film", "bad"], [0, 1]), tokenizer, {"max_length": 16})
+    tokenizer, model = load_pretrained(str(folder), LABELS)
+    rows = data.Sentences(data.Rows(["a good film", "bad"], [0, 1]), tokenizer, lengths(16))
     sentences = rows.collate(np.arange(2))
     tokenizer, model = load_pretrained(str(folder), None)
     windows = qa.Windows([QUESTION, QUESTION._replace(question="where is it?")], tokenizer,
-                         {"max_length": 32, "stride": 4})
+                         lengths(32, 4))
     questions = windows.collate(np.arange(2))
     with torch.no_grad():
         out = windows.forward(model.eval(), questions)
     assert out.loss.isfinite() and windows.spans.any()
     return sentences, questions, out.start_logits
+
+
+@pytest.fixture(scope="module")
+def plain_inputs(saved):
+    return inputs_of(saved)
 
 
 def same(a, b):
@@ -142,14 +177,13 @@ def padding_token_unnamed(folder):
 
 
 @pytest.mark.parametrize("spoil", [without_types, from_the_left, padding_token_unnamed])
-def test_what_can_be_made_right_gives_the_same_inputs(spoil, tmp_path):
-    plain, other = (save_small_bert(tmp_path / name) for name in ("plain", "other"))
-    spoil(other)
-    a, b = inputs_of(plain), inputs_of(other)
+def test_what_can_be_made_right_gives_the_same_inputs(spoil, plain_inputs, folder):
+    spoil(folder)
+    a, b = plain_inputs, inputs_of(folder)
     assert same(a[0], b[0]) and same(a[1], b[1]) and torch.equal(a[2], b[2])
     assert b[1]["token_type_ids"].tolist()[0][-2:] == [0, 0] and b[1]["token_type_ids"].any()
     long = qa.Windows([QUESTION._replace(context="it is here " + "and there " * 50)],
-                      load_pretrained(str(other), None)[0], {"max_length": 32, "stride": 4})
+                      load_pretrained(str(folder), None)[0], lengths(32, 4))
     # the first window starts where the passage does
     assert long.offsets[0][long.passage[0][0]][0] == 0
 
@@ -160,79 +194,66 @@ def test_a_model_with_one_token_type_gets_none(tmp_path):
 
 
 def cased(folder):
-    words = (model_folder() / "vocab.txt").read_text().splitlines()
+    words = (folder / "vocab.txt").read_text().splitlines()
     (folder / "cased.txt").write_text("".join(w[:1].upper() + w[1:] + "\n" if w[:1].isalpha()
                                               else w + "\n" for w in words))
     (folder / "tokenizer.json").unlink()
     BertTokenizerFast(str(folder / "cased.txt"), do_lower_case=True).save_pretrained(folder)
 
 
-def test_unknown_words_are_said_with_their_share(data_dir, tmp_path):
-    cased(folder := save_small_bert(tmp_path / "model"))
-    done = train("--method", "lora", "--model", folder, "--data", data_dir, "--max-steps", 2,
-                 "--epochs", 1, "--output", tmp_path / "out")
-    assert done.returncode == 0
-    one_warning(done.stderr, "% of the training rows' words", "[UNK]")
+def test_unknown_words_are_said_with_their_share(saved, folder, data_dir, tmp_path, capsys):
+    cased(folder)
+    capsys.readouterr()
+    train_lora(folder, data_dir, tmp_path)
+    one_warning(capsys.readouterr().err, "% of the training rows' words", "[UNK]")
     for first, split in enumerate(("train", "dev", "test"), 0x13a0):
         head, *rows = (data_dir / f"{split}.tsv").read_text().splitlines()
         rows = [f"{chr(first)}{chr(0x13a0 + i % 40)}{chr(0x13a0 + i // 40)}\t{row.split(chr(9))[1]}"
                 for i, row in enumerate(rows)]  # Cherokee: no row twice, and nothing is known
         (data_dir / f"{split}.tsv").write_text("\n".join([head, *rows]) + "\n")
-    one_line_error(train("--method", "lora", "--model", save_small_bert(tmp_path / "plain"),
-                         "--data", data_dir, "--output", tmp_path / "out"),
-                   "100%", "[UNK]")
+    capsys.readouterr()
+    one_line_exit(lambda: train_lora(saved, data_dir, tmp_path), "100%", "[UNK]")
+    assert not capsys.readouterr().err
 
 
-def test_words_that_never_come_and_rows_that_no_id_reaches_are_said(tmp_path, capsys):
-    folder = save_small_bert(tmp_path / "model")
-    words = (model_folder() / "vocab.txt").read_text().splitlines()[:29000]
+def test_words_that_never_come_and_rows_that_no_id_reaches_are_said(folder, capsys):
+    words = (folder / "vocab.txt").read_text().splitlines()[:29000]
     words = [w.capitalize() if i > 25000 and w.isalpha() else w for i, w in enumerate(words)]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(words)) + "\n")
     BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
-    tokenizer, _ = load_pretrained(str(folder), ["no", "yes"])
+    tokenizer, _ = load_pretrained(str(folder), LABELS)
     rows = data.Rows(["a good film and a bad one"], [0])
-    check_words("it", data.Sentences(rows, tokenizer, {"max_length": 32}), tokenizer)
+    check_words("it", data.Sentences(rows, tokenizer, lengths(32)).ids, tokenizer)
     few, cased = capsys.readouterr().err.splitlines()
     assert few.startswith("warning: ") and "30,522 rows" in few
     assert cased.startswith("warning: ") and "lower-cases" in cased and "do_lower_case" in cased
 
 
-def test_predict_and_merge_refuse_another_tokenizer(data_dir, tmp_path):
-    model = save_small_bert(tmp_path / "model")
-    done = train("--method", "lora", "--model", model, "--data", data_dir, "--max-steps", 2,
-                 "--epochs", 1, "--output", tmp_path / "out")
-    assert (done.returncode == 0
-            and not [line for line in done.stderr.splitlines() if "warning" in line])
-    path, = (tmp_path / "out" / "checkpoints").iterdir()
+def test_predict_and_merge_refuse_another_tokenizer(folder, data_dir, tmp_path, capsys):
+    path = train_lora(folder, data_dir, tmp_path)
+    assert "warning" not in capsys.readouterr().err
     assert len(checkpoint.read_about(path)["tokenizer"]) == 16
-    (model / "tokenizer.json").unlink()
-    BertTokenizerFast(str(model / "vocab.txt"), do_lower_case=False).save_pretrained(model)
+    (folder / "tokenizer.json").unlink()
+    BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=False).save_pretrained(folder)
     for act in (lambda: predict.main(predict.parse_args(["--checkpoint", str(path),
-                                                         "--model", str(model), "A film"])),
-                lambda: export.main(export.parse_args([str(path), "--model", str(model),
-                                                     "--to", str(tmp_path / "merged")]))):
+                                                         "--model", str(folder), "A film"])),
+                lambda: export.main(export.parse_args([str(path), "--model", str(folder),
+                                                       "--to", str(tmp_path / "merged")]))):
         one_line_exit(act, "another tokenizer")
 
 
-def masked_language_model(folder):
-    """The small BERT as a masked language model left it: without pooler and head."""
-    save_small_bert(folder)
-    config = AutoConfig.from_pretrained(folder)
-    torch.manual_seed(1)
-    BertForMaskedLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("method", ["lora", "head", "full", "houlsby"])
-def test_a_new_pooler_trains_with_the_head_and_is_counted_as_head(method, tmp_path, capsys):
-    folder = masked_language_model(tmp_path / "mlm")
+def test_a_new_pooler_trains_with_the_head_and_is_counted_as_head(method, without_pooler, tmp_path,
+                                                                  capsys):
+    folder = without_pooler
     torch.manual_seed(3)
-    tokenizer, model = load_pretrained(str(folder), ["no", "yes"])
+    tokenizer, model = load_pretrained(str(folder), LABELS)
     assert "has no pooler; a new one trains with the head" in capsys.readouterr().err
     s = settings(*METHODS[method], "--model", folder)
-    about = checkpoint.describe(model, s, ["no", "yes"], tokenizer)
-    trained = checkpoint.share(model)
+    task = data.Task(LABELS, None, None, None, "", data.Sentences)
+    about = checkpoint.describe(model, s, task, tokenizer)
+    trained = checkpoint.share_storage(model)
     apply_method(trained, s, torch.float32)
     names = set(trained_tensors(trained))
     assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= names
@@ -244,7 +265,7 @@ def test_a_new_pooler_trains_with_the_head_and_is_counted_as_head(method, tmp_pa
     path = tmp_path / "own.safetensors"
     checkpoint.save(path, trained, about)
     torch.manual_seed(4)
-    _, again = load_pretrained(str(folder), ["no", "yes"])
+    _, again = load_pretrained(str(folder), LABELS)
     assert not torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
     loaded, _ = checkpoint.attach(again, about["base"], path)
     inputs = tokenizer(["a good film"], return_tensors="pt")
@@ -253,27 +274,25 @@ def test_a_new_pooler_trains_with_the_head_and_is_counted_as_head(method, tmp_pa
 
 
 def test_the_default_s_pooler_is_its_own(capsys):
-    _, model = load_pretrained("all-MiniLM-L6-v2", ["no", "yes"])
+    _, model = load_pretrained("all-MiniLM-L6-v2", LABELS)
     assert not model.new_pooler and not capsys.readouterr().err
     apply_method(model, settings("--method", "lora"), torch.float32)
     assert "bert.pooler.dense.weight" not in trained_tensors(model)
 
 
-def test_half_a_pooler_is_a_damaged_file(tmp_path):
-    folder = save_small_bert(tmp_path / "model")
+def test_half_a_pooler_is_a_damaged_file(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["bert.pooler.dense.bias"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    one_line_exit(lambda: load_pretrained(str(folder), ["no", "yes"]), "lacks 1", "pooler")
+    one_line_exit(lambda: load_pretrained(str(folder), LABELS), "lacks 1", "pooler")
 
 
-def test_a_model_without_pooler_is_trained_asked_and_exported(data_dir, tmp_path):
-    model = masked_language_model(tmp_path / "mlm")
-    done = train("--method", "lora", "--model", model, "--data", data_dir, "--max-steps", 2,
-                 "--epochs", 1, "--output", tmp_path / "out")
-    assert done.returncode == 0 and done.stderr.count("has no pooler") == 1, done.stderr
-    assert "head 2,450" in done.stdout
-    path, = (tmp_path / "out" / "checkpoints").iterdir()
+def test_a_model_without_pooler_is_trained_asked_and_exported(without_pooler, data_dir, tmp_path,
+                                                              capsys):
+    model = without_pooler
+    path = train_lora(model, data_dir, tmp_path)
+    said = capsys.readouterr()
+    assert said.err.count("has no pooler") == 1 and "head 2,450" in said.out
     export.main(export.parse_args([str(path), "--model", str(model), "--to",
                                    str(tmp_path / "merged")]))
     assert "bert.pooler.dense.weight" in load_file(tmp_path / "merged" / "model.safetensors")

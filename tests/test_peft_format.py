@@ -1,5 +1,6 @@
 """peft's format of LoRA and DoRA: names and content of the two files, there and back, what is not
 supported, and where peft is installed, peft itself."""
+import functools
 import importlib.util
 import json
 import shutil
@@ -12,7 +13,6 @@ from conftest import (
     build,
     logits,
     one_line_exit,
-    program,
     randomize,
     save_small_bert,
     settings,
@@ -23,23 +23,24 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 import checkpoint
-import export
-import peft_format
-import predict
+import data
+import tools.export as export
+import tools.predict as predict
+from methods import is_4bit, row_of
 from model import apply_method, load_pretrained, trained_tensors
-from settings import checkpoint_path
+from settings import checkpoint_path, read_settings
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 NAMES = {BertForSequenceClassification: ["no", "perhaps", "yes"], BertForQuestionAnswering: None}
-LOW_RANK = [name for name in BUILDS if "r" in peft_format.row_of(settings(*BUILDS[name])).flags]
+LOW_RANK = [name for name in BUILDS if "r" in row_of(settings(*BUILDS[name])).flags]
 
 
-def saved(tmp_path, name, head_class=BertForSequenceClassification, **changes):
+def saved(tmp_path, name, head_class=BertForSequenceClassification):
     """(model, its checkpoint, the same as a peft folder)."""
     model = randomize(build(name, head_class))
     task = [] if NAMES[head_class] else ["--task", "squad"]
-    s = settings(*BUILDS[name], *task) | {"task": "t", **changes}
-    about = {"settings": s, "label_names": NAMES[head_class], "tokenizer": None, "pairs": False,
+    about = {"settings": settings(*BUILDS[name], *task), "label_names": NAMES[head_class],
+             "tokenizer": None, "pairs": False, "epoch": 2,
              "base": checkpoint.hash_base(tiny_bert(head_class=head_class))}
     path, folder = tmp_path / "own.safetensors", tmp_path / "peft"
     checkpoint.save(path, model, about)
@@ -86,18 +87,23 @@ def test_the_names_of_dora_on_all_layers_and_of_questions(tmp_path):
 def test_there_and_back_is_the_same_model(name, head_class, tmp_path):
     model, path, folder = saved(tmp_path, name, head_class)
     base = tiny_bert(head_class=head_class)
-    again, about = checkpoint.attach(base, checkpoint.hash_base(base), folder)
+    again, about = attach(base, folder, checkpoint.hash_base(base))
     assert torch.equal(logits(again), logits(model))
     assert about == checkpoint.read_about(path)
     # and a folder of a folder is that folder
     second = tmp_path / "second"
     second.mkdir()
-    export.write_peft(folder, second)
-    assert checkpoint.read_about(second) == about
+    export.write_peft(export.as_checkpoint(folder), second)
+    assert checkpoint.read_about(export.as_checkpoint(second)) == about
     assert json.loads((second / "adapter_config.json").read_text()) == json.loads(
         (folder / "adapter_config.json").read_text())
     theirs, ours = (load_file(f / "adapter_model.safetensors") for f in (folder, second))
     assert theirs.keys() == ours.keys() and all(torch.equal(p, ours[n]) for n, p in theirs.items())
+
+
+def attach(base, folder, base_hash="any"):
+    """checkpoint.attach for a peft folder."""
+    return checkpoint.attach(base, base_hash, export.as_checkpoint(folder))
 
 
 def foreign(folder, **config):
@@ -114,11 +120,32 @@ def test_a_folder_of_another_program_has_labels_without_names_and_any_base(tmp_p
     model, _, folder = saved(tmp_path, "dora")
     foreign(folder, base_model_name_or_path="google-bert/bert-base-uncased", peft_version="0.21.2")
     base = tiny_bert()
-    again, about = checkpoint.attach(base, "any", folder)
+    again, about = attach(base, folder)
     assert torch.equal(logits(again), logits(model))
     assert about["label_names"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
-    assert about["settings"]["model"] == "google-bert/bert-base-uncased"
-    assert about["settings"]["method"] == "dora" and about["base"] is None
+    s = about["settings"]
+    assert s.model == "google-bert/bert-base-uncased" and s.method == "dora" and s.task == "peft"
+    assert (s.max_length, s.stride, s.is_qa, s.lr) == (128, None, False, None)
+    assert about["base"] is about["tokenizer"] is about["epoch"] is None
+
+
+def test_an_export_of_an_earlier_version_is_refused(tmp_path):
+    _, _, folder = saved(tmp_path, "qlora")
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "settings": '{"method": "qlora"}'})
+    one_line_exit(lambda: export.as_checkpoint(folder), "earlier version")
+
+
+def test_a_file_is_itself_and_what_a_folder_becomes_is_gone_at_exit(tmp_path, monkeypatch):
+    _, path, folder = saved(tmp_path, "lora")
+    at_exit = []
+    monkeypatch.setattr(export.atexit, "register", lambda *args, **flags: at_exit.append(
+        functools.partial(*args, **flags)))
+    assert export.as_checkpoint(path) == path and not at_exit
+    file = export.as_checkpoint(folder)
+    assert file.name == "peft.safetensors" and file.exists()
+    at_exit.pop()()
+    assert not file.parent.exists() and folder.exists()
 
 
 def test_rslora_is_a_matter_of_the_scale_and_16_bits_are_read(tmp_path):
@@ -126,11 +153,11 @@ def test_rslora_is_a_matter_of_the_scale_and_16_bits_are_read(tmp_path):
     # alpha / sqrt(4) of alpha = 6 is 3 = 12 / 4
     foreign(folder, use_rslora=True, lora_alpha=6)
     base = tiny_bert()
-    again, _ = checkpoint.attach(base, "any", folder)
+    again, _ = attach(base, folder)
     assert torch.allclose(logits(again), logits(model), atol=1e-6)
     file = folder / "adapter_model.safetensors"
     save_file({name: p.bfloat16() for name, p in load_file(file).items()}, file)
-    again, _ = checkpoint.attach(base, "any", folder)
+    again, _ = attach(base, folder)
     assert {p.dtype for p in trained_tensors(again).values()} == {torch.float32}
     assert torch.allclose(logits(again), logits(model), atol=0.1)
 
@@ -148,7 +175,7 @@ def test_what_is_not_supported_is_said_in_one_line(config, words, tmp_path):
     _, _, folder = saved(tmp_path, "lora")
     foreign(folder, **config)
     base = tiny_bert()
-    one_line_exit(lambda: checkpoint.attach(base, "any", folder), *words)
+    one_line_exit(lambda: attach(base, folder), *words)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -167,42 +194,42 @@ def test_tensors_that_do_not_fit(change, words, tmp_path):
     file = folder / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
     base = tiny_bert()
-    one_line_exit(lambda: checkpoint.attach(base, "any", folder), *words)
+    one_line_exit(lambda: attach(base, folder), *words)
 
 
 def test_folders_that_are_none(tmp_path):
     _, _, folder = saved(tmp_path, "lora")
     empty = tmp_path / "empty"
     empty.mkdir()
-    one_line_exit(lambda: checkpoint.read_about(empty), "no peft folder")
+    one_line_exit(lambda: export.as_checkpoint(empty), "no peft folder")
     (empty / "adapter_config.json").write_text("{}")
     (empty / "adapter_model.bin").touch()
-    one_line_exit(lambda: checkpoint.read_about(empty), "safe_serialization")
+    one_line_exit(lambda: export.as_checkpoint(empty), "safe_serialization")
     (folder / "adapter_config.json").write_text("[")
-    one_line_exit(lambda: checkpoint.read_about(folder), "damaged")
+    one_line_exit(lambda: export.as_checkpoint(folder), "damaged")
     (folder / "adapter_config.json").unlink()
-    one_line_exit(lambda: checkpoint.read_about(folder), "no peft folder")
+    one_line_exit(lambda: export.as_checkpoint(folder), "no peft folder")
 
 
 @pytest.fixture(scope="module")
 def trained(study):
     """{name: checkpoint} of a small study."""
     comparison = json.loads((study[0] / "metrics" / "comparison.json").read_text())
-    return {name: checkpoint_path(study[0], entry["runs"][0]["settings"])
-            for name, entry in comparison.items()}
+    return {name: checkpoint_path(study[0], read_settings(entry["runs"][0]))
+            for name, entry in comparison["entries"].items()}
 
 
-def test_an_export_is_asked_and_merged_like_a_checkpoint(trained, tmp_path):
+def test_an_export_is_asked_and_merged_like_a_checkpoint(trained, tmp_path, capsys):
     folder = tmp_path / "peft"
     export.main(export.parse_args([str(trained["lora_r8"]), "--to", str(folder), "--format",
                                    "peft"]))
     assert {"adapter_config.json", "adapter_model.safetensors",
             "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    asked = [program("predict.py", "a good film", "a bad film", "--checkpoint", path)
-             for path in (trained["lora_r8"], folder)]
-    assert not any(done.returncode for done in asked), asked
-    rows = [[line.split()[-2:] for line in done.stdout.splitlines() if "film" in line]
-            for done in asked]
+    rows = []
+    for path in trained["lora_r8"], folder:
+        predict.main(predict.parse_args(["a good film", "a bad film", "--checkpoint", str(path)]))
+        rows.append([line.split()[-2:] for line in capsys.readouterr().out.splitlines()
+                     if "film" in line])
     assert rows[0] == rows[1] and len(rows[0]) == 2
     export.main(export.parse_args([str(folder), "--to", str(tmp_path / "merged")]))
     assert (tmp_path / "merged" / "model.safetensors").exists()
@@ -216,10 +243,10 @@ def test_an_export_is_asked_and_merged_like_a_checkpoint(trained, tmp_path):
     # of another program, which does not say which weights it was trained on
     other = foreign(shutil.copytree(folder, tmp_path / "other"),
                     base_model_name_or_path="google-bert/bert-base-uncased")
-    files = {"a": trained["lora_r8"], "b": other}
+    files = export.name_files([trained["lora_r8"], other])
     one_line_exit(lambda: predict.load_methods(files), "other", "bert-base-uncased", "--model")
     shutil.rmtree(other)
-    for name in "full_ft", "adapter":
+    for name in "full", "adapter":
         one_line_exit(lambda: export.main(export.parse_args(
             [str(trained[name]), "--to", str(tmp_path / name), "--format", "peft"])),
             "--format merged")
@@ -245,7 +272,7 @@ def test_peft_gives_the_same_logits(name, head_class, tmp_path):
     from peft import PeftModel
     model, _, folder = saved(tmp_path, name, head_class)
     base = tiny_bert(head_class=head_class)
-    if peft_format.is_4bit(settings(*BUILDS[name])):
+    if is_4bit(settings(*BUILDS[name])):
         from quant import quantize_encoder
         quantize_encoder(base, torch.float32)
     assert_same(PeftModel.from_pretrained(base, folder).eval(), model, name)
@@ -268,9 +295,10 @@ def test_what_peft_saves_is_read(targets, head_class, dora, tmp_path):
                 p.add_(0.2 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path / "theirs")
     base = tiny_bert(head_class=head_class)
-    model, about = checkpoint.attach(base, "any", tmp_path / "theirs")
+    model, about = attach(base, tmp_path / "theirs")
     assert_same(theirs.eval(), model, "dora" if dora else "lora")
-    assert about["settings"]["r"] == 3 and ("targets" in about["settings"]) is (len(targets) > 2)
+    assert about["settings"].r == 3
+    assert about["settings"].targets == ("query value" if len(targets) == 2 else "all")
 
 
 @pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
@@ -279,16 +307,17 @@ def test_peft_loads_an_export_by_its_base_s_folder(tmp_path):
     small = save_small_bert(tmp_path / "small")
     tokenizer, base = load_pretrained(str(small), ["no", "yes"])
     s = settings(*METHODS["lora"], "--model", small)
-    trained = checkpoint.share(base)
+    trained = checkpoint.share_storage(base)
     apply_method(trained, s, torch.float32)
     randomize(trained)
     path, folder = tmp_path / "own.safetensors", tmp_path / "peft"
-    checkpoint.save(path, trained, checkpoint.describe(base, s, ["no", "yes"], tokenizer))
+    task = data.Task(["no", "yes"], None, None, None, "", None)
+    checkpoint.save(path, trained, checkpoint.describe(base, s, task, tokenizer))
     export.export(path, folder, str(small), is_peft=True)
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"small"', json.dumps(str(small))))
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder).eval()
     inputs = tokenizer(["a good film", "no"], padding=True, return_tensors="pt")
-    own, _ = checkpoint.attach(base, checkpoint.hash_base(base), folder)
+    own, _ = attach(base, folder, checkpoint.hash_base(base))
     with torch.no_grad():
         assert (theirs(**inputs).logits - own(**inputs).logits).abs().max() < 1e-5

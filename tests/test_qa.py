@@ -1,11 +1,9 @@
 """Question answering: the data and all that can be wrong with it, windows, the best span, the
-scores, and the grid."""
-import csv
+scores, and the generated questions."""
+import functools
 import json
-import os
 import re
 import shutil
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -15,29 +13,27 @@ import pytest
 import torch
 from conftest import (
     METHODS,
-    ROOT,
     build,
     elsewhere,
-    one_line_error,
+    lengths,
     one_line_exit,
     program,
     randomize,
-    run,
+    save_small_bert,
     settings,
     train,
 )
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-import export
+import compare
 import fast
-import grid
 import qa
-import studies
-import synthetic
+import tools.export as export
 import train as train_module
-from fetch import model_folder
+from checkpoint import attach
+from fetch import DOWNLOADS, model_folder, synthetic_folder
 from model import SpanHead, apply_method, trained_tensors
-from settings import parse_args, result_path, run_name
+from tools import synthetic
 
 WORDS = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
          "sigma tau upsilon").split()
@@ -46,6 +42,11 @@ WORDS = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu 
 def question(context, text, question="where is it?", id="q"):
     return qa.make_question({"id": id, "context": context, "question": question,
                              "answers": {"text": [text], "answer_start": [context.index(text)]}})
+
+
+def load(folder):
+    """The Task of a folder with questions, as --data FOLDER asks for it."""
+    return qa.load_task(settings("--method", "full", "--data", folder), folder)
 
 
 def squad(*paragraphs):
@@ -89,7 +90,7 @@ def test_scores_are_those_of_squad():
 def test_the_best_window_answers_and_the_best_reference_counts(tokenizer):
     questions = [question("it is here", "here")._replace(answers=["there", "here and now"]),
                  question("it is far", "far")]
-    windows = qa.Windows(questions, tokenizer, {"max_length": 64, "stride": 8})
+    windows = qa.Windows(questions, tokenizer, lengths(64, 8))
     windows.question = [0, 0, 1]
     outcome = windows.outcome([(1.0, "nowhere", 0), (2.0, "here", 6), (-5.0, "Far!", 6)])
     assert outcome == {"predictions": [(["there", "here and now"], "here"), (["far"], "Far!")]}
@@ -104,7 +105,7 @@ def long_passage(tokenizer):
     contexts = [" ".join(rng.choice(WORDS, 300)) + " unbelievable-answerables "
                 + " ".join(rng.choice(WORDS, 100)), "it is here"]
     questions = [question(contexts[0], "unbelievable-answerables"), question(contexts[1], "here")]
-    return questions, qa.Windows(questions, tokenizer, {"max_length": 128, "stride": 40})
+    return questions, qa.Windows(questions, tokenizer, lengths(128, 40))
 
 
 def test_windows_cover_the_passage_and_share_the_stride(long_passage):
@@ -173,7 +174,7 @@ def test_windows_without_their_answer_are_not_trained_on(tokenizer):
     long = question(words, " ".join(WORDS * 3))
     padded = question("it is  here ", " here ")
     assert padded.context[padded.start:padded.end] == "here"
-    windows = qa.Windows([padded, long, padded], tokenizer, {"max_length": 64, "stride": 8})
+    windows = qa.Windows([padded, long, padded], tokenizer, lengths(64, 8))
     assert windows.usable.tolist() == [0, len(windows.ids) - 1] and len(windows.ids) == 4
     trained = np.concatenate(windows.batches(4, np.random.default_rng(0)))
     assert (sorted(trained) == windows.usable.tolist()
@@ -182,7 +183,7 @@ def test_windows_without_their_answer_are_not_trained_on(tokenizer):
 
 def test_questions_are_cut_at_64_tokens_and_never_crowd_out_the_passage(tokenizer):
     long = question("it is here", "here", question=" ".join(WORDS * 20))
-    windows = qa.Windows([long], tokenizer, {"max_length": 128, "stride": 40})
+    windows = qa.Windows([long], tokenizer, lengths(128, 40))
     assert windows.passage[0][0] == 1 + 64 + 1 and windows.spans[0].any()
 
 
@@ -209,7 +210,7 @@ def test_fast_model_is_the_same_model(method):
 def test_padding_changes_neither_loss_nor_gradient_nor_answer(method, tokenizer):
     windows = qa.Windows([question(f"it is {'very ' * i}far, near {w}", w)
                           for i, w in enumerate(WORDS[:6])],
-                         tokenizer, {"max_length": 64, "stride": 8})
+                         tokenizer, lengths(64, 8))
     model = randomize(build_for(tokenizer, method))
     x = windows.collate(np.arange(6))
     found = []
@@ -231,7 +232,7 @@ def test_padding_changes_neither_loss_nor_gradient_nor_answer(method, tokenizer)
         for scores, at in ((logits.start_logits[i, :n], x["start_positions"][i]),
                            (logits.end_logits[i, :n], x["end_positions"][i])):
             expected.append(torch.log(torch.exp(scores).sum()) - scores[at])
-    assert found[0][0] == pytest.approx(float(sum(expected)) / 12, abs=1e-5)
+    assert found[0][0] == pytest.approx(sum(expected).item() / 12, abs=1e-5)
 
 
 def build_for(tokenizer, method):
@@ -250,7 +251,7 @@ def build_for(tokenizer, method):
 def test_accumulation_changes_neither_loss_nor_step(by_length, tokenizer):
     windows = qa.Windows([question(f"it is {'very ' * (7 * i % 12)}far, near {WORDS[i]}", WORDS[i])
                           for i in range(12)],
-                         tokenizer, {"max_length": 64, "stride": 8})
+                         tokenizer, lengths(64, 8))
     batches = windows.batches(6, np.random.default_rng(0), by_length)
     results = []
     for accumulation in 1, 2, 4:
@@ -293,7 +294,7 @@ def test_logits_are_fp32_under_autocast(tokenizer):
     ("a soft hy\u00adphen\u00ad", "hy\u00adphen\u00ad"),
 ])
 def test_answers_reach_over_what_belongs_to_no_token(context, answer, tokenizer):
-    windows = qa.Windows([question(context, answer)], tokenizer, {"max_length": 64, "stride": 8})
+    windows = qa.Windows([question(context, answer)], tokenizer, lengths(64, 8))
     (start, end), offsets = windows.spans[0].tolist(), windows.offsets[0]
     assert start > 0
     found = context[offsets[start][0]:offsets[end][1]]
@@ -309,7 +310,7 @@ def test_a_mark_at_the_edge_of_a_window(tokenizer):
     words = [f"cafe\u0301{i}" if i % 3 else "e\u0301" for i in range(60)]
     context = " ".join(words)
     windows = qa.Windows([question(context, " ".join(words[20:23]))], tokenizer,
-                         {"max_length": 48, "stride": 20})
+                         lengths(48, 20))
     held = [w for w in range(len(windows.ids)) if windows.spans[w].any()]
     assert len(windows.ids) > 3 and held
     for w in held:
@@ -325,7 +326,7 @@ def test_answers_that_are_too_long_are_counted_and_the_limit_can_be_raised(token
     scores = SimpleNamespace(start_logits=torch.zeros(3, 64), end_logits=torch.zeros(3, 64))
     for limit, n in (30, 1), (43, 1), (44, 0):
         windows = qa.Windows(questions, tokenizer,
-                             {"max_length": 64, "stride": 8, "max_answer_length": limit})
+                             lengths(64, 8, limit))
         assert (windows.note.startswith(f"{n} of 3 questions" if n else "")
                 and bool(windows.note) is bool(n))
         scores.start_logits[0, windows.spans[0, 0]] = scores.end_logits[0, windows.spans[0, 1]] = 9
@@ -341,7 +342,7 @@ def test_missing_splits_are_filled_by_whole_passages(tmp_path):
                   for i, w in enumerate(WORDS)]
     (tmp_path / "train.json").write_text(json.dumps(squad(*paragraphs)))
     (tmp_path / "dev.json").write_text(json.dumps(small_set(5)))
-    task = qa.load_task("movies", tmp_path)
+    task = load(tmp_path)
     assert (len(task.test) == 5 and len(task.train) + len(task.validation) == 60
             and len(task.validation) == 6)
     assert not {q.context for q in task.train} & {q.context for q in task.validation}
@@ -355,14 +356,14 @@ def test_misaligned_answers_are_counted_and_left_out_of_training_only(tmp_path):
         content = small_set(6)
         content["data"] += squad(*broken)["data"]
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
-    task = qa.load_task("movies", tmp_path)
+    task = load(tmp_path)
     assert ([len(rows) for rows in task[1:4]] == [6, 6, 10]
             and "8 questions left out of train and validation" in task.note)
     assert all(q.context[q.start:q.end] == q.answers[0] for q in task.train)
     (tmp_path / "train.json").write_text(json.dumps(squad(*broken)))
     with pytest.raises(SystemExit,
                        match="no answer of the 4 train questions stands at its answer_start"):
-        qa.load_task("movies", tmp_path)
+        load(tmp_path)
 
 
 GOOD = squad(("it is here", [("where?", "here", 6)]))
@@ -405,7 +406,7 @@ QAS = ("data", 0, "paragraphs", 0, "qas", 0)
 def test_json_that_is_not_squad(tmp_path, content, words):
     (tmp_path / "train.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit, match=words):
-        qa.load_task("movies", tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("content, words", [(b'{"data": [', "cannot read"),
@@ -414,15 +415,20 @@ def test_json_that_is_not_squad(tmp_path, content, words):
 def test_files_that_are_not_json(tmp_path, content, words):
     (tmp_path / "train.json").write_bytes(content)
     with pytest.raises(SystemExit, match=words):
-        qa.load_task("movies", tmp_path)
+        load(tmp_path)
 
 
 # --- the generated questions ----------------------------------------------------------------------
 
+@functools.cache
+def pattern(text):
+    """The pattern of a wording, with a group for each of its placeholders."""
+    return re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>.+)", re.escape(text)))
+
+
 def parse(texts, sentence):
     """{placeholder: text} of the one wording of `texts` that a sentence has, or None."""
-    patterns = [re.sub(r"\\{(\w)\\}", r"(?P<\1>.+)", re.escape(text)) for text in texts]
-    found = [m.groupdict() for pattern in patterns if (m := re.fullmatch(pattern, sentence))]
+    found = [m.groupdict() for text in texts if (m := pattern(text).fullmatch(sentence))]
     assert len(found) < 2, (sentence, found)
     return found[0] if found else None
 
@@ -513,68 +519,75 @@ def test_synthetic_splits_share_no_name_and_no_wording():
         assert sum(parts, []) == texts and all(parts) and len(set(texts)) == len(texts)
 
 
+def test_the_files_of_the_generated_questions_are_those_that_are_generated():
+    task = qa.load_task(settings("--method", "full", "--task", "synthetic"))
+    assert "SYNTHETIC passages and questions" in task.note
+    for split in synthetic.SIZES:
+        made = [qa.make_question(q) for q in synthetic.make_questions(split)]
+        assert getattr(task, split) == made and made[0].level == "match"
+    # questions of another fingerprint are none of ours
+    one_line_exit(lambda: synthetic_folder("0" * 16), "could not generate", DOWNLOADS)
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished QDoRA run on a small folder of questions: (data folder, output folder, result,
-    process)."""
+    """A finished QDoRA run of a small model on a small folder of questions: its flags, folders,
+    result, and what it said."""
     base = tmp_path_factory.mktemp("qa")
-    (base / "mine").mkdir()
+    data, model = base / "mine", save_small_bert(base / "small")
+    data.mkdir()
     for seed, (split, n) in enumerate((("train", 40), ("dev", 10), ("test", 10))):
-        (base / "mine" / f"{split}.json").write_text(json.dumps(small_set(n, seed)))
-    done = train("--method", "qdora", "--data", base / "mine", "--epochs", 2, "--max-steps", 6,
-                 "--output", base / "out")
+        (data / f"{split}.json").write_text(json.dumps(small_set(n, seed)))
+    flags = ["--method", "qdora", "--data", data, "--model", model, "--epochs", 2, "--max-steps", 6]
+    done = train(*flags, "--output", base / "out")
     assert done.returncode == 0, done.stderr
     result, = (base / "out" / "metrics" / "runs").iterdir()
-    return base / "mine", base / "out", json.loads(result.read_text()), done
+    checkpoint, = (base / "out" / "checkpoints").iterdir()
+    return SimpleNamespace(data=data, model=model, flags=flags, output=base / "out",
+                           checkpoint=checkpoint, result=json.loads(result.read_text()),
+                           stdout=done.stdout)
 
 
 def test_one_run_measures_all(finished):
-    _, _, r, done = finished
-    assert r["trainable_by_kind"] == {"method": 6 * 2 * (16 * 2 * 384 + 384), "layer_norm": 0,
-                                      "head": 770, "base": 0}
+    r = finished.result
+    assert r["trainable_by_kind"] == {"method": 2 * 2 * (16 * 2 * 48 + 48), "layer_norm": 0,
+                                      "head": 2 * 48 + 2, "base": 0}
     assert (0 <= r["exact_match"] <= r["f1"] <= 100 and len(r["history"]) == 2
             and r["rows"] == {"train": 40, "validation": 10, "test": 10})
     assert r["best_epoch"] == max(r["history"], key=lambda h: h["validation_f1"])["epoch"]
     assert r["train_time_s"] == pytest.approx(sum(h["seconds"] for h in r["history"]))
     assert (r["settings"]["stride"], r["settings"]["max_length"], r["settings"]["batch_size"]) == (
         128, 384, 8)
-    assert "f1_macro" not in r and "mine: splits as given" in done.stdout
+    assert "f1_macro" not in r and "mine: splits as given" in finished.stdout
 
 
 def test_same_seed_same_numbers(finished, tmp_path):
-    data, _, first, _ = finished
-    assert train("--method", "qdora", "--data", data, "--epochs", 2, "--max-steps", 6,
-                 "--output", tmp_path).returncode == 0
+    assert train(*finished.flags, "--output", tmp_path).returncode == 0
     again = json.loads(next((tmp_path / "metrics" / "runs").iterdir()).read_text())
-    for h in first["history"] + again["history"]:
-        h.pop("seconds", None)
-    assert again["history"] == first["history"] and again["f1"] == first["f1"]
+    histories = [[{key: value for key, value in h.items() if key != "seconds"}
+                  for h in r["history"]] for r in (finished.result, again)]
+    assert histories[0] == histories[1] and again["f1"] == finished.result["f1"]
 
 
 def test_a_task_that_does_not_fit(finished, data_dir, tmp_path):
-    data, *_ = finished
-    one_line_error(run("bash", ROOT / "run_all.sh", "--data", data, "--output", tmp_path),
-                   "run_grid.sh")
-    one_line_error(run("bash", ROOT / "run_grid.sh", "--task", "movies", "--output", tmp_path),
-                   "run_all.sh")
-    one_line_error(run("bash", ROOT / "run_grid.sh", "--lr", "1e-3", "--output", tmp_path),
-                   "--lr", "train.py")
-    one_line_error(train("--method", "full", "--data", data_dir, "--stride", 8,
-                         "--output", tmp_path),
-                   "--stride")
-    one_line_error(train("--method", "full", "--data", data, "--max-length", 128,
-                         "--output", tmp_path),
-                   "--max-length", "--stride 128")
+    def refused(main, *words, flags):
+        argv = [str(flag) for flag in (*flags, "--output", tmp_path)]
+        one_line_exit(lambda: main(argv), *words)
+
+    full = ["--method", "full", "--data"]
+    refused(compare.main, "run_grid.sh", flags=["--data", finished.data])
+    refused(train_module.main, "--stride", flags=[*full, data_dir, "--stride", 8])
+    refused(train_module.main, "--max-length", "--stride 128",
+            flags=[*full, finished.data, "--max-length", 128])
     (tmp_path / "long").mkdir()
     words = " ".join(WORDS * 9)  # no window of 96 tokens holds such an answer
     (tmp_path / "long" / "train.json").write_text(json.dumps(
         squad(*[(f"{i} {words}", [("where?", words, len(f"{i} "))]) for i in range(30)])))
-    flags = ["--data", str(tmp_path / "long"), "--max-length", "96", "--stride", "8",
-             "--output", str(tmp_path)]
-    one_line_exit(lambda: train_module.main(parse_args(["--method", "full", *flags])), "no window",
-                  "--max-length")
+    refused(train_module.main, "no window", "--max-length",
+            flags=[*full, tmp_path / "long", "--model", finished.model, "--max-length", 96,
+                   "--stride", 8])
 
 
 def test_hub_questions_without_network(monkeypatch):
@@ -583,188 +596,39 @@ def test_hub_questions_without_network(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", nobody_answers)
     for task in "squad", "squad_pt":
-        args = parse_args(["--method", "lora", "--task", task])
-        one_line_exit(lambda: qa.load_task(args.task), "hub", "--task synthetic", "--data DIR")
+        s = settings("--method", "lora", "--task", task)
+        one_line_exit(lambda: qa.load_task(s), "hub", "--task synthetic", "--data DIR")
 
 
 def test_portuguese_questions_take_the_portuguese_model():
-    assert settings("--method", "full",
-                    "--task", "squad_pt")["model"] == "neuralmind/bert-base-portuguese-cased"
-    assert settings("--method", "full", "--task", "squad_pt", "--model", "x")["model"] == "x"
-
-
-# --- the grid -------------------------------------------------------------------------------------
-
-def test_twenty_runs_with_the_names_of_the_study():
-    assert {"lora_epoch-3_lr_2e-4", "full_epoch-2_lr_4.25e-5",
-            "qdora_epoch-2_lr_2e-4"} <= grid.GRID_RUNS.keys()
-    for task, runs in ("squad_pt", grid.GRID_RUNS), ("synthetic", grid.SYNTHETIC_RUNS):
-        assert len(runs) == 20
-        for name, flags in runs.items():
-            s = settings(*flags.split(), "--task", task)
-            assert run_name(s).startswith(f"{name}_{task}_")  # the file's name
-            assert (float(name.split("_lr_")[1]) == s["lr"]
-                    and s["r"] == (None if s["method"] == "full" else 16))
-            assert grid.grid_runs(s) is runs
-    assert (settings("--method", "lora", "--lr", "4.25e-5")
-            == settings("--method", "lora", "--lr", "4.25e-05"))
-
-
-def leave(output, result, flags, names):
-    """Put results of some runs of the grid into `output`, as train.py would have, with
-    recognisable scores."""
-    for i, name in enumerate(grid.GRID_RUNS):
-        if name in names:
-            s = settings(*flags, *grid.GRID_RUNS[name].split())
-            path = result_path(output, s)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**result, "settings": s, "f1": 50.0 + i,
-                                        "exact_match": 40.0 + i, "train_time_s": 60.0 * (i + 1)}))
-
-
-def test_partial_grid_draws_what_is_there_and_names_what_is_missing(finished, tmp_path):
-    data, _, result, _ = finished
-    flags = ["--data", data, "--max-steps", 2]
-    there = [name for name in grid.GRID_RUNS if name.startswith("qlora")]
-    leave(tmp_path, result, flags, there)
-    done = run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    # and no lora among them
-    assert list(json.loads((tmp_path / "metrics" / "grid.json").read_text())) == there
-    assert ("16 of 20 runs are missing" in done.stdout
-            and "lora_epoch-2_lr_2e-4, lora_epoch-2_lr_4.25e-5" in done.stdout)
-    with open(tmp_path / "metrics" / "grid_statistics.csv") as file:
-        line, = csv.DictReader(file)
-    f1s = [50.0 + i for i, name in enumerate(grid.GRID_RUNS) if name in there]
-    assert ((line["method"], line["n"]) == ("qlora", "4")
-            and float(line["f1_mean"]) == pytest.approx(np.mean(f1s)))
-    assert (float(line["f1_std"]) == pytest.approx(np.std(f1s, ddof=1))
-            and float(line["minutes_max"]) == f1s[-1] - 49)
-    for figure in "grid_f1.png", "grid_boxes.png", "grid_time.png":
-        assert (tmp_path / "figures" / figure).stat().st_size > 10_000
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    model = tmp_path.parent / "another_model"
-    shutil.copytree(model_folder(), model)
-    for other in (["--data", data, "--max-steps", 3], ["--task", "synthetic"],
-                  [*flags, "--seed", 7], [*flags, "--alpha", 16], [*flags, "--model", model]):
-        one_line_error(run("bash", ROOT / "run_grid.sh", *other, "--output", tmp_path),
-                       "holds results of another study", "--output")
-    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    leave(tmp_path, {**result, "environment": {**result["environment"], "device": "another"}},
-          flags, list(grid.GRID_RUNS)[:1])
-    done = run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path)
-    assert (done.returncode == 0 and "the minutes do not compare" in done.stderr
-            and "full_epoch-2_lr_2e-4" in done.stdout)
-    for damage in '{"full": {}}', "{", "[]":
-        (tmp_path / "metrics" / "grid.json").write_text(damage)
-        one_line_error(run(sys.executable, ROOT / "grid.py", *flags, "--output", tmp_path),
-                       "damaged", "delete it")
-
-
-def test_runs_are_compared_question_by_question_and_by_level():
-    levels, truth = ["easy", "hard"] * 50, [[f"word {i}"] for i in range(100)]
-
-    def result(name, wrong, validation):
-        answers = [[refs, "no" if i in wrong else refs[0]] for i, refs in enumerate(truth)]
-        return {"settings": settings(*grid.SYNTHETIC_RUNS[name].split(), "--task", "synthetic"),
-                "f1": 100 - len(wrong), "exact_match": 0, "train_time_s": 1,
-                "history": [{"validation_f1": validation}], "best_epoch": 1, "trainable_params": 1,
-                "peak_vram_gb": None, "peak_rss_gb": 1,
-                "test_predictions": answers, "test_levels": levels,
-                "rows": {"train": 1, "test": 100}, "environment": {"device": "none", "amp": "off"}}
-
-    # by validation the second is full fine-tuning's best, though the test likes the first better
-    best = "full_epoch-3_lr_1e-4"
-    results = {"full_epoch-2_lr_5e-5": result("full_epoch-2_lr_5e-5", set(), 50),
-               best: result(best, {1, 3}, 60),
-               "lora_epoch-3_lr_1e-3": result("lora_epoch-3_lr_1e-3", {1, 3, 5, 7, 9, 10}, 55)}
-    grid.add_scores(results)
-    assert "vs_full" not in results[best] and not any("test_levels" in r for r in results.values())
-    lora = results["lora_epoch-3_lr_1e-3"]
-    assert lora["f1_by_level"] == {"easy": 98, "hard": 90}
-    assert lora["vs_full"]["points"] == -4 and -9 < lora["vs_full"]["low"] < -4
-    assert lora["vs_full"]["high"] <= 0 == 4 + lora["vs_full"]["points"]
-    text = studies.grid_markdown(results)
-    assert "| one of the four at random | 25.4 |" in text and "| 98.0 | 90.0 |" in text
-    row = [row for row in grid.best_of(grid.rows_of(results)) if row["method"] == "full"]
-    assert [r["run"] for r in row] == [best] and "Missing: " in text
-
-
-def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(
-        finished, tmp_path):
-    data, _, result, _ = finished
-    flags = ["--data", data, "--max-steps", 2]
-    fails, works = "full_epoch-2_lr_2e-4", "dora_epoch-3_lr_4.25e-5"
-    leave(tmp_path, result, flags, grid.GRID_RUNS.keys() - {fails, works})
-    stem = result_path(tmp_path, settings(*flags, *grid.GRID_RUNS[fails].split())).stem
-    # a folder where a file should go
-    (tmp_path / "checkpoints" / f"{stem}.safetensors").mkdir(parents=True)
-    # as in the runs left there
-    one_thread = {**os.environ, "OMP_NUM_THREADS": result["environment"]["device"].split()[1]}
-    done = run("bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path, env=one_thread)
-    assert (done.returncode == 1 and f"failed: {sys.executable}"
-            in done.stderr.replace(str(ROOT / ".venv/bin/python"), sys.executable))
-    assert "cannot write" in done.stderr and done.stdout.count("finished already") == 18
-    assert f"1 of 20 runs are missing: {fails}" in done.stdout
-    assert works in json.loads((tmp_path / "metrics" / "grid.json").read_text())
-    with open(tmp_path / "metrics" / "grid_results.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert ([float(r["f1"]) for r in rows] == sorted((float(r["f1"]) for r in rows), reverse=True)
-            and len(rows) == 19)
-    (tmp_path / "checkpoints" / f"{stem}.safetensors").rmdir()
-    done = run("bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path, env=one_thread)
-    assert (done.returncode == 0 and done.stdout.count("finished already") == 19
-            and "missing" not in done.stdout)
-
-
-def test_list_prints_five_commands_of_the_other_study_and_runs_none(data_dir, tmp_path):
-    output = tmp_path / "out"
-    done = run("bash", ROOT / "run_all.sh", "--list", "--data", data_dir, "--output", output)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 5 and not output.exists()
-    assert all("train.py --data" in line for line in lines)
-
-
-def test_of_equals_by_validation_the_test_chooses_none():
-    rows = [{"run": name, "method": "lora", "validation_f1": 80.0, "f1": f1}
-            for name, f1 in (("b", 60.0), ("a", 50.0), ("c", 40.0))]
-    assert [row["run"] for row in grid.best_of(rows)] == ["a"]
-
-
-def test_list_prints_twenty_commands(finished, tmp_path):
-    data, *_ = finished
-    done = run("bash", ROOT / "run_grid.sh", "--list", "--data", data,
-               "--output", tmp_path / "with space")
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 20 and not list(tmp_path.iterdir())
-    for line, flags in zip(lines, grid.GRID_RUNS.values()):
-        assert ("train.py --data" in line and line.endswith(flags)
-                and "'" + str(tmp_path / "with space") + "'" in line)
+    flags = ["--method", "full", "--task", "squad_pt"]
+    assert settings(*flags).model == "neuralmind/bert-base-portuguese-cased"
+    assert settings(*flags, "--model", "x").model == "x"
 
 
 def test_a_question_is_asked_from_the_command_line(finished, tmp_path):
-    """predict.py takes the best run of every method in the grid; here there is one, of QDoRA."""
-    _, output, result, _ = finished
+    """tools.predict takes the best run of every method in the grid; here there is one, of QDoRA."""
     (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics" / "grid.json").write_text(json.dumps({"qdora_epoch-2_lr_2e-4": result}))
-    shutil.copytree(output / "checkpoints", tmp_path / "checkpoints")
-    done = program("predict.py", "--output", tmp_path, "--question", "Who was it?", "--context",
-                   "It was Anna who wrote the letter, and Karl who read it.")
+    (tmp_path / "metrics" / "grid.json").write_text(json.dumps(
+        {"command": "bash run_grid.sh", "runs": {"qdora_epoch-2_lr_2e-4": finished.result}}))
+    shutil.copytree(finished.output / "checkpoints", tmp_path / "checkpoints")
+    context = "It was Anna who wrote the letter, and Karl who read it."
+    done = program("tools.predict", "--output", tmp_path, "--model", finished.model,
+                   "--question", "Who was it?", "--context", context)
     assert done.returncode == 0 and not done.stderr, done.stderr
     head, row = done.stdout.splitlines()
     name, *_ = row.split()
     answer = row[len(name):head.index("answer") + len("answer")].strip()
-    assert (name == "qdora" and answer
-            and answer in "It was Anna who wrote the letter, and Karl who read it.")
+    assert name == "qdora" and answer and answer in context
 
 
 def test_a_merged_question_answering_model_needs_nothing_from_here(finished, tmp_path):
-    path, = (finished[1] / "checkpoints").iterdir()
-    export.main(export.parse_args([str(path), "--to", str(tmp_path / "out")]))
+    path, model = finished.checkpoint, str(finished.model)
+    export.main(export.parse_args([str(path), "--model", model, "--to", str(tmp_path / "out")]))
     texts = [["who?", "where was it?"], ["it was Anna", "it was in Rome, in a garden"]]
     found, _ = elsewhere("AutoModelForQuestionAnswering", texts, tmp_path / "out", tmp_path)
-    tokenizer, base, base_hash = export.load_base(path)
-    model, _ = export.attach(base, base_hash, path)
+    tokenizer, base, base_hash = export.load_base(path, model)
+    trained, _ = attach(base, base_hash, path)
     with torch.no_grad():
-        out = model(**tokenizer(*texts, padding=True, return_tensors="pt"))
+        out = trained(**tokenizer(*texts, padding=True, return_tensors="pt"))
     assert (found - torch.stack((out.start_logits, out.end_logits))).abs().max() < 1e-5

@@ -1,6 +1,8 @@
 """The committed results are those of the two default studies, and the README and docs/ show them
 and nothing else."""
 import csv
+import dataclasses
+import io
 import json
 import re
 import shutil
@@ -12,20 +14,17 @@ from conftest import ROOT, settings
 from sklearn.metrics import f1_score
 from test_house import PAPERS
 
-import bench
 import compare
-import export
-import grid
-import growth
-import memory
 import plots
-import studies
-import sweep
+from settings import read_settings
+from tools import bench, export, grid, memory, multitask, sweep
 
-# the committed sweeps, and where their tables are shown
-SWEEPS = {"sweep_synthetic": "docs/questions.md", "sweep_squad_en": "docs/questions.md",
-          "sweep_sst2": "docs/full-size.md"}
-GROWTHS = "growth_all-MiniLM-L6-v2", "growth_bert-base-uncased"
+# the committed tables of figures/, and where they are shown
+SHOWN = {"crossvalidation": "README.md", "summary": "docs/measuring.md",
+         "grid": "docs/questions.md",
+         "sweep_synthetic": "docs/questions.md", "sweep_squad_en": "docs/questions.md",
+         "sweep_sst2": "docs/full-size.md", "multitask": "docs/use.md",
+         "growth_all-MiniLM-L6-v2": "docs/speed.md", "growth_bert-base-uncased": "docs/speed.md"}
 
 
 def committed_bytes(path):
@@ -41,23 +40,37 @@ def committed(path):
     return committed_bytes(path).decode("utf-8").replace("\r\n", "\n")
 
 
+def read(name):
+    return json.loads(committed(f"metrics/{name}.json"))
+
+
+def same_runs(result, *flags):
+    """Whether a committed result is of train.py with these flags, in the precision that it had."""
+    return read_settings(result) == dataclasses.replace(settings(*flags),
+                                                        amp=result["settings"]["amp"])
+
+
+def of_one_clean_commit(results):
+    commits = {r["environment"]["git_commit"] for r in results}
+    return len(commits) == 1 and not commits.pop().endswith("-dirty")
+
+
 def test_committed_comparison_is_the_five_default_runs_of_three_seeds():
-    comparison = json.loads(committed("metrics/comparison.json"))
-    assert {name: [r["settings"] for r in entry["runs"]] for name, entry in comparison.items()} == \
-        {name: [settings(*flags.split(), "--seed", seed) for seed in (42, 43, 44)]
-         for name, flags in compare.RUNS.items()}
-    commits = {r["environment"]["git_commit"]
-               for entry in comparison.values() for r in entry["runs"]}
-    assert len(commits) == 1 and not commits.pop().endswith("-dirty")
+    entries = read("comparison")["entries"]
+    assert list(entries) == list(compare.RUNS)
+    for name, flags in compare.RUNS.items():
+        for run, seed in zip(entries[name]["runs"], (42, 43, 44), strict=True):
+            assert same_runs(run, *flags.split(), "--seed", seed)
+    assert of_one_clean_commit(r for entry in entries.values() for r in entry["runs"])
 
 
 def test_committed_cross_validation_is_eight_methods_in_five_folds():
-    entries = json.loads(committed("metrics/crossvalidation.json"))
-    assert {name: [r["settings"] for r in entry["runs"]] for name, entry in entries.items()} == \
-        {name: [settings(*flags.split(), "--fold", f"{k}/5") for k in range(1, 6)]
-         for name, flags in studies.FOLD_RUNS.items()}
-    commits = {r["environment"]["git_commit"] for entry in entries.values() for r in entry["runs"]}
-    assert len(commits) == 1 and not commits.pop().endswith("-dirty")
+    entries = read("crossvalidation")["entries"]
+    assert list(entries) == list(compare.FOLD_RUNS)
+    for name, flags in compare.FOLD_RUNS.items():
+        for k, run in enumerate(entries[name]["runs"], 1):
+            assert same_runs(run, *flags.split(), "--fold", f"{k}/5")
+    assert of_one_clean_commit(r for entry in entries.values() for r in entry["runs"])
     # of the others the trainings differ more (docs/measuring.md)
     for name in "lora_r8", "lora_r16", "qlora", "adapter":
         vs = entries[name]["vs_full"]
@@ -65,7 +78,7 @@ def test_committed_cross_validation_is_eight_methods_in_five_folds():
 
 
 def test_committed_predictions_of_the_folds_are_those_of_the_cross_validation():
-    entries = json.loads(committed("metrics/crossvalidation.json"))
+    entries = read("crossvalidation")["entries"]
     rows = list(csv.DictReader(committed("metrics/crossvalidation_predictions.csv").splitlines()))
     assert len(rows) == 10_070
     labels = [row["label"] for row in rows]
@@ -77,29 +90,12 @@ def test_committed_predictions_of_the_folds_are_those_of_the_cross_validation():
             assert f1_score(*zip(*own), average="macro") == pytest.approx(r["f1_macro"])
 
 
-def test_readme_tables_are_those_of_the_results():
-    folds = studies.fold_markdown(json.loads(committed("metrics/crossvalidation.json")))
-    assert committed("figures/crossvalidation.md") == folds and folds in committed("README.md")
-    table = plots.markdown(json.loads(committed("metrics/comparison.json")))
-    assert committed("figures/summary.md") == table and table in committed("docs/measuring.md")
-
-
 def test_committed_grid_is_the_twenty_default_runs():
-    results = json.loads(committed("metrics/grid.json"))
-    assert {name: r["settings"] for name, r in results.items()} == \
-        {name: settings("--task", "synthetic", *flags.split())
-         for name, flags in grid.SYNTHETIC_RUNS.items()}
-    assert len({r["environment"]["git_commit"] for r in results.values()}) == 1
-    assert not any(r["environment"]["git_commit"].endswith("-dirty") for r in results.values())
-
-
-def test_readme_tables_of_the_grid_are_those_of_the_results():
-    results = json.loads(committed("metrics/grid.json"))
-    tables = plots.grid_markdown(results)
-    assert committed("figures/grid.md") == tables and tables in committed("docs/questions.md")
-    for name, paper in SWEEPS.items():
-        table = studies.sweep_markdown(json.loads(committed(f"metrics/{name}.json")))
-        assert committed(f"figures/{name}.md") == table and table in committed(paper)
+    results = read("grid")["runs"]
+    assert list(results) == list(grid.SYNTHETIC_RUNS)
+    for name, flags in grid.SYNTHETIC_RUNS.items():
+        assert same_runs(results[name], "--task", "synthetic", *flags.split())
+    assert of_one_clean_commit(results.values())
     rows = list(csv.DictReader(committed("metrics/grid_results.csv").splitlines()))
     assert ([row["run"] for row in rows] == [row["run"] for row in grid.rows_of(results)]
             and len(rows) == 20)
@@ -107,8 +103,42 @@ def test_readme_tables_of_the_grid_are_those_of_the_results():
             == {name: r["f1"] for name, r in results.items()})
 
 
+@pytest.fixture(scope="module")
+def redrawn(tmp_path_factory):
+    """A folder with the committed metrics, and all that is drawn from them."""
+    folder = tmp_path_factory.mktemp("redrawn")
+    (folder / "metrics").mkdir()
+    for path in ROOT.glob("metrics/*.*"):
+        (folder / "metrics" / path.name).write_bytes(committed_bytes(f"metrics/{path.name}"))
+    for draw in (plots.draw_comparison, plots.draw_folds, grid.redraw, sweep.redraw, memory.redraw,
+                 multitask.redraw, bench.redraw):
+        draw(folder)
+    plots.draw_layers(folder / "figures" / "layers.png")
+    return folder / "figures"
+
+
+def test_every_committed_table_is_redrawn(redrawn):
+    tables = {path.stem for path in ROOT.glob("figures/*.md")}
+    assert tables == set(SHOWN) == {path.stem for path in redrawn.glob("*.md")}
+    for name, paper in SHOWN.items():
+        table = (redrawn / f"{name}.md").read_text(encoding="utf-8")
+        assert committed(f"figures/{name}.md") == table and table in committed(paper), name
+
+
+def test_every_committed_figure_is_redrawn(redrawn):
+    figures = {path.name for path in ROOT.glob("figures/*.png")} - {"demo.png"}  # a screenshot
+    assert figures == {path.name for path in redrawn.glob("*.png")}
+    for name in figures:
+        own, here = (plots.plt.imread(io.BytesIO(content))
+                     for content in (committed_bytes(f"figures/{name}"),
+                                     (redrawn / name).read_bytes()))
+        assert own.shape == here.shape, name
+        # other versions of a font library draw edges a little differently
+        assert np.abs(own - here).mean() < 1e-3, name
+
+
 def test_committed_predictions_are_those_of_the_comparison():
-    comparison = json.loads(committed("metrics/comparison.json"))
+    comparison = read("comparison")["entries"]
     rows = list(csv.DictReader(committed("metrics/predictions.csv").splitlines()))
     labels = [row["label"] for row in rows]
     for name, entry in comparison.items():
@@ -119,8 +149,8 @@ def test_committed_predictions_are_those_of_the_comparison():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("metrics/sweep_*.json")), ids=lambda p: p.stem)
 def test_committed_answers_of_a_sweep_give_its_scores_and_intervals(path):
-    first = next(iter(json.loads(path.read_text())["entries"].values()))["runs"][0]["settings"]
-    entries, answers = sweep.held(path, first)
+    first = next(iter(json.loads(path.read_text())["entries"].values()))["runs"][0]
+    entries, answers = sweep.held(path, read_settings(first))
     for name, entry in entries.items():
         own, full = (sweep.columns_of(who, sweep.seeds_of(entry))
                      for who in (name, re.sub("^[^,]*", "full", name)))
@@ -130,24 +160,14 @@ def test_committed_answers_of_a_sweep_give_its_scores_and_intervals(path):
         assert sweep.difference(answers, own, full) == pytest.approx(entry["vs_full"], abs=1e-3)
 
 
-def test_readme_tables_of_memory_and_speed_are_those_of_the_results():
-    speed = committed("docs/speed.md")
-    ledger = json.loads(committed("metrics/memory.json"))
+def test_tables_that_are_only_in_docs_are_those_of_the_results():
+    ledger = read("memory")
     assert (ledger["model"], ledger["batch_size"], ledger["max_length"]) == (
         "bert-base-uncased", 32, 128)
-    assert memory.markdown(ledger) in committed("docs/memory.md")
-    assert bench.markdown(json.loads(committed("metrics/bench.json"))) in speed
-    assert bench.tricks_markdown(json.loads(committed("metrics/bench_tricks.json"))) in speed
-    for name in GROWTHS:
-        table = growth.markdown(json.loads(committed(f"metrics/{name}.json")))
-        assert committed(f"figures/{name}.md") == table and table in speed
-
-
-def test_readme_tables_of_many_tasks_and_of_requantizing_are_those_of_the_results():
-    readme = committed("docs/use.md")
-    tables = plots.multitask_markdown(json.loads(committed("metrics/multitask.json")))
-    assert committed("figures/multitask.md") == tables and tables in readme
-    assert export.markdown(json.loads(committed("metrics/requantized.json"))) in readme
+    assert memory.ledger_markdown(ledger) in committed("docs/memory.md")
+    assert bench.bench_markdown(read("bench")) in committed("docs/speed.md")
+    assert bench.tricks_markdown(read("bench_tricks")) in committed("docs/speed.md")
+    assert export.requantized_table(read("requantized")) in committed("docs/use.md")
 
 
 # --- numbers in sentences ------------------------------------------------------------------------
@@ -180,14 +200,10 @@ def leaves(value):
 
 def generated():
     """The tables that are made by code, and compared as a whole above."""
-    read = lambda name: json.loads(committed(f"metrics/{name}.json"))
-    return [studies.markdown(read("comparison")), studies.fold_markdown(read("crossvalidation")),
-            studies.grid_markdown(read("grid")),
-            *(studies.sweep_markdown(read(name)) for name in SWEEPS),
-            bench.markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
-            *(growth.markdown(read(name)) for name in GROWTHS),
-            memory.markdown(read("memory")), studies.multitask_markdown(read("multitask")),
-            export.markdown(read("requantized"))]
+    return [*(committed(f"figures/{name}.md") for name in SHOWN),
+            bench.bench_markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
+            memory.ledger_markdown(read("memory")),
+            export.requantized_table(read("requantized"))]
 
 
 def measured_values():

@@ -13,6 +13,7 @@ from spread import (
     mean_std,
     nll,
     paired_bootstrap,
+    resampled_f1,
 )
 
 
@@ -37,13 +38,26 @@ def test_macro_f1_of_a_resample_is_scikit_learns(task):
                   np.flatnonzero(labels < 2)]:
         weights = np.bincount(drawn, minlength=120)[None].astype(float)
         expected = f1_score(labels[drawn], good[0][drawn], average="macro")
-        assert macro_f1(labels, good[0], weights) == pytest.approx(expected)
+        assert resampled_f1(labels, good[0], weights) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("labels, predictions", [
+    ([0, 1, 2, 1, 0], [0, 1, 2, 2, 0]),
+    ([0, 1, 2, 1, 0], [0, 1, 1, 1, 0]),  # 2 is never predicted
+    ([0, 1, 1, 1, 0], [0, 1, 2, 2, 0]),  # 2 never occurs
+    ([0, 2, 2, 0], [0, 2, 0, 0]),  # 1 neither occurs nor is predicted
+    ([0, 3, 3, 0], [3, 0, 1, 1]),  # nothing is right
+    ([0, 0, 0], [0, 0, 0]), ([0, 0, 0], [1, 1, 1])])
+def test_macro_f1_is_scikit_learns(labels, predictions):
+    expected = f1_score(labels, predictions, average="macro", zero_division=0)
+    assert macro_f1(labels, predictions) == pytest.approx(expected)
+    assert isinstance(macro_f1(np.array(labels), np.array(predictions)), float)
 
 
 def f1(truth, answer):
-    """scikit-learn's takes 1.5 ms, 9,000 times."""
-    classes = [(truth == c, answer == c) for c in range(3)]
-    return np.mean([2 * (t & a).sum() / (t.sum() + a.sum()) for t, a in classes])
+    """Macro-F1 from the confusion matrix: scikit-learn's takes 1.5 ms, and 27,000 are needed."""
+    matrix = np.bincount(3 * truth + answer, minlength=9).reshape(3, 3)
+    return (2 * matrix.diagonal() / (matrix.sum(0) + matrix.sum(1))).mean()
 
 
 def test_interval_is_that_of_a_bootstrap_written_out(task):
@@ -97,8 +111,9 @@ def test_interval_over_folds_is_that_of_a_bootstrap_written_out(task):
     rng, differences = np.random.default_rng(6), []
     fold = rng.integers(0, 4, 120)  # of unequal sizes
     bad = np.where(fold >= 2, bad, good)  # and unlike each other
+    own = [np.flatnonzero(fold == k) for k in range(4)]
     for _ in range(3000):
-        drawn = np.concatenate([rng.choice(np.flatnonzero(fold == k), (fold == k).sum())
+        drawn = np.concatenate([own[k][rng.integers(len(own[k]), size=len(own[k]))]
                                 for k in rng.integers(4, size=4)])
         seeds = rng.integers(3, size=3)
         score = lambda p: np.mean([f1(labels[drawn], p[s][drawn]) for s in seeds])

@@ -1,22 +1,29 @@
 """Parts of the training rows, whole sentences held out, and the sweep over rates and sizes."""
 import csv
+import dataclasses
 import json
 import shutil
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, one_line_error, one_line_exit, run, settings, train, write_splits
+from conftest import (
+    ROOT,
+    one_line_error,
+    one_line_exit,
+    run,
+    save_small_bert,
+    settings,
+    write_splits,
+)
 
 import data
-import plots
 import qa
 import spread
-import studies
-import sweep
-from settings import parse_args, result_path, run_name
+import train
+from settings import SYNTHETIC_SHA256, result_path, run_name
+from tools import grid, sweep
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -61,20 +68,20 @@ def test_parts_of_questions_are_whole_passages_but_for_the_last():
                  for i in range(60)]  # 5 on each of 12 passages
     task, before = qa.Task(None, questions, [], [], "", None), []
     for n in 7, 15, 60:
-        part = qa.train_on(task, n)
+        part = qa.train_on_passages(task, n)
         assert part.train[:len(before)] == before and len(part.train) == n
         counts = list(Counter(q.context for q in part.train).values())
         assert counts[:-1] == [5] * (n // 5 - (n % 5 == 0))
         assert f"{n} of 60 training questions, on {len(counts)} of 12 passages" in part.note
         before = part.train
     assert before != questions and sorted(before) == sorted(questions)
-    one_line_exit(lambda: qa.train_on(task, 61), "--train-rows 61", "60 training questions")
+    one_line_exit(lambda: qa.train_on_passages(task, 61), "--train-rows 61", "60 training")
 
 
-def test_the_part_is_in_the_identity_and_the_default_leaves_old_names_as_they_were():
+def test_the_part_is_in_the_identity():
     whole, part = settings("--method", "lora"), settings("--method", "lora", "--train-rows", 500)
-    assert "train_rows" not in whole and whole | {"train_rows": 500} == part
-    assert "_n500_" in run_name(part) and "whole_sentences" not in whole
+    assert whole.train_rows is None and not whole.whole_sentences
+    assert dataclasses.replace(whole, train_rows=500) == part and "_n500_" in run_name(part)
     names = {run_name(settings("--method", "full", "--task", "sst2", *flags)) for flags in
              ([], ["--train-rows", 500], ["--train-rows", 501], ["--whole-sentences"])}
     assert len(names) == 4
@@ -82,17 +89,19 @@ def test_the_part_is_in_the_identity_and_the_default_leaves_old_names_as_they_we
 
 def test_other_synthetic_questions_are_another_run():
     made, real = (settings("--method", "full", "--task", task) for task in ("synthetic", "squad"))
-    assert made["generator"] == 4 and "generator" not in real
+    assert made.data_sha256 == SYNTHETIC_SHA256 and real.data_sha256 is None
+    assert run_name(made) != run_name(dataclasses.replace(made, data_sha256="of other ones"))
 
 
-def test_a_part_trains_and_a_checkpoint_of_it_is_merged(data_dir, tmp_path):
-    flags = ["--data", data_dir, "--output", tmp_path, "--max-steps", 2]
-    assert train("--method", "lora", "--train-rows", 12, *flags).returncode == 0
+def test_a_part_trains(data_dir, tmp_path, capsys):
+    flags = ["--method", "lora", "--data", data_dir, "--output", tmp_path, "--max-steps", 2,
+             "--model", save_small_bert(tmp_path / "small")]
+    train.main([*map(str, flags), "--train-rows", "12"])
     path, = (tmp_path / "metrics" / "runs").iterdir()
     result = json.loads(path.read_text())
     assert result["rows"] == {"train": 12, "validation": 12, "test": 12}
-    assert "12 of 68 training rows" in result["splits"] or "12 of 80" in result["splits"]
-    one_line_error(train("--method", "lora", "--train-rows", 1000, *flags), "training rows")
+    assert "12 of 80 training rows" in result["splits"]
+    one_line_exit(lambda: train.main([*map(str, flags), "--train-rows", "1000"]), "training rows")
 
 
 # --- whole sentences ------------------------------------------------------------------------------
@@ -132,14 +141,16 @@ def test_whole_sentences_in_a_task_and_what_has_none(tmp_path):
     assert len(task.train.sentences) == 1 + 3 * 16 and "49 of 121 rows are left" in task.note
     for flags in (["--task", "movies"], ["--task", "squad"],
                   ["--task", "mrpc"], ["--data", alone, "--fold", "1/5"]):
-        one_line_exit(lambda: parse_args(["--method", "full", "--whole-sentences",
-                                          *map(str, flags)]), "--whole-sentences")
+        one_line_exit(lambda: settings("--method", "full", "--whole-sentences", *flags),
+                      "--whole-sentences")
     one_line_exit(lambda: data.make_task(*[treebank()] * 3, whole=True), "all splits are given")
 
 
 @pytest.mark.skipif(not (SHARED / "sst2").exists(), reason="SST-2 is not here")
 def test_sst2_validates_by_whole_sentences():
-    task = data.load_task("-", SHARED / "sst2", {"whole_sentences": True, "train_rows": 4000})
+    s = settings("--method", "full", "--data", SHARED / "sst2", "--whole-sentences",
+                 "--train-rows", 4000)
+    task = data.load_sentences(s, SHARED / "sst2")
     validation = [" ".join(s.split()) for s in task.validation.sentences]
     assert len(validation) == 1000 and len(task.train.sentences) == 4000
     assert np.mean([len(s.split()) for s in validation]) > 17  # a row of SST-2 has 9 words
@@ -151,16 +162,17 @@ def test_sst2_validates_by_whole_sentences():
 
 def made_up(s, scores, answers):
     """A result of train.py with these validation scores of its epochs and these predictions."""
-    return {"settings": s, "f1_macro": 0.5, "rows": {"train": s.get("train_rows", 60),
-                                                    "validation": 12, "test": len(answers)},
+    return {"settings": vars(s), "f1_macro": 0.5,
+            "rows": {"train": s.train_rows or 60, "validation": 12, "test": len(answers)},
             "history": [{"validation_f1_macro": score} for score in scores], "best_epoch": 1,
             "train_time_s": 30.0, "trainable_params": 5, "splits": "", "test_predictions": answers,
             "environment": {"device": "none", "amp": "off"}}
 
 
 @pytest.fixture
-def swept(tmp_path):
-    """(flags, output folder) of a sweep of which all runs are there, but for one of seed 43."""
+def swept(tmp_path, monkeypatch):
+    """(flags, output folder) of a sweep of which all runs are there."""
+    monkeypatch.setattr(sweep, "start", lambda: None)
     folder = write_splits(tmp_path / "mine", {"train": 60, "dev": 12, "test": 40},
                           lambda i, split: f"{split} {i}\t{i % 2}")
     flags = ["--data", str(folder), "--output", str(tmp_path / "out")]
@@ -172,20 +184,22 @@ def swept(tmp_path):
                     s = settings(*method, *flags, *n, "--lr", lr, "--seed", seed)
                     path = result_path(tmp_path / "out", s)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    best = {2: 0.9}.get(round(s["lr"] / sweep.rates_of(s)[0]), 0.6)
+                    best = 0.9 if s.lr == sweep.rates_of(s)[1] else 0.6
                     answers = [[y, 1 - y if i < wrong + (seed == 43) else y]
                                for i, y in enumerate(labels)]
                     path.write_text(json.dumps(made_up(s, [0.3, best], answers)))
     return flags, tmp_path / "out"
 
 
-def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept):
+def entries_of(output):
+    return json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
+
+
+def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept, capsys):
     flags, output = swept
-    command = [sys.executable, ROOT / "sweep.py", *flags, "--methods", "full", "lora --r 16",
-               "--seeds", 42, 43]
-    done = run(*command)
-    assert done.returncode == 0 and "== train.py" not in done.stdout, done.stderr
-    entries = json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
+    asked = [*flags, "--methods", "full", "lora --r 16", "--seeds", "42", "43"]
+    sweep.main(asked)
+    entries = entries_of(output)
     assert list(entries) == ["full, all rows", "lora --r 16, all rows"]
     full, lora = entries.values()
     rates = sweep.rates_of(settings("--method", "lora", "--r", 16, *flags))
@@ -204,19 +218,21 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
         assert (output / "figures" / name).stat().st_size > 500
 
     # other sizes join, and the table is in their order
-    assert run(*command, "--train-rows", 30).returncode == 0
-    entries = json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
+    sweep.main([*asked, "--train-rows", "30"])
+    entries = entries_of(output)
     assert [e["rows"]["train"] for e in entries.values()] == [60, 60, 30, 30]
     lines = (output / "figures" / "sweep_mine.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:6]] == ["30", "30", "60", "60"]
-    one_line_error(run(*command, "--epochs", 1), "another study", "epochs")
+    done = run(sys.executable, "-m", "tools.sweep", *asked, "--epochs", 1, cwd=ROOT)
+    one_line_error(done, "another study", "epochs")
 
     # on another machine, without the runs: the committed files are enough, and nothing is lost
     path = output / "metrics" / "sweep_mine.json"
     before, answers = path.read_text(), path.with_suffix(".csv").read_text()
     shutil.rmtree(output / "metrics" / "runs")
-    assert "== train.py" not in run(*command, "--train-rows", "all", 30).stdout
-    assert json.loads(path.read_text())["entries"] == json.loads(before)["entries"]
+    sweep.main([*asked, "--train-rows", "all", "30"])
+    assert "== python train.py" not in capsys.readouterr().out
+    assert entries_of(output) == json.loads(before)["entries"]
     head, *rows = csv.reader(answers.splitlines())
     assert head[:2] == ["label", "full, all rows, seed 42"] and len(head) == 9 and len(rows) == 40
     assert [int(row[2]) for row in rows] == wrong(5).tolist()
@@ -230,18 +246,35 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     failed = lora | {"tried": [{"lr": 1.0, "validation": None}, *lora["tried"][1:]]}
     assert not sweep.is_done(failed, [42, 43], None, same)
     for other, best_of in (lora, "3"), (failed, "2 or 3"):
-        caption = studies.sweep_caption({"entries": {"full": full, "lora": other}})
+        caption = sweep.sweep_caption({"entries": {"full": full, "lora": other}})
         assert f"each learning rate is the best of {best_of} by validation" in caption
+
+    # --amp auto fits what another machine took it for, one that was asked for does not
+    assert sweep.held(path, dataclasses.replace(same, amp="auto"))[0] == entries_of(output)
+    one_line_exit(lambda: sweep.held(path, dataclasses.replace(same, amp="fp16")), "another study",
+                  "amp")
+
+
+def test_redraw_draws_again_what_is_there(swept, capsys):
+    flags, output = swept
+    one_line_exit(lambda: sweep.main(["--redraw", *flags]), "sweep_")
+    sweep.main([*flags, "--methods", "full", "lora --r 16"])
+    said, figures = capsys.readouterr().out, output / "figures"
+    before = {path.name: path.read_bytes() for path in figures.iterdir()}
+    assert before.keys() == {"sweep_mine.md", "sweep_mine.png"}
+    shutil.rmtree(figures)
+    sweep.main(["--redraw", *flags[2:]])
+    assert {path.name: path.read_bytes() for path in figures.iterdir()} == before
+    assert capsys.readouterr().out == said
 
 
 def test_answers_of_another_rate_or_seed_are_in_no_interval(swept, monkeypatch):
     flags, output = swept
-    monkeypatch.setattr(sweep, "start", lambda: None)
-    monkeypatch.setattr(plots, "draw_sweep", lambda *_: None)
+    monkeypatch.setattr(sweep, "draw_sweep", lambda path: None)
 
     def entries(*more):
         sweep.main([*flags, *map(str, more)])
-        return json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
+        return entries_of(output)
 
     both = entries("--methods", "full", "lora --r 16", "--seeds", 42, 43)
     assert both["lora --r 16, all rows"]["vs_full"]
@@ -253,17 +286,15 @@ def test_answers_of_another_rate_or_seed_are_in_no_interval(swept, monkeypatch):
 
 def test_methods_of_one_label_are_told_by_their_flags(swept, monkeypatch):
     flags, output = swept
-    monkeypatch.setattr(sweep, "start", lambda: None)
-    monkeypatch.setattr(plots, "draw_sweep", lambda *_: None)
+    monkeypatch.setattr(sweep, "draw_sweep", lambda path: None)
     labels = [i % 2 for i in range(40)]
     wide = ["--method", "lora", "--r", 16, "--alpha", 64]
     for lr in sweep.rates_of(settings(*wide, *flags)):
         s = settings(*wide, *flags, "--lr", lr)
         result_path(output, s).write_text(json.dumps(made_up(s, [0.5], list(zip(labels, labels)))))
     sweep.main([*flags, "--methods", "full", "lora --r 16", "lora --r 16 --alpha 64"])
-    entries = json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
-    assert [e["label"] for e in entries.values()] == ["full fine-tuning", "LoRA r=16",
-                                                      "lora --r 16 --alpha 64"]
+    assert [e["label"] for e in entries_of(output).values()] == ["full fine-tuning", "LoRA r=16",
+                                                                 "lora --r 16 --alpha 64"]
 
 
 def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
@@ -276,7 +307,7 @@ def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
         lr = float(flags[flags.index("--lr") + 1])
         return {"lr": lr} if results[lr] else None
 
-    monkeypatch.setattr(sweep, "run", stand_in)
+    monkeypatch.setattr(sweep, "trained", stand_in)
     monkeypatch.setattr(sweep, "validation_score", lambda result: results[result["lr"]])
     lr, scores = sweep.choose_rate([*flags, "--method", "full", "--train-rows", "30"])
     assert lr == 1e-4 and scores == results and all("30" in call for call in asked)
@@ -287,16 +318,18 @@ def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--lr", "1e-3"], ["--lr", "train.py"]), (["--methods", "lorra"], ["invalid choice"]),
     (["--train-rows", "many"], ["whole number"]), (["--seeds", 42, 42], ["twice"]),
-    (["--methods", "lora --lr 1e-3"], ["--lr"]),
+    (["--methods", "lora --lr 1e-3"], ["--lr"]), (["--methods", "lora --output x"], ["--output"]),
     (["--methods", "full", "lora --epochs 5"], ["epochs", "same for all"])])
 def test_bad_flags_end_before_anything_runs(flags, words, data_dir):
     one_line_exit(lambda: sweep.main(["--data", str(data_dir), *map(str, flags)]), *words)
 
 
 def test_questions_are_compared_one_by_one():
+    s = vars(settings("--method", "full", "--task", "squad"))
+
     def answers(texts):
-        return sweep.answers_of({"settings": {"stride": 128}, "test_predictions": [
-            [["new york"], text] for text in texts]})
+        return sweep.answers_of({"settings": s, "test_predictions": [[["new york"], text]
+                                                                     for text in texts]})
 
     held = {"own": answers(["new york", "york"] * 20), "full": answers(["new york"] * 40)}
     assert held["own"][:2] == [100, 66.666667]
@@ -309,13 +342,12 @@ def test_questions_are_compared_one_by_one():
 def test_the_table_marks_rates_beyond_which_nothing_was_tried():
     tried = [{"lr": lr, "validation": score} for lr, score in ((5e-4, 0.6), (1e-3, 0.7),
                                                                (2e-3, None))]
-    rates = [studies.chosen_rate({"lr": lr, "tried": tried}) for lr in (5e-4, 1e-3, 2e-3)]
+    rates = [sweep.chosen_rate({"lr": lr, "tried": tried}) for lr in (5e-4, 1e-3, 2e-3)]
     assert rates == ["5e-4 ↓", "1e-3", "2e-3 ↑"]
 
 
 def test_rates_of_another_model_are_around_its_default(tmp_path):
-    from conftest import save_small_bert
-    model = save_small_bert(Path(tmp_path) / "small")
+    model = save_small_bert(tmp_path / "small")
     s = settings("--method", "lora", "--model", model)
     assert sweep.rates_of(s) == (5e-5, 1e-4, 2e-4)
     assert sweep.rates_of(settings("--method", "lora")) == (5e-4, 1e-3, 2e-3)
@@ -324,7 +356,7 @@ def test_rates_of_another_model_are_around_its_default(tmp_path):
     for name in "full", "dora":  # those of the grid
         s = settings("--method", name, "--task", "synthetic")
         own = [float(flags.split("--lr ")[1].split()[0]) for run, flags in
-               studies.SYNTHETIC_RUNS.items() if run.startswith(f"{name}_")]
+               grid.SYNTHETIC_RUNS.items() if run.startswith(f"{name}_")]
         assert len(own) == 4 and set(sweep.rates_of(s)) == set(own)
     for name, best in ("head", 1e-1), ("bitfit", 5e-3):
         assert sweep.rates_of(settings("--method", name, "--task", "synthetic"))[1] == best

@@ -3,13 +3,12 @@ import csv
 import importlib.util
 import json
 import os
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, one_line_error, one_line_exit, run, tiny_bert
+from conftest import ROOT, one_line_exit, program, tiny_bert
 
-import trainer
+import tools.grid as grid
 
 
 @pytest.mark.parametrize("name, parsed", [
@@ -34,11 +33,11 @@ import trainer
     ("lora_lr_1.5e-4x_epoch_2", None), ("lora_epoch-2_lr_0_0002", None),
     ("lora_epoch-2_lr_1e-04.old", ("lora", 2, 1e-4))])
 def test_names_are_recognised_exactly(name, parsed):
-    assert trainer.parse_name(name) == parsed
+    assert grid.parse_name(name) == parsed
 
 
 def state(scores, runtime=None):
-    """What Trainer (5.23) writes: a line a training log, one an evaluation, and one at the end."""
+    """What Trainer (5.23) writes: an entry per training log, one per evaluation, one at the end."""
     log = []
     for epoch, (f1, em) in enumerate(scores, 1):
         log += [{"epoch": float(epoch), "grad_norm": 6.4, "learning_rate": 5e-05, "loss": 1.1,
@@ -75,76 +74,85 @@ def folder(tmp_path):
     return tmp_path / "runs"
 
 
+def main(*flags):
+    grid.main([str(flag) for flag in flags])
+
+
 def test_the_study_is_made_from_the_runs(folder, tmp_path):
-    done = run(sys.executable, ROOT / "grid.py", "--trainer", folder, "--output", tmp_path / "out")
+    out = tmp_path / "out"
+    done = program("tools.grid", "--trainer", folder, "--output", out)
     assert done.returncode == 0, done.stderr
     assert "notes is left out" in done.stderr and len(done.stderr.splitlines()) == 1
-    with open(tmp_path / "out" / "metrics" / "grid_results.csv") as file:
+    with open(out / "metrics" / "grid_results.csv") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["full_epoch-2_lr_2e-4", "lora_epoch-2_lr_2e-4", "lora_epoch-3_lr_4.25e-5"]
     full, lora, slow = rows.values()
     assert (full["f1"], full["exact_match"], full["best_epoch"]) == ("80.0", "70.0", "1.0")
     assert (full["f1_last"], full["exact_match_last"], full["minutes"]) == ("79.0", "69.5", "100.0")
     assert (slow["f1"], slow["minutes"]) == ("66.0", "") and lora["minutes"] == "50.0"
-    # whatever is there with other epochs or rates, and what has begun
+    # what others have, with other epochs or rates, and what has begun
     missing = done.stdout.splitlines()[-1]
     assert missing.startswith("missing: ") and "full_epoch-3_lr_2e-4" in missing
     assert "qlora_epoch-2_lr_2e-4" in missing and "dora_epoch-3_lr_2e-4" in missing
     assert "lora_epoch-2_lr_2e-4," not in missing.replace("qlora_epoch-2_lr_2e-4", "")
-    text = (tmp_path / "out" / "figures" / "grid.md").read_text()
+    text = (out / "figures" / "grid.md").read_text()
     assert "3 runs of Hugging Face's Trainer" in text and "Pearson" in text and "Top five" in text
     assert "bootstrap" not in text and "| lora_epoch-3_lr_4.25e-5 | 66.00 |" in text
+    command = f"python -m tools.grid --trainer {folder} --output {out}"
+    assert json.loads((out / "metrics" / "grid.json").read_text())["command"] == command
+    assert f"made by `{command}`" in text
     for name in "grid_f1.png", "grid_boxes.png", "grid_time.png":
-        assert (tmp_path / "out" / "figures" / name).stat().st_size > 10_000
+        assert (out / "figures" / name).stat().st_size > 10_000
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    main("--redraw", "--output", out)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_a_run_that_was_cut_is_named_and_another_study_does_not_go_over_it(folder, tmp_path):
     path = folder / "lora-epoch-2_lr_2e-4" / "trainer_state.json"
     path.write_text(path.read_text().replace('"max_steps": 4', '"max_steps": 6000'))
-    output = ["--output", tmp_path / "out"]
-    done = run(sys.executable, ROOT / "grid.py", "--trainer", folder, *output)
-    assert done.returncode == 0 and "ends at step 4 of 6,000" in done.stderr
-    one_line_error(run(sys.executable, ROOT / "grid.py", *output), "Trainer's runs", "--output")
-    for content in "3", '{"a": 3}', '{"lora_epoch-2_lr_2e-4": {}}':
-        broken = tmp_path / "broken" / "metrics" / "grid.json"
-        broken.parent.mkdir(parents=True, exist_ok=True)
-        broken.write_text(content)
-        command = [sys.executable, ROOT / "grid.py", "--output", tmp_path / "broken"]
-        one_line_error(run(*command), "damaged", "delete it")
-        # after the warnings of the folders that are left out
-        done = run(*command, "--trainer", folder)
-        assert done.returncode == 1 and "damaged" in done.stderr.splitlines()[-1]
     # no run says how long it took
     for path in folder.rglob("trainer_state.json"):
         path.write_text(path.read_text().replace("train_runtime", "runtime"))
-    done = run(sys.executable, ROOT / "grid.py", "--trainer", folder, *output)
-    assert done.returncode == 0 and "UserWarning" not in done.stderr
+    (tmp_path / "out" / "figures").mkdir(parents=True)
+    (tmp_path / "out" / "figures" / "grid_time.png").write_bytes(b"of earlier runs")
+    done = program("tools.grid", "--trainer", folder, "--output", tmp_path / "out")
+    assert done.returncode == 0 and "ends at step 4 of 6,000" in done.stderr
+    assert "UserWarning" not in done.stderr
     assert not (tmp_path / "out" / "figures" / "grid_time.png").exists()
+    one_line_exit(lambda: main("--output", tmp_path / "out"), "Trainer's runs", "--output")
+    own = tmp_path / "own" / "metrics" / "grid.json"
+    own.parent.mkdir(parents=True)
+    for content, word in (("3", "damaged"), ('{"a": 3}', "damaged"),
+                          ('{"command": "a", "runs": {"lora_epoch-2_lr_2e-4": {}}}', "damaged"),
+                          ('{"command": "a", "runs": {"lora_epoch-2_lr_2e-4": {"settings": {}}}}',
+                           "train.py made")):
+        own.write_text(content)
+        one_line_exit(lambda: main("--trainer", folder, "--output", tmp_path / "own"), word)
 
 
 def test_file_dates_do_not_count(folder):
     for path in folder.rglob("trainer_state.json"):
         os.utime(path, (1, 1))
-    results, _ = trainer.read_runs(folder)
+    results, _ = grid.trainer_runs(folder)
     assert results["lora_epoch-3_lr_4.25e-5"]["f1"] == 66.0
     assert results["lora_epoch-3_lr_4.25e-5"]["train_time_s"] is None
 
 
 def test_what_cannot_be_read_is_one_line(folder, tmp_path):
-    one_line_exit(lambda: trainer.read_runs(tmp_path / "nothing"), "no such folder")
+    one_line_exit(lambda: grid.trainer_runs(tmp_path / "nothing"), "no such folder")
     (tmp_path / "empty").mkdir()
-    one_line_exit(lambda: trainer.read_runs(tmp_path / "empty"), "holds no run")
+    one_line_exit(lambda: grid.trainer_runs(tmp_path / "empty"), "holds no run")
     (folder / "lora_epoch-2_lr_0.0002").mkdir()
     os.replace(folder / "lora-epoch-3_lr_4.25e-05" / "checkpoint-999" / "trainer_state.json",
                folder / "lora_epoch-2_lr_0.0002" / "trainer_state.json")
-    one_line_exit(lambda: trainer.read_runs(folder), "are both lora 2")
+    one_line_exit(lambda: grid.trainer_runs(folder), "are both lora 2")
     for text in "{", '{"log_history": 3}', "[]":
         (folder / "lora_epoch-2_lr_0.0002" / "trainer_state.json").unlink(missing_ok=True)
         (folder / "2_epochs_base_qa_2e-4" / "trainer_state.json").write_text(text)
-        one_line_exit(lambda: trainer.read_runs(folder), "damaged")
-    one_line_error(run(sys.executable, ROOT / "grid.py", "--trainer", folder), "--output")
-    one_line_error(run(sys.executable, ROOT / "grid.py", "--trainer", folder, "--output", ROOT),
-                   "damaged")
+        one_line_exit(lambda: grid.trainer_runs(folder), "damaged")
+    one_line_exit(lambda: main("--trainer", folder), "--output")
+    one_line_exit(lambda: main("--trainer", folder, "--output", ROOT), "damaged")
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="Trainer needs accelerate")
@@ -160,7 +168,7 @@ def test_a_folder_that_trainer_wrote_itself(tmp_path):
         report_to="tensorboard" if has_board else "none", disable_tqdm=True)
     Trainer(tiny_bert(), args, train_dataset=rows, eval_dataset=rows,
             compute_metrics=lambda _: {"f1": (f1 := next(scores)), "exact_match": f1 / 2}).train()
-    results, missing = trainer.read_runs(tmp_path / "runs")
+    results, missing = grid.trainer_runs(tmp_path / "runs")
     result = results["dora_epoch-2_lr_2e-4"]
     # without save_state only the checkpoints have a state, without a runtime
     assert (result["f1"], result["exact_match"], result["best_epoch"], missing) == (60, 30, 2, [])
