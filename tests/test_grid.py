@@ -158,6 +158,18 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(flags, tmp_p
     assert "the minutes do not compare" in said.err and "full_epoch-2_lr_2e-4" in said.out
 
 
+def test_what_another_machine_took_for_auto_is_no_other_study(flags, tmp_path):
+    runs = {name: {"settings": vars(settings(*flags, *own.split())) | {"amp": "bf16"}}
+            for name, own in grid.GRID_RUNS.items()}
+    path = tmp_path / "metrics" / "grid.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"command": "bash run_grid.sh", "runs": runs}))
+    *auto, amp, off = flags
+    main("--list", *auto, "--output", tmp_path)
+    one_line_exit(lambda: main("--list", *auto, amp, off, "--output", tmp_path),
+                  "holds results of another study (amp bf16, here off)")
+
+
 def test_another_study_is_not_written_over(flags, tmp_path):
     runs = {name: {"settings": vars(settings(*flags, *own.split()))}
             for name, own in grid.GRID_RUNS.items() if name.startswith("qlora")}

@@ -82,8 +82,9 @@ def read_grid(path):
     fail(f"{path} is damaged or of an earlier version; delete it")
 
 
-def check_same_study(path, runs):
-    """Exit if the grid.json at `path` holds others than these runs, {name: flags}."""
+def check_same_study(path, runs, free=()):
+    """Exit if the grid.json at `path` holds others than these runs, {name: flags}. free: settings
+    in which they may differ."""
     elsewhere = "give this one an --output of its own"
     for name, result in read_grid(path)["runs"].items():
         if "trainer" in result:
@@ -91,7 +92,7 @@ def check_same_study(path, runs):
         if name not in runs:
             fail(f"{path} holds results of another study ({name}); {elsewhere}")
         for key, asked in vars(read_flags(runs[name]).settings).items():
-            if (held := result["settings"].get(key)) != asked:
+            if (held := result["settings"].get(key)) != asked and key not in free:
                 fail(f"{path} holds results of another study ({key} {held}, here {asked}); "
                      f"{elsewhere}")
 
@@ -467,10 +468,11 @@ def main(argv):
     if not run.settings.is_qa:
         fail("run_grid.sh is for question answering (with --data, a folder with train.json); for "
              "sentences there is run_all.sh")
-    if not given("--amp", flags):
+    free = () if given("--amp", flags) else ("amp",)  # what another machine took for auto
+    if free:
         flags = [*flags, "--amp", run.settings.amp]  # decided once, for all runs
     runs = {name: [*flags, *own.split()] for name, own in grid_runs(run.settings).items()}
-    check_same_study(run.output / "metrics" / "grid.json", runs)
+    check_same_study(run.output / "metrics" / "grid.json", runs, free)
     if "--list" in argv:
         # what several runs need is made before they start at once; stdout is for the commands
         with contextlib.redirect_stdout(sys.stderr):
