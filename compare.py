@@ -19,7 +19,16 @@ import numpy as np
 
 from common import fail, read_json, start, write_csv, write_json
 from methods import CASES, FOLD_STUDY, STUDY
-from settings import Parser, any_seed, asked_settings, make_parser, number, read_flags
+from settings import (
+    Parser,
+    any_seed,
+    asked_settings,
+    checkpoint_path,
+    make_parser,
+    number,
+    read_flags,
+    read_settings,
+)
 from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -99,9 +108,9 @@ def trained(flags):
     return read_json(run.result)
 
 
-def checkpoint_mb(flags):
+def checkpoint_mb(output, result):
     """Return the size of what a run trained, in units of 1e6 bytes; None if the file is gone."""
-    file = read_flags(flags).checkpoint
+    file = checkpoint_path(output, read_settings(result))
     return file.stat().st_size / 1e6 if file.exists() else None
 
 
@@ -216,10 +225,9 @@ def main(argv):
     runs = {name: [] for name in study}
     for part in parts:
         for name, own in study.items():
-            run_flags = [*flags, *part, *own.split()]
-            if not (result := trained(run_flags)):
+            if not (result := trained([*flags, *part, *own.split()])):
                 sys.exit(1)
-            runs[name].append(result | {"checkpoint_mb": checkpoint_mb(run_flags)})
+            runs[name].append(result | {"checkpoint_mb": checkpoint_mb(args.output, result)})
     if line := mixed_hardware([run for name in runs for run in runs[name]]):
         fail(line)
     full, metrics = runs["full"], args.output / "metrics"
