@@ -1,15 +1,23 @@
-"""Guards on what users bring: their files, models and tokenizers. They are kept here so that they
-stand in nobody's way who reads how the methods work. Imports nothing slow.
+"""Guards on what users bring: their files, models and tokenizers, and how their tables are read.
+They are kept here so that they stand in nobody's way who reads how the methods work. Imports
+nothing slow.
 
 Each function exits with one line if something cannot be right, warns in one line if it is legal but
 perhaps not meant, and otherwise returns what was found.
 """
+import csv
+import json
 import re
+import sys
 import unicodedata
+from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
 
 from common import QUESTIONS, SPLITS, TABLES, data_files, fail, list_folder, warn
+
+STDIN = Path("-")
+SECOND = "sentence2"  # the column of the second sentence
 
 LOOKS_LIKE_TABLE = (*TABLES, QUESTIONS, ".parquet", ".arrow", ".xls", ".xlsx", ".ods")
 NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is a number
@@ -63,6 +71,75 @@ def check_surrogates(path, where, text):
     it."""
     if re.search("[\ud800-\udfff]", text):
         fail(f"{path}{where} holds half of a surrogate pair, which is no character")
+
+
+def read_fields(file, path, needed):
+    """Yield the rows of an open .csv or .tsv file, as read_table."""
+    csv.field_size_limit(2**31 - 1)
+    style = {"strict": True}
+    if path.suffix == ".tsv":
+        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(file, **style)
+    start = 1
+    try:
+        header = next(reader, [])
+        check_header(path, header, needed, reader.dialect.delimiter)
+        start = reader.line_num + 1
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                lost = f"; no {header[len(fields)]}" if len(fields) < len(header) else ""
+                fail(f"{path}, line {start}: fields found {len(fields)}, expected "
+                     f"{len(header)}{lost}")
+            if fields:  # a blank line has none
+                yield start, dict(zip(header, fields))
+            start = reader.line_num + 1
+    except csv.Error as e:
+        if "unexpected end" in str(e):
+            fail(f"{path}, line {start}: a quote opens and never closes")
+        fail(f"{path}, line {reader.line_num}, in the row that starts at line {start}: text after "
+             f"a closing quote ({e})")
+
+
+def read_objects(file, path, needed):
+    """Yield the rows of an open .jsonl file, as read_table."""
+    for n, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            fail(f"{path}, line {n}: not JSON ({e})")
+        if not isinstance(row, dict):
+            fail(f"{path}, line {n}: not an object {{...}}")
+        if lost := [column for column in needed if column not in row]:
+            fail(f"{path}, line {n}: no {lost[0]!r}")
+        if re.search(r"\\ud[89a-f]", line, flags=re.I):
+            check_surrogates(path, f", line {n}:", json.dumps(row, ensure_ascii=False))
+        yield n, row
+
+
+def read_table(path, needed=()):
+    """Yield (line where it starts, {column: value}) of every row of a table: .csv, .tsv (GLUE's
+    layout: no quoting), .jsonl (one object per line), .txt (one text per line), or stdin. Exit with
+    the line of a row that does not fit, and if a column that is `needed` is not there."""
+    try:
+        if path == STDIN and sys.stdin is None:
+            fail("stdin is closed")
+        if path == STDIN and hasattr(sys.stdin, "reconfigure"):
+            # some locales let through what is not UTF-8
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+        with (nullcontext(sys.stdin) if path == STDIN else
+              open(path, encoding="utf-8-sig", newline="")) as file:
+            if path == STDIN or path.suffix == ".txt":
+                yield from ((n, {"text": line.rstrip("\r\n")}) for n, line in enumerate(file, 1))
+            else:
+                yield from (read_objects if path.suffix == ".jsonl" else read_fields)(
+                    file, path, needed)
+    except UnicodeDecodeError as e:
+        name, advice = ("stdin", "") if path == STDIN else (path, "; save it as UTF-8")
+        fail(f"{name} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}){advice}")
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror}")
 
 
 def looks_quoted(text):

@@ -8,39 +8,41 @@
 `bash run_all.sh` is the same with an environment of its own. It trains what is missing, one run
 after the other, so that an interrupted study goes on where it was cut. --list prints the commands
 instead. Both work with --seeds 42 43 44. All other flags go to every run: python train.py --help.
+
+On other data, or with another model, each method first tries some learning rates, in its first run
+of all, and takes the one that validates best (rates.py). Where three epochs are few steps, there
+are more epochs. --lr X takes one rate for all methods instead.
 """
+import contextlib
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from common import fail, read_json, start, write_csv, write_json
-from methods import CASES, FOLD_STUDY, STUDY
+from common import fail, start, write_csv, write_json
+from methods import CASES, FOLD_STUDY, STUDY, row_of
+from rates import TRAIN, best_rate, first_rates, plan, search, trained
 from settings import (
     Parser,
     any_seed,
     asked_settings,
     checkpoint_path,
+    given,
+    has_searched_rates,
     make_parser,
     number,
     read_flags,
     read_settings,
 )
 from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
+from verdict import best_line, largest_class, marks_of
 
-TRAIN = Path(__file__).with_name("train.py")
 RUNS, FOLD_RUNS = ({name: CASES[name].flags for name in names} for names in (STUDY, FOLD_STUDY))
 
 
 # --- flags of a study ----------------------------------------------------------------------------
-
-def given(flag, argv):
-    """Tell whether a flag is on a command line."""
-    return any(word.split("=")[0] == flag for word in argv)
-
 
 def explain(program, argv):
     """Answer --help of a program, whose other flags are train.py's, by its docstring."""
@@ -97,17 +99,6 @@ def print_commands(runs):
         sys.stdout.buffer.write(os.fsencode(line))
 
 
-def trained(flags):
-    """Return the result of train.py with these flags, trained if it is not there; None if that
-    failed."""
-    run = read_flags(flags)
-    if not run.result.exists():
-        print(f"== python train.py {shlex.join(flags)}", flush=True)
-        if subprocess.run([sys.executable, TRAIN, *flags], stdin=subprocess.DEVNULL).returncode:
-            return None  # it has said why
-    return read_json(run.result)
-
-
 def checkpoint_mb(output, result):
     """Return the size of what a run trained, in units of 1e6 bytes; None if the file is gone."""
     file = checkpoint_path(output, read_settings(result))
@@ -152,16 +143,17 @@ def joined(runs, n_folds, what):
                      for i in range(0, len(runs), n_folds)])
 
 
-def combine(runs, baseline):
+def combine(runs, baseline, tried=None):
     """Make one method's entry of comparison.json: means and standard deviations over its runs (one
     per seed), and its macro-F1 against full fine-tuning's, the `baseline` runs of the same
-    seeds."""
+    seeds. tried: what rates.search returned, if it chose the rate."""
     pairs, full = (joined(own, 1, "test_predictions") for own in (runs, baseline))
     vs = None if runs is baseline else paired_bootstrap(pairs[0, :, 0], pairs[..., 1], full[..., 1])
-    return summarise(runs) | {"vs_full": vs}
+    marks = marks_of(pairs[0, :, 0], pairs[..., 1], [run["history"] for run in runs], tried)
+    return summarise(runs) | {"vs_full": vs, "tried": tried, "marks": marks}
 
 
-def combine_folds(runs, baseline, n_folds):
+def combine_folds(runs, baseline, n_folds, tried=None):
     """Make one method's entry of crossvalidation.json.
 
     f1_macro, nll and ece are of all sentences together (the mean over the seeds). All standard
@@ -171,8 +163,10 @@ def combine_folds(runs, baseline, n_folds):
     pairs, full = (joined(own, n_folds, "test_predictions") for own in (runs, baseline))
     labels, predicted, full = pairs[0, :, 0], pairs[..., 1], full[..., 1]
     probabilities = joined(runs, n_folds, "test_probabilities")
+    fold = np.repeat(range(n_folds), [len(r["test_predictions"]) for r in runs[:n_folds]])
     entry = summarise(runs) | {
-        "test_rows": len(labels), "folds": n_folds,
+        "test_rows": len(labels), "folds": n_folds, "tried": tried,
+        "marks": marks_of(labels, predicted, [run["history"] for run in runs], tried, fold),
         "f1_macro": float(np.mean([macro_f1(labels, own) for own in predicted])),
         "nll": float(np.mean([nll(labels, own) for own in probabilities])),
         "ece": float(np.mean([ece(labels, own) for own in probabilities])),
@@ -180,7 +174,6 @@ def combine_folds(runs, baseline, n_folds):
     if runs is baseline:
         return entry
 
-    fold = np.repeat(range(n_folds), [len(r["test_predictions"]) for r in runs[:n_folds]])
     differences = [100 * (run["f1_macro"] - other["f1_macro"])
                    for run, other in zip(runs, baseline)]
     by_fold = np.reshape(differences, (-1, n_folds)).mean(0)
@@ -204,6 +197,48 @@ def prediction_rows(runs, n_folds=None):
     return rows
 
 
+def print_next(output, lines, results, model, kind=".csv", to=".csv"):
+    """Print what one can do with the trained models of a study, as commands to copy. lines: the
+    verdict's; results: {method: result}; model: a base's folder, or None; kind, to: of the files
+    that tools.predict reads and writes."""
+    here = TRAIN.parent
+
+    def said(path):
+        path = Path(os.path.abspath(path))  # a link to Python stays one
+        return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+    best = best_line(lines)
+    # adapters cannot be merged
+    exported = best_line([line for line in lines
+                          if row_of(read_settings(results[line.name])).merges])
+    base = f" --model {said(model)}" if model else ""
+    python, output = said(sys.executable), said(output)
+    print(f"What next, in the folder {here}:\n"
+          f"  {python} -m tools.predict --output {output}{base} --method {best.name} "
+          f"--input new{kind} --to labelled{to}\n"
+          f"  {python} -m tools.export --output {output}{base} --method {exported.name} "
+          f"--to my_bert   # for transformers\n"
+          f"  {python} -m tools.demo --output {output}{base}   # a page that asks all methods")
+
+
+def write_study(output, model, command, runs, tried, folds):
+    """Write what a study found, its runs {method: results}: JSON, predictions, tables, figures; and
+    say what one can do with it. model: a base's folder, or None."""
+    full, metrics = runs["full"], output / "metrics"
+    entries = {name: combine_folds(own, full, folds, tried.get(name)) if folds else
+               combine(own, full, tried.get(name)) for name, own in runs.items()}
+    rows = prediction_rows(runs, folds)
+    name, predictions = (("crossvalidation", "crossvalidation_predictions") if folds else
+                         ("comparison", "predictions"))
+    write_json(metrics / f"{name}.json", {
+        "command": command, "floor": largest_class([row["label"] for row in rows]),
+        "entries": entries})
+    write_csv(metrics / f"{predictions}.csv", rows)
+    from plots import draw_comparison, draw_folds, lines_of  # matplotlib is slow to import
+    (draw_folds if folds else draw_comparison)(output)
+    print_next(output, lines_of(entries), {name: own[0] for name, own in runs.items()}, model)
+
+
 def main(argv):
     start()
     explain(__doc__, argv)
@@ -218,27 +253,36 @@ def main(argv):
     if asked_settings(args).is_qa:
         fail("run_all.sh compares sentence classifiers; for question answering there is "
              "run_grid.sh")
-    if "--list" in argv:
-        print_commands([*flags, *part, *own.split()] for part in parts for own in study.values())
+    s, is_list = asked_settings(args), "--list" in argv
+    searches = not (given("--lr", flags) or has_searched_rates(s))
+    jobs = [[*flags, *part, *own.split()] for part in parts for own in study.values()]
+    tried, progress = {}, None
+    if searches or not is_list and sum(not read_flags(job).result.exists() for job in jobs) > 1:
+        with contextlib.redirect_stdout(sys.stderr if is_list else sys.stdout):
+            flags, steps, progress = plan(flags, parts, study, s, searches)
+    if is_list:
+        if searches:  # what comes after the first rates depends on their results
+            jobs = [[*flags, *parts[0], *own.split(), "--lr", f"{lr:g}"] for own in study.values()
+                    for lr in first_rates([*flags, *own.split()], steps)]
+        print_commands(jobs)
         return
+    if searches:
+        tried = {name: search([*flags, *parts[0], *own.split()], steps, progress)
+                 for name, own in study.items()}
 
     runs = {name: [] for name in study}
     for part in parts:
         for name, own in study.items():
-            if not (result := trained([*flags, *part, *own.split()])):
+            rate = ["--lr", f"{best_rate(tried[name])['lr']:g}"] if tried else []
+            # the search has counted the runs of the first part
+            own_progress = None if tried and part is parts[0] else progress
+            if not (result := trained([*flags, *part, *own.split(), *rate], own_progress)):
                 sys.exit(1)
             runs[name].append(result | {"checkpoint_mb": checkpoint_mb(args.output, result)})
     if line := mixed_hardware([run for name in runs for run in runs[name]]):
         fail(line)
-    full, metrics = runs["full"], args.output / "metrics"
-    entries = {name: combine_folds(own, full, folds) if folds else combine(own, full)
-               for name, own in runs.items()}
-    name, predictions = (("crossvalidation", "crossvalidation_predictions") if folds else
-                         ("comparison", "predictions"))
-    write_json(metrics / f"{name}.json", {"command": command, "entries": entries})
-    write_csv(metrics / f"{predictions}.csv", prediction_rows(runs, folds))
-    from plots import draw_comparison, draw_folds  # matplotlib is slow to import
-    (draw_folds if folds else draw_comparison)(args.output)
+    model = args.model if s.model_sha256 else None
+    write_study(args.output, model, command, runs, tried, folds)
 
 
 if __name__ == "__main__":

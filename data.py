@@ -2,12 +2,9 @@
 
 qa.py is the same for questions and passages.
 """
-import csv
 import json
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checks import (
     NUMBER,
-    check_header,
-    check_surrogates,
+    SECOND,
     check_words,
     files_to_read,
     looks_quoted,
+    read_table,
     warn_labels,
     warn_quoting,
     warn_repeats,
@@ -30,8 +27,6 @@ from fetch import ratings_file
 from settings import RATED_TASKS, SPLIT_SEED
 from spread import ece, macro_f1, nll
 
-STDIN = Path("-")
-SECOND = "sentence2"  # the column of the second sentence
 MOST_WORDS = 200  # in a row for --whole-sentences: n words have n (n + 1) / 2 parts
 FOLD_SEED = 2003  # the folds' own: the same for every method, --seed and machine
 
@@ -57,79 +52,6 @@ class Task(NamedTuple):
 
 
 # --- tables of texts -----------------------------------------------------------------------------
-# Row by row, so that a large one needs no more memory than a small one.
-
-def read_fields(file, path, needed):
-    """Yield the rows of an open .csv or .tsv file, as read_table."""
-    csv.field_size_limit(2**31 - 1)
-    style = {"strict": True}
-    if path.suffix == ".tsv":
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(file, **style)
-    start = 1
-    try:
-        header = next(reader, [])
-        check_header(path, header, needed, reader.dialect.delimiter)
-        start = reader.line_num + 1
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                lost = f"; no {header[len(fields)]}" if len(fields) < len(header) else ""
-                fail(f"{path}, line {start}: fields found {len(fields)}, expected "
-                     f"{len(header)}{lost}")
-            if fields:  # a blank line has none
-                yield start, dict(zip(header, fields))
-            start = reader.line_num + 1
-    except csv.Error as e:
-        if "unexpected end" in str(e):
-            fail(f"{path}, line {start}: a quote opens and never closes")
-        fail(f"{path}, line {reader.line_num}, in the row that starts at line {start}: text after "
-             f"a closing quote ({e})")
-
-
-def read_objects(file, path, needed):
-    """Yield the rows of an open .jsonl file, as read_table."""
-    for n, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            fail(f"{path}, line {n}: not JSON ({e})")
-        if not isinstance(row, dict):
-            fail(f"{path}, line {n}: not an object {{...}}")
-        if lost := [column for column in needed if column not in row]:
-            fail(f"{path}, line {n}: no {lost[0]!r}")
-        if re.search(r"\\ud[89a-f]", line, flags=re.I):
-            check_surrogates(path, f", line {n}:", json.dumps(row, ensure_ascii=False))
-        yield n, row
-
-
-def read_table(path, needed=()):
-    """Yield (line where it starts, {column: value}) of every row of a table: .csv, .tsv (GLUE's
-    layout: no quoting), .jsonl (one object per line), .txt (one text per line), or stdin. Exit with
-    the line of a row that does not fit, and if a column that is `needed` is not there."""
-    try:
-        if path == STDIN:
-            if sys.stdin is None:
-                fail("stdin is closed")
-            if hasattr(sys.stdin, "reconfigure"):  # some locales let through what is not UTF-8
-                sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
-            for n, line in enumerate(sys.stdin, 1):
-                yield n, {"text": line.rstrip("\r\n")}
-            return
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".txt":
-                for n, line in enumerate(file, 1):
-                    yield n, {"text": line.rstrip("\r\n")}
-            else:
-                yield from (read_objects if path.suffix == ".jsonl" else read_fields)(
-                    file, path, needed)
-    except UnicodeDecodeError as e:
-        name, advice = ("stdin", "") if path == STDIN else (path, "; save it as UTF-8")
-        fail(f"{name} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}){advice}")
-    except OSError as e:
-        fail(f"cannot read {path}: {e.strerror}")
-
 
 def read_text(path, line, row, column):
     """Return the text in a column of a row, or None if it is empty."""

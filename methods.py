@@ -23,6 +23,7 @@ linear layers and of LayerNorms; what trains is in fp32 in every method.
 To add a method: a row here, a case that the tools measure, and one file with the function that
 changes BERT, which model.PUT names.
 """
+import re
 from typing import NamedTuple
 
 
@@ -33,9 +34,9 @@ class Rates(NamedTuple):
     Pfeiffer were not searched and take LoRA's and Houlsby's. The second is usual for bert-base. The
     third was best in the study on Portuguese SQuAD. BitFit's second is the default of its authors'
     code. BitFit's third and the head's second and third were not searched."""
-    rated: float  # the default model on RATED_TASKS (settings.py)
-    sentences: float  # other sentences, other models
-    questions: float
+    small: float  # the default model, whatever the task
+    sentences: float  # other models
+    questions: float  # other models
 
 
 class Method(NamedTuple):
@@ -75,7 +76,7 @@ DEFAULT_TARGETS = "query value"
 TARGETS = {DEFAULT_TARGETS: (ATTENTION[0], ATTENTION[2]),  # the LoRA paper's own, section 7.1
            "attention": ATTENTION,
            "all": (*ATTENTION, "intermediate.dense", "output.dense")}
-# the default rate of the other two on RATED_TASKS, where 1e-3 ends at chance with "all"
+# the default rate of the other two on the default model, where 1e-3 ends at chance with "all"
 # (docs/measuring.md)
 WIDE_RATE = 5e-4
 
@@ -118,6 +119,20 @@ def label_of(s):
     """Return what tables and figures call the method of the settings `s`."""
     label = row_of(s).label.format(r=s.r, size=s.bottleneck or f"h/{s.reduction}")
     return label if s.targets in (None, DEFAULT_TARGETS) else f"{label} ({s.targets})"
+
+
+def named(text, methods):
+    """Return which of `methods`, {name: settings}, a text means: by its name, by the label of the
+    tables, or by its method or placement, if no other has that. None if it is none or several."""
+    def plain(name):
+        return re.sub("[^a-z0-9]", "", (name or "").lower())
+
+    for names_of in (lambda name, s: (name, label_of(s)), lambda _, s: (s.method, s.placement)):
+        found = [name for name, s in methods.items()
+                 if plain(text) and plain(text) in map(plain, names_of(name, s))]
+        if len(found) == 1:
+            return found[0]
+    return None
 
 
 def is_4bit(s):

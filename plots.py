@@ -16,6 +16,7 @@ import numpy as np
 from common import fail, read_json, start, write_text
 from methods import CASES, label_of
 from settings import is_synthetic, read_settings, short
+from verdict import LARGEST, Line, points, verdict
 
 plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
                      "axes.spines.top": False, "axes.spines.right": False,
@@ -58,9 +59,9 @@ def plus_minus(entry, key, digits, scale=1):
     return f"{scale * entry[key]:.{digits}f}{spread}"
 
 
-def points(vs):
-    """Write a difference to full fine-tuning with its interval."""
-    return "" if vs is None else f"{vs['points']:+.1f} [{vs['low']:+.1f}, {vs['high']:+.1f}]"
+def floor_row(header, name, cells):
+    """Make the row of a table for answers that need no training. cells: {column: text}."""
+    return [name, *(cells.get(column, "") for column in header[1:])]
 
 
 def study(runs):
@@ -85,8 +86,8 @@ def study(runs):
 # --- tables of the sentence study ----------------------------------------------------------------
 
 def entry_label(entry):
-    """Return what the method of an entry of comparison.json is called."""
-    return label_of(read_settings(entry["runs"][0]))
+    """Return what the method of an entry of comparison.json is called, † if it is not ranked."""
+    return label_of(read_settings(entry["runs"][0])) + (" †" if entry["marks"] else "")
 
 
 def study_of(entries):
@@ -101,13 +102,46 @@ def memory_key(entries):
     return "peak_rss_gb", "peak resident memory (GB)"
 
 
+def lines_of(entries):
+    """Return what the verdict reads of each entry, a list of Lines."""
+    key, _ = memory_key(entries)
+    return [Line(name, label_of(read_settings(e["runs"][0])), 100 * e["f1_macro"], e["vs_full"],
+                 e["epoch_time_s"], e[key], e["checkpoint_mb"], e["marks"])
+            for name, e in entries.items()]
+
+
+def study_verdict(study, what_varies):
+    """Write the verdict on a comparison.json or crossvalidation.json, as Markdown. what_varies
+    between the runs of a method: the seed, the fold."""
+    full = study["entries"]["full"]
+    rows = full.get("test_rows") or full["runs"][0]["rows"]["test"]
+    return verdict(lines_of(study["entries"]), "macro-F1", rows, full["n"],
+                   (LARGEST, 100 * study["floor"]["f1_macro"]), what_varies=what_varies)
+
+
+def page(study, header, rows, caption, what_varies):
+    """Make table, caption and verdict of a study, as Markdown."""
+    f1, accuracy = (f"{study['floor'][key]:.4f}" for key in ("f1_macro", "accuracy"))
+    cells = {"trainable": "0", "macro-F1": f1, "test macro-F1": f1, "accuracy": accuracy}
+    return (markdown_table(header, [*rows, floor_row(header, LARGEST, cells)])
+            + f"\n{caption}.\n\n" + study_verdict(study, what_varies))
+
+
+def said_search(entries):
+    """Say how the learning rates were chosen, if they were searched."""
+    tried = [entry["tried"] for entry in entries.values() if entry["tried"]]
+    n = " or ".join(map(str, sorted(set(map(len, tried)))))
+    return f"each learning rate validated best of {n}; " if tried else ""
+
+
 def caption(study):
     """Say what the table of a comparison.json shows."""
     entries = study["entries"]
     n = entries["full"]["n"]
     spread, drawn = ("seeds, for the time over all epochs", "seeds and test sentences") if n > 1 \
         else ("epochs", "test sentences")
-    return (f"{study_of(entries)}; ± is the standard deviation over the {spread}; [ ] is a 95 % "
+    return (f"{study_of(entries)}; {said_search(entries)}± is the standard deviation over the "
+            f"{spread}; [ ] is a 95 % "
             f"interval, by a paired bootstrap over {drawn}; made by `{study['command']}`")
 
 
@@ -133,8 +167,8 @@ def table(entries):
 
 
 def markdown(study):
-    """Make the table and caption of a comparison.json, as Markdown."""
-    return markdown_table(*table(study["entries"])) + f"\n{caption(study)}.\n"
+    """Make table, caption and verdict of a comparison.json, as Markdown."""
+    return page(study, *table(study["entries"]), caption(study), "seed")
 
 
 def fold_caption(study):
@@ -143,7 +177,8 @@ def fold_caption(study):
     full = entries["full"]
     return (f"{study_of(entries)}; every one of the {full['test_rows']:,} sentences is tested once "
             "a seed, and macro-F1, NLL (negative log-likelihood, nats) and ECE (expected "
-            "calibration error, 15 bins) are of all of them together; ± is the standard deviation "
+            "calibration error, 15 bins) are of all of them together; "
+            f"{said_search(entries)}± is the standard deviation "
             "over the folds, for the time over all epochs; [ ] is a 95 % interval, by a paired "
             "bootstrap over folds and sentences, and, for trainings on new rows, Nadeau and "
             f"Bengio's, around the mean of the folds; made by `{study['command']}`")
@@ -170,8 +205,8 @@ def fold_table(entries):
 
 
 def fold_markdown(study):
-    """Make the table and caption of a crossvalidation.json, as Markdown."""
-    return markdown_table(*fold_table(study["entries"])) + f"\n{fold_caption(study)}.\n"
+    """Make table, caption and verdict of a crossvalidation.json, as Markdown."""
+    return page(study, *fold_table(study["entries"]), fold_caption(study), "fold")
 
 
 # --- figures of the sentence study ---------------------------------------------------------------
@@ -241,7 +276,7 @@ def loss_against_full(entries, names, what, path):
 def read_study(path):
     """Read a comparison.json or crossvalidation.json."""
     study = read_json(path)
-    if not isinstance(study, dict) or "entries" not in study:
+    if not isinstance(study, dict) or not {"entries", "floor"} <= study.keys():
         fail(f"{path} is damaged or of an earlier version; bash run_all.sh makes it anew")
     return study
 

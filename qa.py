@@ -6,6 +6,7 @@ BERT's (Devlin et al. 2019, section 4.2): the answer is the span i..j of the pas
 largest start_i + end_j.
 """
 import json
+import random
 import re
 import string
 from collections import Counter
@@ -222,6 +223,18 @@ def question_scores(predictions):
             for name, measure in (("f1", f1), ("exact_match", exact_match))}
 
 
+def random_f1(questions, draws=5):
+    """Return the mean F1 of random pieces of each question's passage, in percent, one per question:
+    a piece has as many words as the first reference. It is what no training reaches."""
+    rng, scores = random.Random(SPLIT_SEED), []
+    for q in questions:
+        words, size = q.context.split(), max(1, len(q.answers[0].split()))
+        starts = [rng.randrange(max(1, len(words) - size + 1)) for _ in range(draws)]
+        pieces = [(q.answers, " ".join(words[start:start + size])) for start in starts]
+        scores.append(float(np.mean(question_scores(pieces)["f1"])))
+    return scores
+
+
 def reach(context, spans):
     """Return how far a token reaches that ends at each position, (characters + 1,).
 
@@ -371,10 +384,12 @@ class Windows(Encoded):
 
     def outcome(self, predictions):
         """Return predictions: [(references, answer)], one per question, from predict()'s of the
-        windows; and the levels of the questions, where the data says them."""
+        windows; random: the F1 of random answers; and the levels of the questions, where the data
+        says them."""
         best = self.best(predictions)
         levels = [q.level for q in self.questions]
         return {"predictions": [(q.answers, best[i][1]) for i, q in enumerate(self.questions)],
+                "random": random_f1(self.questions),
                 **({"levels": levels} if any(levels) else {})}
 
     def score(self, outcome):

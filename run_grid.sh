@@ -26,6 +26,7 @@ for flag in "$@"; do
       exit ;;
   esac
 done
+grid --search "$@"  # of one's own questions: each method's learning rate
 runs="$(grid --list "$@")"
 jobs=1
 if ! command -v nvidia-smi > /dev/null; then

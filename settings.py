@@ -139,6 +139,15 @@ class Run:
     data: Path | None  # the user's folder
     model: str  # hub id or folder
     output: Path
+    has_default_rate: bool  # neither --lr nor a rate that was searched for this task
+
+    @property
+    def said_rate(self):
+        """Say the learning rate, and how to find a better one if nobody chose it for this task."""
+        script = "run_grid.sh" if self.settings.is_qa else "run_all.sh"
+        return f"lr {self.settings.lr:g}" + (
+            f" (the default; bash {script} with the same --data or --task searches a better one)"
+            if self.has_default_rate else "")
 
     @property
     def result(self):
@@ -184,6 +193,11 @@ def make_parser():
     p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
                    help="where metrics/, figures/ and checkpoints/ go (default: beside train.py)")
     return p
+
+
+def given(flag, argv):
+    """Tell whether a flag is on a command line."""
+    return any(word.split("=")[0] == flag for word in argv)
 
 
 def model_of(args):
@@ -257,10 +271,12 @@ def asked_settings(args):
     check_task(args, files, is_qa)
 
     own = method_settings(args, row)
-    is_rated = model == DEFAULT_MODEL and args.task in RATED_TASKS
-    rate = row.rates.questions if is_qa else row.rates.rated if is_rated else row.rates.sentences
-    if is_rated and own["targets"] not in (None, DEFAULT_TARGETS):
+    if model != DEFAULT_MODEL:
+        rate = row.rates.questions if is_qa else row.rates.sentences
+    elif own["targets"] not in (None, DEFAULT_TARGETS):
         rate = WIDE_RATE
+    else:
+        rate = row.rates.small
     names = {f.name for f in dataclasses.fields(Settings)}
     values = {name: value for name, value in vars(args).items() if name in names}
     values |= own | length_settings(args, is_qa) | {
@@ -301,11 +317,17 @@ def settings_of(args):
     return dataclasses.replace(s, amp=chosen_amp(s.amp))
 
 
+def has_searched_rates(s):
+    """Tell whether the default rates are those that a search found for this task and model."""
+    return s.model == DEFAULT_MODEL and s.task in RATED_TASKS and not s.data_sha256
+
+
 def read_flags(argv=None):
     """Read train.py's flags and return the Run that they ask for."""
     args = make_parser().parse_args(argv)
-    settings = settings_of(args)
-    return Run(settings, args.data, model_of(args), args.output)
+    s = settings_of(args)
+    is_default = not args.lr and not has_searched_rates(s)
+    return Run(s, args.data, model_of(args), args.output, is_default)
 
 
 def read_settings(result):

@@ -8,19 +8,23 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
-import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data
-from fetch import model_folder
+# What is slow to import is imported where it is needed: xdist's first process needs none of it, and
+# its workers wait for that process.
 from methods import CASES, DEFAULT_TARGETS, PLACEMENTS, STUDY, TARGETS
 from methods import METHODS as ROWS
-from model import apply_method, trained_tensors
 from settings import make_parser, settings_of
+
+
+def pytest_configure(config):
+    """Start what program() needs in each process that runs tests."""
+    if not config.getoption("numprocesses", None):  # it has xdist's workers
+        forks.start()
 
 
 def flags_of(name):
@@ -53,8 +57,11 @@ print(json.dumps([logits.tolist(), list(model.config.id2label.values())]))
 """
 
 
-def build(method, head_class=BertForSequenceClassification):
+def build(method, head_class=None):
     """The tiny BERT in evaluation mode, turned into one of BUILDS."""
+    import torch
+
+    from model import apply_method
     model = tiny_bert(head_class=head_class)
     apply_method(model, settings(*BUILDS[method]), torch.float32)
     return model
@@ -63,6 +70,9 @@ def build(method, head_class=BertForSequenceClassification):
 def randomize(model, std=0.2):
     """Move every trainable tensor away from its initial value: at B = 0 or Up = 0 most equalities
     hold by accident."""
+    import torch
+
+    from model import trained_tensors
     torch.manual_seed(5)
     with torch.no_grad():
         for p in trained_tensors(model).values():
@@ -82,17 +92,24 @@ def lengths(max_length, stride=None, max_answer_length=30):
 
 def load_folder(folder, *flags):
     """The Task of a folder with sentences, as --data FOLDER and these flags ask for it."""
+    import data
     return data.load_folder(folder, settings("--method", "full", "--data", folder, *flags))
 
 
 @functools.cache
 def default_tokenizer():
+    from transformers import AutoTokenizer
+
+    from fetch import model_folder
     return AutoTokenizer.from_pretrained(model_folder())
 
 
-def tiny_bert(seed=0, head_class=BertForSequenceClassification):
+def tiny_bert(seed=0, head_class=None):
     """A 2-layer random BERT with non-zero biases and uneven LayerNorms, so that no term of an
-    equation is invisible."""
+    equation is invisible. It classifies sentences if nothing else is asked for."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+    head_class = head_class or BertForSequenceClassification
     torch.manual_seed(seed)
     labels = 3 if head_class is BertForSequenceClassification else 2  # start and end
     model = head_class(BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2,
@@ -104,6 +121,7 @@ def tiny_bert(seed=0, head_class=BertForSequenceClassification):
 
 
 def tiny_inputs(seed=1):
+    import torch
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 50, (4, 9), generator=g)
     mask = torch.ones_like(ids)
@@ -111,12 +129,12 @@ def tiny_inputs(seed=1):
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
 
 
-@torch.no_grad()
 def logits(model, amp=False):
     """Of a tiny BERT on the tiny inputs; of one for questions (2, batch, tokens): start and end."""
+    import torch
     inputs = tiny_inputs()
     del inputs["labels"]
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
         out = model(**inputs)
     return out.logits if hasattr(out, "logits") else torch.stack((out.start_logits, out.end_logits))
 
@@ -126,62 +144,17 @@ def run(*command, timeout=300, **kwargs):
                           timeout=timeout, **kwargs)
 
 
-# Each line that it reads is a command, which it runs in a fork of itself: to import these takes
-# longer than what most tests do then. The project's own modules are each fork's own. A fork ends by
-# os._exit, since taking torch down takes longer still; what was registered to run at exit runs
-# before.
-FORKS = """
-import atexit, json, os, runpy, signal, sys
-sys.path[0] = ROOT
-import common  # before bitsandbytes
-import bitsandbytes, safetensors.torch, sklearn.model_selection, torch, tqdm
-from transformers import AutoConfig, AutoTokenizer, BertForQuestionAnswering
-from transformers import BertForSequenceClassification
-del sys.modules["common"]
-for line in sys.stdin:
-    *sys.argv, folder = json.loads(line)
-    if not os.fork():
-        signal.alarm(300)  # ends one that hangs, as run() does
-        for i, name in enumerate((os.devnull, "stdout", "stderr")):
-            os.dup2(os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT, 0o644), i)
-        status = 0
-        try:
-            if sys.argv[0].endswith(".py"):
-                sys.path[0] = os.path.dirname(sys.argv[0])
-                runpy.run_path(sys.argv[0], run_name="__main__")
-            else:
-                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        except SystemExit as e:
-            status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-            if isinstance(e.code, str):
-                print(e.code, file=sys.stderr)
-        except BaseException:
-            status = 1
-            sys.excepthook(*sys.exc_info())
-        atexit._run_exitfuncs()
-        for stream in sys.stdout, sys.stderr:
-            stream.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
-
-@functools.cache
-def forks():
-    return subprocess.Popen([sys.executable, "-c", f"ROOT = {str(ROOT)!r}{FORKS}"], text=True,
-                            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-
 def program(name, *flags):
-    """The finished process of `python name flags`, without input; name: a file in the project's
-    folder, a whole path, or a module such as tools.predict."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = ROOT / name if str(name).endswith(".py") else name
-        command = [str(word) for word in (program, *flags)]
-        print(json.dumps([*command, folder]), file=forks().stdin, flush=True)
-        status = int(forks().stdout.readline())
-        said = [Path(folder, stream).read_text() for stream in ("stdout", "stderr")]
-    return subprocess.CompletedProcess([sys.executable, *command], status, *said)
+    """The finished process of `python name flags`, without input, in the project's folder; name: a
+    file there, a whole path, or a module such as tools.predict. It starts as forks.py says."""
+    words = [ROOT / name] if str(name).endswith(".py") else ["-m", name]
+    command = [str(word) for word in (sys.executable, *words, *flags)]
+    with (open(os.devnull) as nothing, tempfile.TemporaryFile("w+") as stdout,
+          tempfile.TemporaryFile("w+") as stderr):
+        streams = [file.fileno() for file in (nothing, stdout, stderr)]
+        status = forks.ask(command, os.environ, ROOT, streams)
+        said = [file.seek(0) or file.read() for file in (stdout, stderr)]
+    return subprocess.CompletedProcess(command, status, *said)
 
 
 def train(*flags):
@@ -226,6 +199,10 @@ def write_splits(folder, sizes, row):
 def save_small_bert(folder, **config):
     """A folder, as --model takes it, with a random BERT of 2 layers and the default model's
     tokenizer."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from fetch import model_folder
     torch.manual_seed(0)
     config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=96, **config)
@@ -238,6 +215,7 @@ def save_small_bert(folder, **config):
 
 def elsewhere(head, texts, folder, cwd):
     """(logits, label names) of a folder in a Python process that knows nothing of this project."""
+    import torch
     done = run(sys.executable, "-I", "-c", ELSEWHERE.format(head=head), json.dumps(texts), folder,
                cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -263,8 +241,8 @@ def study(tmp_path_factory):
         # both workers have this one in common; the first to come runs run_all.sh
         base = base.parent
     base = base / "study"
-    flags = ["--data", base / "mine", "--max-steps", 4, "--epochs", 2, "--batch-size", 64,
-             "--output", base / "out"]
+    flags = ["--data", base / "mine", "--lr", "1e-3", "--max-steps", 4, "--epochs", 2,
+             "--batch-size", 64, "--output", base / "out"]
     with open(base.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base / "done.json").exists():

@@ -27,6 +27,7 @@ import checkpoint
 import compare
 import fast
 import plots
+import rates
 import train as train_module
 from methods import STUDY
 from model import amp_dtype, autocast, load_pretrained, trained_tensors
@@ -127,7 +128,7 @@ def test_second_call_trains_nothing(study):
     output, flags, first = study
     before = {p: p.stat().st_mtime_ns for p in (output / "metrics" / "runs").iterdir()}
     done = program("compare.py", *flags)
-    assert done.returncode == 0 and "== python" not in done.stdout and not done.stderr, done.stderr
+    assert done.returncode == 0 and "] python" not in done.stdout and not done.stderr, done.stderr
     assert first.stdout.endswith(done.stdout) and len(before) == 5
     assert before == {p: p.stat().st_mtime_ns for p in (output / "metrics" / "runs").iterdir()}
 
@@ -140,6 +141,8 @@ def test_seeds_are_trained_combined_and_never_mixed(study, tmp_path, monkeypatch
 
     def made_up(command, **_):
         program, *flags = command[1:]
+        if str(program).endswith("rates.py"):
+            return subprocess.CompletedProcess(command, 0, '{"examples": 200, "seconds": 0.1}')
         asked.append(flags)
         s = read_flags(flags).settings
         if s.seed == 8:
@@ -152,12 +155,13 @@ def test_seeds_are_trained_combined_and_never_mixed(study, tmp_path, monkeypatch
                       "settings": vars(s)}))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=made_up, DEVNULL=None))
+    monkeypatch.setattr(rates, "subprocess",
+                        SimpleNamespace(run=made_up, DEVNULL=None, PIPE=None))
     main(compare, *flags, "--seeds", 42, 7)
     assert [settings(*own) for own in asked] == [
         settings(*flags, "--seed", 7, *own.split()) for own in compare.RUNS.values()]
     said = capsys.readouterr().out
-    assert said.count("== python train.py") == 5 and "(n = 2)" in said and "±" in said
+    assert said.count("] python train.py") == 5 and "(n = 2)" in said and "±" in said
     comparison = json.loads((tmp_path / "metrics" / "comparison.json").read_text())
     assert comparison["command"].endswith("--seeds 42 7")
     full, lora = (comparison["entries"][name] for name in ("full", "lora_r8"))
@@ -249,7 +253,7 @@ def begin(output):
         os.close(write)
         return child, open(read)
     signal.alarm(300)
-    os.dup2(write, 1)
+    sys.stdout = open(write, "w", 1)
     sys.path[0], sys.argv[:] = os.path.dirname(TRAIN), [TRAIN, *FLAGS, "--output", output]
     ended = 1
     try:

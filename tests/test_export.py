@@ -118,7 +118,7 @@ def test_exported_folder_gives_the_same_logits_elsewhere(name, checkpoints, expo
 
 def test_a_plain_pipeline_takes_the_exported_folder_and_a_long_text(exported):
     for _, found in exported.values():
-        assert found["answer"]["label"] in ("0", "1") and found["longest"] == 512
+        assert found["answer"]["label"] in ("0", "1") and found["longest"] == 128
         config = found["config"]
         assert config["problem_type"] == "single_label_classification"
         assert config["dtype"] == "float32"

@@ -20,6 +20,7 @@ from sklearn.metrics import f1_score, log_loss
 import compare
 import data
 import plots
+import rates
 from compare import FOLD_RUNS
 from settings import make_parser, read_flags
 from spread import corrected_interval, ece
@@ -140,7 +141,8 @@ def make_run(flags, labels, right, rng):
         "f1_macro": f1_score(labels, predicted, average="macro"),
         "accuracy": float(np.mean(labels == predicted)), "nll": 0.5, "ece": 0.1,
         "peak_vram_gb": None, "peak_rss_gb": 1 + rng.random(), "best_epoch": 1,
-        "history": [{"seconds": 1 + rng.random()}], "settings": vars(made.settings),
+        "history": [{"seconds": 1 + rng.random(), "train_loss": 0.1}],
+        "settings": vars(made.settings),
         "rows": {"train": 70, "validation": 10, "test": len(labels)},
         "environment": {"device": "CPU, 2 threads", "amp": "off"},
         "test_predictions": np.stack([labels, predicted], 1).tolist(),
@@ -235,7 +237,7 @@ def test_a_missing_fold_is_trained_and_no_other(made_up, monkeypatch):
         return SimpleNamespace(returncode=len(asked) - 1)
 
     monkeypatch.setattr(compare, "start", lambda: None)
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=trains, DEVNULL=None))
+    monkeypatch.setattr(rates, "subprocess", SimpleNamespace(run=trains, DEVNULL=None))
     monkeypatch.setattr(plots, "draw_folds", lambda output: None)
     study = folder / "metrics" / "crossvalidation.json"
     compare.main(study_flags(folder))

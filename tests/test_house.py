@@ -24,7 +24,7 @@ TOP = {path.stem: path for path in ROOT.glob("*.py")}
 TOOLS = {f"tools.{path.stem}": path for path in ROOT.glob("tools/*.py") if path.stem != "__init__"}
 MODULES = TOP | TOOLS
 # what `--help` and a typo may wait for
-QUICK = {"common", "methods", "settings", "spread", "compare"}
+QUICK = {"common", "methods", "settings", "rates", "spread", "verdict", "compare"}
 ONCE_A_PROGRAM = {"main", "parse_args", "ARGS", "redraw"}
 
 
@@ -57,7 +57,7 @@ def reached(name, on_the_way=()):
 def test_both_floors_are_seen():
     assert {"train", "lora", "common"} <= set(TOP) and {"tools.predict", "tools.grid"} <= set(TOOLS)
     assert imports("tools.predict") >= {"train", "tools.export"}
-    assert len(TOP) <= 17 and len(TOOLS) <= 9
+    assert len(TOP) <= 19 and len(TOOLS) <= 9
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -67,7 +67,7 @@ def test_no_module_imports_itself_over_others_and_nothing_at_the_top_imports_too
         assert not below & set(TOOLS) and "tools" not in imports(name)
 
 
-@pytest.mark.parametrize("name", ["settings", "methods", "common", "compare"])
+@pytest.mark.parametrize("name", ["settings", "methods", "common", "rates", "verdict", "compare"])
 def test_flags_and_table_import_nothing_slow(name):
     at_start = {node.module for node in tree_of(name).body if isinstance(node, ast.ImportFrom)}
     assert at_start & set(MODULES) <= QUICK

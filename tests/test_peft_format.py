@@ -9,12 +9,10 @@ import pytest
 import torch
 from conftest import (
     BUILDS,
-    METHODS,
     build,
     logits,
     one_line_exit,
     randomize,
-    save_small_bert,
     settings,
     tiny_bert,
 )
@@ -23,11 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 import checkpoint
-import data
 import tools.export as export
 import tools.predict as predict
 from methods import is_4bit, row_of
-from model import apply_method, load_pretrained, trained_tensors
+from model import trained_tensors
 from settings import checkpoint_path, read_settings
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -299,25 +296,3 @@ def test_what_peft_saves_is_read(targets, head_class, dora, tmp_path):
     assert_same(theirs.eval(), model, "dora" if dora else "lora")
     assert about["settings"].r == 3
     assert about["settings"].targets == ("query value" if len(targets) == 2 else "all")
-
-
-@pytest.mark.skipif(not HAS_PEFT, reason="peft is not installed")
-def test_peft_loads_an_export_by_its_base_s_folder(tmp_path):
-    from peft import AutoPeftModelForSequenceClassification
-    small = save_small_bert(tmp_path / "small")
-    tokenizer, base = load_pretrained(str(small), ["no", "yes"])
-    s = settings(*METHODS["lora"], "--model", small)
-    trained = checkpoint.share_storage(base)
-    apply_method(trained, s, torch.float32)
-    randomize(trained)
-    path, folder = tmp_path / "own.safetensors", tmp_path / "peft"
-    task = data.Task(["no", "yes"], None, None, None, "", None)
-    checkpoint.save(path, trained, checkpoint.describe(base, s, task, tokenizer))
-    export.export(path, folder, str(small), is_peft=True)
-    config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace('"small"', json.dumps(str(small))))
-    theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder).eval()
-    inputs = tokenizer(["a good film", "no"], padding=True, return_tensors="pt")
-    own, _ = attach(base, folder, checkpoint.hash_base(base))
-    with torch.no_grad():
-        assert (theirs(**inputs).logits - own(**inputs).logits).abs().max() < 1e-5

@@ -153,6 +153,26 @@ def test_damaged_and_missing_checkpoints(study, tmp_path, ask):
             words=["sentences"])
 
 
+def test_a_sweep_alone_is_asked_at_its_rates_and_every_name_is_known(study, tmp_path, ask):
+    shutil.copytree(study[0] / "checkpoints", tmp_path / "checkpoints")
+    entries = json.loads((study[0] / "metrics" / "comparison.json").read_text())["entries"]
+    rows = {"rows": {"train": 200}}
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "sweep_mine.json").write_text(json.dumps({"entries": {
+        "full, all rows": entries["full"] | rows, "lora --r 8, all rows": entries["lora_r8"] | rows,
+        "qlora --r 16, 30 rows": entries["qlora"] | {"rows": {"train": 30}}}}))
+    files = predict.find(tmp_path)
+    assert files == {name: tmp_path / file.relative_to(study[0])
+                     for name, file in predict.find(study[0]).items() if name in files}
+    assert list(files) == ["full", "lora_r8"]
+    for name in "lora_r8", "LoRA r=8", "lora", "lora-r8":
+        assert list(predict.find(tmp_path, only=name)) == ["lora_r8"]
+    names = predict.find(study[0])
+    for name, case in (("full fine-tuning", "full"), ("houlsby", "adapter"), ("QLoRA", "qlora")):
+        assert list(predict.find(study[0], only=name)) == [case] and case in names
+    refused(ask, "--output", study[0], "--method", "lora", words=["lora_r8", "lora_r16"])
+
+
 # --- files of texts -------------------------------------------------------------------------------
 
 def write(path, texts=TEXTS):

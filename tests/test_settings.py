@@ -179,18 +179,20 @@ def test_every_setting_with_a_flag_has_it_under_its_name():
 
 # --- default learning rates -----------------------------------------------------------------------
 
-def test_tuned_learning_rates_are_for_the_default_study_only(tmp_path):
+def test_the_rates_of_the_small_model_are_the_searched_ones_whatever_the_task(tmp_path):
     d = write_splits(tmp_path / "d", {"train": 60}, rows)
-    full_size = [["--task", "sst2"], ["--data", d], ["--model", "bert-base-uncased"]]
+    small = [["--task", "sst2"], ["--data", d], ["--task", "tweets"], ["--task", "squad"]]
+    large = [["--model", "bert-base-uncased"], ["--model", "bert-base-uncased", "--data", d]]
     for method, tuned, usual in (("full", 2e-4, 2e-5), ("lora", 1e-3, 1e-4), ("qlora", 1e-3, 1e-4),
                                  ("adapter", 1e-3, 1e-4)):
         assert settings("--method", method).lr == tuned
-        assert [settings("--method", method, *flags).lr for flags in full_size] == [usual] * 3
+        assert [settings("--method", method, *flags).lr for flags in small] == [tuned] * 4
+        assert [settings("--method", method, *flags).lr for flags in large] == [usual] * 2
         assert settings("--method", method, "--lr", "3e-3").lr == 3e-3
     for targets, tuned in (["query", "value"], 1e-3), (["query value"], 1e-3), (["all"], 5e-4):
         wide = ["--targets", *targets]
         assert settings("--method", "lora", *wide).lr == tuned
-        assert settings("--method", "lora", *wide, *full_size[0]).lr == 1e-4
+        assert settings("--method", "lora", *wide, *large[0]).lr == 1e-4
         # a flag of other methods changes nothing of these
         assert settings("--method", "head", *wide) == settings("--method", "head")
     assert settings("--method", "lora", *wide).targets == "all"

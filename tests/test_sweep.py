@@ -20,10 +20,11 @@ from conftest import (
 
 import data
 import qa
+import rates
 import spread
 import train
 from settings import SYNTHETIC_SHA256, result_path, run_name
-from tools import grid, sweep
+from tools import sweep
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -164,27 +165,34 @@ def made_up(s, scores, answers):
     """A result of train.py with these validation scores of its epochs and these predictions."""
     return {"settings": vars(s), "f1_macro": 0.5,
             "rows": {"train": s.train_rows or 60, "validation": 12, "test": len(answers)},
-            "history": [{"validation_f1_macro": score} for score in scores], "best_epoch": 1,
+            "history": [{"validation_f1_macro": score, "validation_loss": 0.3, "train_loss": 0.1}
+                        for score in scores], "best_epoch": 1,
             "train_time_s": 30.0, "trainable_params": 5, "splits": "", "test_predictions": answers,
             "environment": {"device": "none", "amp": "off"}}
+
+
+def rates_of(*flags):
+    """The learning rates that a search tries first."""
+    return rates.first_rates(list(map(str, flags)), 750)
 
 
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """(flags, output folder) of a sweep of which all runs are there."""
     monkeypatch.setattr(sweep, "start", lambda: None)
+    monkeypatch.setattr(sweep, "probe", lambda flags: {"examples": 8000, "seconds": 1.0})
     folder = write_splits(tmp_path / "mine", {"train": 60, "dev": 12, "test": 40},
                           lambda i, split: f"{split} {i}\t{i % 2}")
     flags = ["--data", str(folder), "--output", str(tmp_path / "out")]
     labels = [i % 2 for i in range(40)]
     for n in [], ["--train-rows", 30]:
         for method, wrong in (["--method", "full"], 4), (["--method", "lora", "--r", 16], 10):
-            for lr in sweep.rates_of(settings(*method, *flags)):
+            for lr in rates_of(*method, *flags):
                 for seed in 42, 43:
                     s = settings(*method, *flags, *n, "--lr", lr, "--seed", seed)
                     path = result_path(tmp_path / "out", s)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    best = 0.9 if s.lr == sweep.rates_of(s)[1] else 0.6
+                    best = 0.9 if s.lr == rates_of(*method, *flags)[1] else 0.6
                     answers = [[y, 1 - y if i < wrong + (seed == 43) else y]
                                for i, y in enumerate(labels)]
                     path.write_text(json.dumps(made_up(s, [0.3, best], answers)))
@@ -202,8 +210,7 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     entries = entries_of(output)
     assert list(entries) == ["full, all rows", "lora --r 16, all rows"]
     full, lora = entries.values()
-    rates = sweep.rates_of(settings("--method", "lora", "--r", 16, *flags))
-    assert lora["lr"] == rates[1] and lora["n"] == 2
+    assert lora["lr"] == rates_of("--method", "lora")[1] and lora["n"] == 2
     assert [t["validation"] for t in lora["tried"]] == [0.6, 0.9, 0.6]
     assert lora["validation"] == pytest.approx(0.9) and full["vs_full"] is None
     labels = np.arange(40) % 2
@@ -265,7 +272,8 @@ def test_redraw_draws_again_what_is_there(swept, capsys):
     shutil.rmtree(figures)
     sweep.main(["--redraw", *flags[2:]])
     assert {path.name: path.read_bytes() for path in figures.iterdir()} == before
-    assert capsys.readouterr().out == said
+    again = capsys.readouterr().out
+    assert again.startswith("| training rows") and said.endswith(again)
 
 
 def test_answers_of_another_rate_or_seed_are_in_no_interval(swept, monkeypatch):
@@ -289,30 +297,31 @@ def test_methods_of_one_label_are_told_by_their_flags(swept, monkeypatch):
     monkeypatch.setattr(sweep, "draw_sweep", lambda path: None)
     labels = [i % 2 for i in range(40)]
     wide = ["--method", "lora", "--r", 16, "--alpha", 64]
-    for lr in sweep.rates_of(settings(*wide, *flags)):
+    for lr in rates_of(*wide, *flags):
         s = settings(*wide, *flags, "--lr", lr)
-        result_path(output, s).write_text(json.dumps(made_up(s, [0.5], list(zip(labels, labels)))))
+        score = 0.5 if lr == rates_of(*wide, *flags)[1] else 0.4
+        result_path(output, s).write_text(json.dumps(made_up(s, [score],
+                                                             list(zip(labels, labels)))))
     sweep.main([*flags, "--methods", "full", "lora --r 16", "lora --r 16 --alpha 64"])
     assert [e["label"] for e in entries_of(output).values()] == ["full fine-tuning", "LoRA r=16",
                                                                  "lora --r 16 --alpha 64"]
 
 
-def test_rates_from_a_part_and_a_rate_that_fails(swept, monkeypatch):
+def test_rates_from_a_part_are_tried_on_it_and_named_methods_are_known(swept, monkeypatch):
     flags, _ = swept
     asked = []
-    results = {1e-4: 0.2, 2e-4: None, 5e-5: 0.1}
 
-    def stand_in(flags):
+    def stand_in(flags, steps):
         asked.append(flags)
-        lr = float(flags[flags.index("--lr") + 1])
-        return {"lr": lr} if results[lr] else None
+        return [{"lr": rate, "validation": 0.5 + rate, "loss": 0.1}
+                for rate in rates.first_rates(flags, steps)]
 
-    monkeypatch.setattr(sweep, "trained", stand_in)
-    monkeypatch.setattr(sweep, "validation_score", lambda result: results[result["lr"]])
-    lr, scores = sweep.choose_rate([*flags, "--method", "full", "--train-rows", "30"])
-    assert lr == 1e-4 and scores == results and all("30" in call for call in asked)
-    results.update({1e-4: None, 5e-5: None})
-    one_line_exit(lambda: sweep.choose_rate([*flags, "--method", "full"]), "no learning rate")
+    monkeypatch.setattr(sweep, "search", stand_in)
+    monkeypatch.setattr(sweep, "draw_sweep", lambda path: None)
+    sweep.main([*flags, "--methods", "full fine-tuning", "LoRA r=16", "--rates-from", "30",
+                "--seeds", "43"])
+    assert [own[own.index("--train-rows") + 1] for own in asked] == ["30", "30"]
+    assert [name for name in entries_of(swept[1])] == ["full, all rows", "lora --r 16, all rows"]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -339,24 +348,11 @@ def test_questions_are_compared_one_by_one():
     assert vs["low"] < vs["points"] < vs["high"] < 0
 
 
-def test_the_table_marks_rates_beyond_which_nothing_was_tried():
-    tried = [{"lr": lr, "validation": score} for lr, score in ((5e-4, 0.6), (1e-3, 0.7),
-                                                               (2e-3, None))]
-    rates = [sweep.chosen_rate({"lr": lr, "tried": tried}) for lr in (5e-4, 1e-3, 2e-3)]
-    assert rates == ["5e-4 ↓", "1e-3", "2e-3 ↑"]
+def test_the_table_marks_a_best_rate_beyond_which_nothing_was_tried():
+    def arrow(*scores):
+        tried = [{"lr": lr, "validation": score, "loss": 0.1}
+                 for lr, score in zip((5e-4, 1e-3, 2e-3), scores)]
+        return sweep.chosen_rate({"lr": rates.best_rate(tried)["lr"], "tried": tried})
 
-
-def test_rates_of_another_model_are_around_its_default(tmp_path):
-    model = save_small_bert(tmp_path / "small")
-    s = settings("--method", "lora", "--model", model)
-    assert sweep.rates_of(s) == (5e-5, 1e-4, 2e-4)
-    assert sweep.rates_of(settings("--method", "lora")) == (5e-4, 1e-3, 2e-3)
-    assert sweep.rates_of(settings("--method", "lora", "--targets", "all")) == (2.5e-4, 5e-4, 1e-3)
-    assert sweep.rates_of(settings("--method", "full", "--task", "squad")) == (5e-5, 1e-4, 2e-4)
-    for name in "full", "dora":  # those of the grid
-        s = settings("--method", name, "--task", "synthetic")
-        own = [float(flags.split("--lr ")[1].split()[0]) for run, flags in
-               grid.SYNTHETIC_RUNS.items() if run.startswith(f"{name}_")]
-        assert len(own) == 4 and set(sweep.rates_of(s)) == set(own)
-    for name, best in ("head", 1e-1), ("bitfit", 5e-3):
-        assert sweep.rates_of(settings("--method", name, "--task", "synthetic"))[1] == best
+    assert [arrow(0.7, 0.6, None), arrow(0.6, 0.7, None), arrow(0.6, 0.7, 0.8)] == [
+        "5e-4 ↓", "1e-3", "2e-3 ↑"]

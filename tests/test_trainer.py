@@ -101,8 +101,7 @@ def test_the_study_is_made_from_the_runs(folder, tmp_path):
     command = f"python -m tools.grid --trainer {folder} --output {out}"
     assert json.loads((out / "metrics" / "grid.json").read_text())["command"] == command
     assert f"made by `{command}`" in text
-    for name in "grid_f1.png", "grid_boxes.png", "grid_time.png":
-        assert (out / "figures" / name).stat().st_size > 10_000
+    assert (out / "figures" / "grid_f1.png").stat().st_size > 10_000
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     main("--redraw", "--output", out)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -114,12 +113,9 @@ def test_a_run_that_was_cut_is_named_and_another_study_does_not_go_over_it(folde
     # no run says how long it took
     for path in folder.rglob("trainer_state.json"):
         path.write_text(path.read_text().replace("train_runtime", "runtime"))
-    (tmp_path / "out" / "figures").mkdir(parents=True)
-    (tmp_path / "out" / "figures" / "grid_time.png").write_bytes(b"of earlier runs")
     done = program("tools.grid", "--trainer", folder, "--output", tmp_path / "out")
     assert done.returncode == 0 and "ends at step 4 of 6,000" in done.stderr
     assert "UserWarning" not in done.stderr
-    assert not (tmp_path / "out" / "figures" / "grid_time.png").exists()
     one_line_exit(lambda: main("--output", tmp_path / "out"), "Trainer's runs", "--output")
     own = tmp_path / "own" / "metrics" / "grid.json"
     own.parent.mkdir(parents=True)

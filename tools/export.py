@@ -1,10 +1,11 @@
 """Export what was trained for other programs, and read what peft has trained.
 
-    python -m tools.export checkpoints/NAME.safetensors --to FOLDER
+    python -m tools.export --method lora_r8 --to FOLDER
     python -m tools.export checkpoints/NAME.safetensors --to FOLDER --format peft
 
-The first makes a plain Hugging Face folder, which needs nothing from here: what LoRA or DoRA
-learned is folded into BERT's own weights.
+--method takes the run of a study in --output, as tools.predict does. The first command makes a
+plain Hugging Face folder, which needs nothing from here: what LoRA or DoRA learned is folded into
+BERT's own weights.
 
     LoRA    W = W0 + s B A                                lora.py, computed in fp32
     DoRA    W = m (W0 + s B A) / ||W0 + s B A||
@@ -13,8 +14,9 @@ A 4-bit W0 is dequantised first, and W stays in float, because rounding it to 4 
 undo what was learned. --requantized JSON does that all the same, and scores the test rows.
 
 The second leaves it beside the weights, in the two files that PeftModel.from_pretrained takes.
-adapter_config.json says what is put where; adapter_model.safetensors has the tensors, named as peft
-0.21 names them:
+base_config.json is the config to load the base with: the number of labels and their names, which
+peft's files do not hold. adapter_config.json says what is put where; adapter_model.safetensors has
+the tensors, named as peft 0.21 names them:
 
     base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight           (r, in)
     base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight           (out, r)
@@ -25,6 +27,9 @@ peft's scale is alpha / r, too, or with use_rslora alpha / sqrt(r) (Kalajdzievsk
 https://arxiv.org/abs/2312.03732). peft does not say whether the base was 4-bit. An export from here
 says so in the metadata of its tensors. Such a folder can be given instead of a checkpoint, here and
 to tools.predict.
+
+In both formats model_max_length of the tokenizer is the run's --max-length, so that truncation=True
+cuts where training did.
 """
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.export")
@@ -40,8 +45,12 @@ def parse_args(argv=None):
     start()
     p = Parser(description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", nargs="+", type=Path,
+    p.add_argument("checkpoint", nargs="*", type=Path,
                    help="what train.py left in checkpoints/, or a peft folder")
+    p.add_argument("--method", metavar="NAME",
+                   help="instead, a method of the study in --output, as its table names it")
+    p.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="DIR",
+                   help="where metrics/ and checkpoints/ are (default: the project's folder)")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--to", type=Path, metavar="FOLDER", help="export the model, its tokenizer")
     what.add_argument("--requantized", type=Path, metavar="JSON",
@@ -54,6 +63,8 @@ def parse_args(argv=None):
                    help="where the data are, if they were a folder (default: none)")
 
     args = p.parse_args(argv)
+    if bool(args.checkpoint) == bool(args.method):
+        fail("give a checkpoint or --method")
     if args.to and len(args.checkpoint) > 1:
         fail(f"--to takes one checkpoint, not {len(args.checkpoint)}")
     if args.to and args.data:
@@ -86,12 +97,27 @@ from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import attach, read_about, read_tensors
-from common import command, data_files, fingerprint, usual_mode, write_json, write_whole
+from common import (
+    command,
+    data_files,
+    fingerprint,
+    read_json,
+    usual_mode,
+    write_json,
+    write_whole,
+)
 from lora import LoRALinear, frozen_weight, merge_lora
-from methods import HEAD, TARGETS, is_4bit, label_of, row_of
+from methods import CASES, HEAD, TARGETS, is_4bit, label_of, named, row_of
 from model import autocast, load_pretrained
 from qa import load_task
-from settings import DEFAULT_MODEL, Settings, is_synthetic
+from settings import (
+    DEFAULT_MODEL,
+    Settings,
+    checkpoint_path,
+    is_synthetic,
+    read_settings,
+    result_path,
+)
 from train import evaluate
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -106,6 +132,60 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change t
 
 
 # --- checkpoints that are read -------------------------------------------------------------------
+
+def runs_of(path, content):
+    """Return {method: the result of its first run, with the learning rate that was chosen} of a
+    study's JSON."""
+    if path.name == "grid.json":
+        from tools.grid import best_of, rows_of
+        results = content["runs"]
+        if any(result.get("trainer") for result in results.values()):
+            fail(f"{path} is of Trainer's runs, whose checkpoints are not here")
+        return {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
+    entries = content["entries"]
+    if path.name.startswith("sweep_"):  # of the largest number of training rows
+        n = max(entry["rows"]["train"] for entry in entries.values())
+        names = {case.flags: name for name, case in CASES.items()}
+        entries = {names.get(f"--method {name.rsplit(', ', 1)[0]}", name): entry
+                   for name, entry in entries.items() if entry["rows"]["train"] == n}
+    return {name: entry["runs"][0] for name, entry in entries.items()}
+
+
+def find(output, is_qa=False, only=None):
+    """Return {method: checkpoint} of the study in output/metrics: of sentences what run_all.sh
+    left, of questions run_grid.sh's best run of every method by validation F1, or else what
+    tools.sweep left. only: a method's name, as anything calls it."""
+    script, names = (("run_grid.sh", ["grid.json"]) if is_qa else
+                     ("run_all.sh", ["comparison.json", "crossvalidation.json"]))
+    metrics = output / "metrics"
+    paths = [metrics / name for name in names if (metrics / name).exists()]
+    if not paths:
+        paths = sorted(metrics.glob("sweep_*.json"))
+    if not paths:
+        fail(f"{metrics / names[0]} is not there; bash {script} makes it (and --output says where)")
+    path = paths[0]
+    content = read_json(path)
+    try:
+        runs = {name: read_settings(result) for name, result in runs_of(path, content).items()}
+    except (LookupError, TypeError, AttributeError, ValueError):
+        runs = {}
+
+    if not runs:
+        fail(f"{path} is damaged or of an earlier version; bash {script} makes it anew")
+    chosen = only and named(only, runs)
+    if only is not None and not chosen:
+        fail(f"--method {only}: {path} has {', '.join(runs)}")
+    files = {name: checkpoint_path(output, s) for name, s in runs.items()
+             if chosen in (None, name)}
+    for name, file in files.items():
+        if not file.exists():
+            result = result_path(output, runs[name])
+            delete = f"delete {result}, and " if result.exists() else ""
+            fail(f"{file}, the checkpoint of {name} in {path}, is not there (checkpoints are not "
+                 f"part of a clone); {delete}bash {script}, with the flags that it was made with, "
+                 "trains it, and --checkpoint FILE asks any other")
+    return files
+
 
 def load_base(path, model_name=None):
     """Return (tokenizer, base, its hash) for a checkpoint; model_name: instead of the model that it
@@ -306,7 +386,13 @@ def export(path, folder, model_name=None, is_peft=False):
     folder = folder.resolve()
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name[:100] + "."))
     try:
-        write_peft(path, part) if is_peft else model.save_pretrained(part)
+        if is_peft:
+            write_peft(path, part)
+            # not config.json: beside one of that name, transformers expects the base's weights
+            model.config.to_json_file(part / "base_config.json")
+        else:
+            model.save_pretrained(part)
+        tokenizer.model_max_length = s.max_length
         tokenizer.save_pretrained(part)
         for made in (part, *part.iterdir()):
             usual_mode(made)
@@ -387,6 +473,11 @@ def requantized_table(results):
 
 
 def main(args):
+    if args.method:
+        has_sentences, has_questions = ((args.output / "metrics" / name).exists()
+                                        for name in ("comparison.json", "grid.json"))
+        is_qa = has_questions and not has_sentences
+        args.checkpoint = find(args.output, is_qa, args.method).values()
     paths = list(map(as_checkpoint, args.checkpoint))
     if args.to:
         export(paths[0], args.to, args.model, args.format == "peft")

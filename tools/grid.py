@@ -5,6 +5,10 @@
                                         figures, and names the missing ones
     python -m tools.grid --list         prints the twenty commands, one per line, for xargs -P, GNU
                                         parallel or a Slurm array
+    python -m tools.grid --search --data DIR
+                                        finds each method's learning rate on one's own questions;
+                                        the twenty runs are then at the best and the better of its
+                                        neighbours, with more epochs if three are few steps
     python -m tools.grid --redraw       draws again what metrics/grid.json of --output holds
     python -m tools.grid --trainer FOLDER --output DIR
                                         gathers runs that Hugging Face's Trainer left
@@ -19,24 +23,38 @@ if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.grid")
 
 import contextlib
+import dataclasses
 import json
+import math
 import re
 import shlex
 import statistics
 import sys
-import textwrap
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from common import check_writable, command, fail, read_json, start, warn, write_csv, write_json
-from compare import TRAIN, explain, given, mixed_hardware, print_commands, refuse
+from compare import explain, mixed_hardware, print_commands, print_next, refuse
 from fetch import model_folder, synthetic_folder
 from methods import CASES, label_of
-from settings import DEFAULT_MODEL, Parser, Settings, is_synthetic, read_flags, read_settings, short
+from rates import TRAIN, best_rate, plan, search
+from settings import (
+    DEFAULT_MODEL,
+    Parser,
+    Settings,
+    given,
+    is_synthetic,
+    make_parser,
+    read_flags,
+    read_settings,
+    run_name,
+    short,
+)
 from spread import mean_interval, mean_std
 from tools.synthetic import CHANCE
+from verdict import RANDOM, Line, edge_mark, verdict
 
 GRID_METHODS = ("full", "lora", "qlora", "dora", "qdora")
 STYLES = CASES | {"lora": CASES["lora_r16"]}
@@ -47,25 +65,69 @@ OTHER_METHODS = "adapter|ia3|loraplus|lora[-_+]plus|adalora|loha|lokr|vera|bitfi
 
 # --- the twenty runs ------------------------------------------------------------------------------
 
-def twenty_runs(full, others):
-    """Return {run: flags of train.py}: every method with 2 and 3 epochs and two learning rates.
-    full: the rates of full fine-tuning; others: those of the other methods."""
-    return {f"{method}_epoch-{epochs}_lr_{lr}":
-            f"--method {method} --epochs {epochs} --lr {lr}"
-            + (" --r 16" if method != "full" else "")
-            for method in GRID_METHODS for epochs in (2, 3)
-            for lr in (full if method == "full" else others)}
+GRID_FLAGS = {name: f"--method {name}" + ("" if name == "full" else " --r 16")
+              for name in GRID_METHODS}
+
+
+def twenty_runs(rates, epochs=(2, 3)):
+    """Return {run: flags of train.py}: every method with two numbers of epochs and two learning
+    rates. rates: {method: two rates, as texts}."""
+    return {f"{name}_epoch-{n}_lr_{lr}": f"{GRID_FLAGS[name]} --epochs {n} --lr {lr}"
+            for name in GRID_METHODS for n in epochs for lr in rates[name]}
 
 
 # The rates of the study on Portuguese SQuAD; the small model's on generated questions are higher.
-GRID_RUNS = twenty_runs(("2e-4", "4.25e-5"), ("2e-4", "4.25e-5"))
-SYNTHETIC_RATES = ("1e-4", "5e-5"), ("1e-3", "5e-4")  # of full fine-tuning, of the others
-SYNTHETIC_RUNS = twenty_runs(*SYNTHETIC_RATES)
+GRID_RUNS = twenty_runs(dict.fromkeys(GRID_METHODS, ("2e-4", "4.25e-5")))
+SYNTHETIC_RUNS = twenty_runs(dict.fromkeys(GRID_METHODS, ("1e-3", "5e-4"))
+                             | {"full": ("1e-4", "5e-5")})
 
 
-def grid_runs(s):
-    """Return the twenty runs of a grid on the task of the settings `s`."""
-    return SYNTHETIC_RUNS if is_synthetic(s) else GRID_RUNS
+def is_searched(run):
+    """Tell whether the learning rates of a grid are searched: those of one's own questions are."""
+    return run.data is not None
+
+
+def search_name(run):
+    """Name the search that belongs to full fine-tuning's Run, whatever the precision."""
+    return run_name(dataclasses.replace(run.settings, amp="auto"))
+
+
+def search_rates(run, flags):
+    """Search each method's learning rate on one's own questions; the search is kept in a file."""
+    flags, steps, progress = plan(flags, [[]], GRID_FLAGS, run.settings, True)
+    tried = {name: search([*flags, *own.split()], steps, progress)
+             for name, own in GRID_FLAGS.items()}
+    epochs = make_parser().parse_args([*flags, "--method", "full"]).epochs
+    write_json(run.output / "metrics" / "grid_rates.json", {
+        "command": command(), "name": search_name(run), "epochs": epochs, "tried": tried})
+
+
+def read_search(run):
+    """Return what search_rates found for this run of full fine-tuning; None if it did not run."""
+    path = run.output / "metrics" / "grid_rates.json"
+    found = read_json(path) if path.exists() else {}
+    return found if found.get("name") == search_name(run) else None
+
+
+def two_rates(tried):
+    """Return the best learning rate of a search and the better one of its neighbours."""
+    rates, best = sorted(entry["lr"] for entry in tried), best_rate(tried)["lr"]
+    at = rates.index(best)
+    neighbours = rates[max(0, at - 1):at] + rates[at + 1:at + 2]
+    near = [entry for entry in tried if entry["lr"] in neighbours]
+    return [short(lr) for lr in (best, (best_rate(near) or near[0])["lr"])]
+
+
+def grid_runs(run):
+    """Return the twenty runs of the grid that full fine-tuning's Run is one of; None if their
+    learning rates are not found yet."""
+    if not is_searched(run):
+        return SYNTHETIC_RUNS if is_synthetic(run.settings) else GRID_RUNS
+    if not (found := read_search(run)):
+        return None
+    n = found["epochs"]
+    return twenty_runs({name: two_rates(found["tried"][name]) for name in GRID_METHODS},
+                       (math.ceil(2 * n / 3), n))
 
 
 def read_grid(path):
@@ -219,6 +281,9 @@ def add_scores(results):
                                      for level in dict.fromkeys(levels)}
         if full and name != full:
             result["vs_full"] = mean_interval(f1[name] - f1[full])
+        if random := result.pop("test_random", None):
+            result["random_f1"] = statistics.mean(random)
+            result["beats_random"] = mean_interval(f1[name] - random)["low"] > 0
 
 
 def rows_of(results):
@@ -303,23 +368,47 @@ def statistics_cells(line):
     return cells
 
 
+def floor_of(runs):
+    """Return (name, F1 in percent) of answers that need no training; None if that is not known."""
+    first = next(iter(runs.values()))
+    if is_synthetic(read_settings(first)):
+        return "one of the four at random", CHANCE
+    return (RANDOM, first["random_f1"]) if "random_f1" in first else None
+
+
+def lines_of_grid(content):
+    """Return what the verdict reads: of every method its best run by validation F1."""
+    runs, lines = content["runs"], []
+    for name, row in ((row["method"], row) for row in best_of(rows_of(content["runs"]))):
+        run = runs[row["run"]]
+        marks = edge_mark(content.get("tried", {}).get(name))
+        if not run.get("beats_random", True):
+            marks = [f"not shown to beat {RANDOM}", *marks]
+        gb = run["peak_rss_gb"] if run["peak_vram_gb"] is None else run["peak_vram_gb"]
+        lines.append(Line(name, label_of(read_settings(run)), row["f1"], run.get("vs_full"),
+                          run["epoch_time_s"], gb, 4e-6 * run["trainable_params"], marks))
+    return lines
+
+
 def grid_markdown(content):
     """Make the four tables of a grid.json, as Markdown: all runs, the statistics of the methods,
     the best run of each with its F1 by level, and the top five."""
     from plots import markdown_table, points
     runs = content["runs"]
     rows, first = rows_of(runs), next(iter(runs.values()))
-    s, (title, kind) = read_settings(first), title_of(runs)
+    title, kind = title_of(runs)
     vs_full = {name: points(run.get("vs_full")) for name, run in runs.items()}
     levels, correlation = list(first.get("f1_by_level", {})), correlation_of(rows)
-    missing = [name for name in grid_runs(s) if name not in runs and kind == "test"]
+    missing = content.get("missing", [])
 
     header = ["run", "F1 (%)", "vs full (points)", "exact match (%)", "training (min)",
               "best epoch", "trainable"]
     cells = [[row["run"], f"{row['f1']:.2f}", vs_full[row["run"]], f"{row['exact_match']:.2f}",
               or_dash(row["minutes"], ".2f"), f"{row['best_epoch']} of {row['epochs']}",
               or_dash(row["trainable_params"], ",")] for row in rows]
-    chance = [["one of the four at random", f"{CHANCE:.1f}", "", "25.00", "", "", "0"]]
+    floor = floor_of(runs)
+    chance = [[floor[0], f"{floor[1]:.1f}", "", "25.00" if floor[1] == CHANCE else "",
+               "", "", "0"]] if floor else []
     best = [[row["run"], f"{row['f1']:.2f}", vs_full[row["run"]], f"{row['validation_f1']:.2f}",
              *(f"{row[f'f1_{level}']:.1f}" for level in levels)] for row in best_of(rows)]
     interval = ("; [ ] is a 95 % interval, by a paired bootstrap over test questions, of the "
@@ -328,7 +417,7 @@ def grid_markdown(content):
 
     return "".join([
         f"All {len(runs)} runs by F1: {title}{interval}; made by `{content['command']}`.\n\n",
-        markdown_table(header, cells + (chance if is_synthetic(s) else [])),
+        markdown_table(header, cells + chance),
         f"\nMissing: {', '.join(missing)}.\n" if missing else "",
         "\nBy method, mean ± standard deviation (min to max) over the n configurations, not over "
         "seeds:\n\n",
@@ -339,7 +428,9 @@ def grid_markdown(content):
         markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels], best),
         "\nTop five:\n\n", markdown_table(header, cells[:5]),
         "" if correlation is None else "\nPearson's correlation of F1 with exact match over the "
-        f"{len(rows)} runs: {correlation:.3f}.\n"])
+        f"{len(rows)} runs: {correlation:.3f}.\n",
+        "" if kind != "test" else "\n" + verdict(
+            lines_of_grid(content), "F1", first["rows"]["test"], 1, floor)])
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -351,8 +442,8 @@ def grid_bars(runs, path):
     fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
     ax.barh(range(len(rows)), [row["f1"] for row in rows],
             color=[STYLES[row["method"]].color for row in rows], height=0.7)
-    if is_synthetic(read_settings(next(iter(runs.values())))):
-        ax.axvline(CHANCE, color="#AA3377", linestyle="--", label="one of four at random")
+    if floor := floor_of(runs):
+        ax.axvline(floor[1], color="#AA3377", linestyle="--", label=floor[0])
         ax.legend(fontsize=9, loc="lower right")
     for y, row in enumerate(rows):
         ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0),
@@ -361,46 +452,6 @@ def grid_bars(runs, path):
     ax.margins(x=0.08, y=0.02)
     ax.set_xlabel(f"{kind} F1 (%)")
     fig.suptitle(title, fontsize=9)
-    save_figure(fig, path)
-
-
-def grid_boxes(runs, path):
-    """Draw F1 and exact match by method: a box from quartile to quartile, its median, and a marker
-    for every run."""
-    from plots import plt, save_figure
-    rows, (title, kind) = by_method(rows_of(runs)), title_of(runs)
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for ax, key, name in zip(axes, ("f1", "exact_match"), ("F1 (%)", "exact match (%)")):
-        values = {method: [row[key] for row in own] for method, own in rows.items()}
-        ax.boxplot(list(values.values()), widths=0.6, showfliers=False,
-                   medianprops={"color": "#555555"})
-        for x, (method, own) in enumerate(values.items(), 1):
-            _, color, marker = STYLES[method]
-            ax.plot([x] * len(own), own, marker, color=color, alpha=0.8)
-        ax.set_xticks(range(1, len(rows) + 1), rows)
-        ax.set(title=f"{kind} {name}")
-    fig.suptitle(f"{title}\none marker a run (epochs and learning rates differ)", fontsize=9)
-    save_figure(fig, path)
-
-
-def grid_time(runs, path):
-    """Draw F1 against the time of training, with filled markers for a method's highest rate."""
-    from plots import plt, save_figure
-    timed, (title, kind) = [row for row in rows_of(runs) if row["minutes"]], title_of(runs)
-    fig, ax = plt.subplots(figsize=(8, 4.5))
-    for method, rows in by_method(timed).items():
-        _, color, marker = STYLES[method]
-        run = runs[rows[0]["run"]]
-        name = method if "trainer" in run else label_of(read_settings(run))
-        rates = sorted({row["lr"] for row in rows})
-        for lr in rates:
-            minutes, f1 = zip(*((row["minutes"], row["f1"]) for row in rows if row["lr"] == lr))
-            ax.plot(minutes, f1, marker, color=color, markersize=8,
-                    fillstyle="full" if lr == rates[-1] else "none", label=f"{name}, {short(lr)}")
-    ax.set(xlabel=f"training time (min, evaluation {'ex' if kind == 'test' else 'in'}cluded)",
-           ylabel=f"{kind} F1 (%)", xlim=(0, None))
-    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="method, learning rate")
-    fig.suptitle(textwrap.fill(title, 110), fontsize=9)
     save_figure(fig, path)
 
 
@@ -413,19 +464,16 @@ def redraw(output):
     if not (runs := content["runs"]):
         fail(f"there is no {path}; bash run_grid.sh makes it")
     grid_bars(runs, figures / "grid_f1.png")
-    grid_boxes(runs, figures / "grid_boxes.png")
-    (figures / "grid_time.png").unlink(missing_ok=True)
-    if any(run["train_time_s"] for run in runs.values()):  # Trainer's may not say
-        grid_time(runs, figures / "grid_time.png")
     write_table(figures / "grid.md", grid_markdown(content))
 
 
 # --- the command line -----------------------------------------------------------------------------
 
-def write_grid(output, made_by, results):
+def write_grid(output, made_by, results, missing, tried=None):
     """Write the JSON, the CSV files, the figures and the tables of a grid's results."""
     metrics, rows = output / "metrics", rows_of(results)
-    write_json(metrics / "grid.json", {"command": made_by, "runs": results})
+    write_json(metrics / "grid.json", {"command": made_by, "missing": missing,
+                                       "tried": tried or {}, "runs": results})
     write_csv(metrics / "grid_results.csv", rows)
     write_csv(metrics / "grid_best.csv", best_of(rows))
     write_csv(metrics / "grid_statistics.csv", statistics_of(rows))
@@ -443,7 +491,7 @@ def gather_trainer(argv):
     path = args.output / "metrics" / "grid.json"
     if not all("trainer" in run for run in read_grid(path)["runs"].values()):
         fail(f"{path} holds runs that train.py made; choose another --output")
-    write_grid(args.output, command(), results)
+    write_grid(args.output, command(), results, missing)
     if missing:
         print(f"missing: {', '.join(missing)}")
 
@@ -461,7 +509,7 @@ def main(argv):
         parser.add_argument("--output", type=Path, default=TRAIN.parent)
         return redraw(parser.parse_args(argv).output)
 
-    asked = [word for word in argv if word != "--list"]
+    asked = [word for word in argv if word not in ("--list", "--search")]
     has_task = given("--task", asked) or given("--data", asked)
     flags = asked if has_task else ["--task", "synthetic", *asked]
     run = read_flags([*flags, "--method", "full"])  # a bad flag ends here, not in the first run
@@ -471,8 +519,21 @@ def main(argv):
     free = () if given("--amp", flags) else ("amp",)  # what another machine took for auto
     if free:
         flags = [*flags, "--amp", run.settings.amp]  # decided once, for all runs
-    runs = {name: [*flags, *own.split()] for name, own in grid_runs(run.settings).items()}
-    check_same_study(run.output / "metrics" / "grid.json", runs, free)
+    path = run.output / "metrics" / "grid.json"
+    if is_searched(run):  # another study's results are found before the search, not after it
+        own = {name: GRID_FLAGS.get(name.split("_")[0]) for name in read_grid(path)["runs"]}
+        own = {name: [*flags, *words.split()] for name, words in own.items() if words}
+        check_same_study(path, own, (*free, "lr", "epochs"))
+    if given("--search", argv):
+        if is_searched(run) and not read_search(run):
+            search_rates(run, flags)
+        return
+    if not (grid := grid_runs(run)):
+        fail("the learning rates of these questions are not searched yet; bash run_grid.sh, or "
+             "python -m tools.grid --search, with the same flags does that")
+    runs = {name: [*flags, *own.split()] for name, own in grid.items()}
+    if not is_searched(run):
+        check_same_study(path, runs, free)
     if "--list" in argv:
         # what several runs need is made before they start at once; stdout is for the commands
         with contextlib.redirect_stdout(sys.stderr):
@@ -489,11 +550,18 @@ def main(argv):
     if not results:
         fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
     add_scores(results)
-    write_grid(run.output, shlex.join(["bash", "run_grid.sh", *asked]), results)
+    missing = [name for name in runs if name not in results]
+    tried = read_search(run)["tried"] if is_searched(run) else None
+    write_grid(run.output, shlex.join(["bash", "run_grid.sh", *asked]), results, missing, tried)
     if line := mixed_hardware(results.values()):
         warn(f"the minutes do not compare: {line}")
-    if missing := [name for name in runs if name not in results]:
+    if missing:
         print(f"{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}")
+    else:
+        lines = lines_of_grid({"runs": results, "tried": tried or {}})
+        chosen = {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
+        print_next(run.output, lines, chosen, run.settings.model_sha256 and run.model, ".json",
+                   ".json")
 
 
 if __name__ == "__main__":

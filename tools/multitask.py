@@ -23,7 +23,7 @@ import sys
 
 from common import check_writable, command, fail, read_json, start, write_json
 from compare import explain, refuse, trained
-from methods import CASES, is_4bit
+from methods import CASES, is_4bit, named
 from settings import (
     RATED_TASKS,
     Parser,
@@ -52,8 +52,10 @@ def parse_args(argv):
            "is what the runs of tools.multitask differ in; for one run of your own use train.py")
     parser = Parser(add_help=False, allow_abbrev=False)
     # 4-bit methods do not share the base's weights
-    choices = [name for name in CASES if name != "full" and not is_4bit(case_settings(name))]
-    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=choices)
+    all_settings = {name: case_settings(name) for name in CASES}
+    choices = [name for name, s in all_settings.items() if name != "full" and not is_4bit(s)]
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=choices,
+                        type=lambda name: named(name, all_settings) or name)
     parser.add_argument("--redraw", action="store_true")
     known, rest = parser.parse_known_args(argv)
     args = make_parser().parse_args([*rest, "--method", "full"])

@@ -128,12 +128,13 @@ from tqdm import tqdm
 
 import train
 from checkpoint import attach, check_tokenizer, read_about
-from common import read_json, warn, write_json, write_whole
-from data import SECOND, STDIN, Rows, Sentences, read_table
+from checks import SECOND, STDIN, read_table
+from common import warn, write_json, write_whole
+from data import Rows, Sentences
 from model import amp_dtype, autocast, place
 from qa import Question, Windows, question_scores, read_squad
-from settings import checkpoint_path, chosen_amp, read_settings, result_path
-from tools.export import load_base, name_files
+from settings import chosen_amp
+from tools.export import find, load_base, name_files
 
 CHUNK_ROWS = 2048  # rows, or questions, that are sorted by length together
 
@@ -146,42 +147,6 @@ class Trained(NamedTuple):
     about: dict  # the checkpoint's metadata
     megabytes: float  # of the checkpoint
     switch_ms: float  # from the file to a model on the shared base
-
-
-def find(output, is_qa=False, only=None):
-    """Return {name: checkpoint} of what run_all.sh left or, for questions, run_grid.sh: every
-    method's run of the first seed, or the best of every method by validation F1."""
-    script, file = ("run_grid.sh", "grid.json") if is_qa else ("run_all.sh", "comparison.json")
-    path = output / "metrics" / file
-    if not path.exists():
-        fail(f"{path} is not there; bash {script} makes it (and --output says where)")
-    content = read_json(path)
-    try:
-        if is_qa:
-            from tools.grid import best_of, rows_of
-            results = content["runs"]
-            if any(result.get("trainer") for result in results.values()):
-                fail(f"{path} is of Trainer's runs, whose checkpoints are not here")
-            chosen = {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
-        else:
-            chosen = {name: entry["runs"][0] for name, entry in content["entries"].items()}
-        runs = {name: read_settings(result) for name, result in chosen.items()}
-    except (LookupError, TypeError, AttributeError):
-        runs = {}
-
-    if not runs:
-        fail(f"{path} is damaged or of an earlier version; bash {script} makes it anew")
-    if only is not None and only not in runs:
-        fail(f"--method {only}: {path} has {', '.join(runs)}")
-    files = {name: checkpoint_path(output, s) for name, s in runs.items() if only in (None, name)}
-    for name, file in files.items():
-        if not file.exists():
-            result = result_path(output, runs[name])
-            delete = f"delete {result}, and " if result.exists() else ""
-            fail(f"{file}, the checkpoint of {name} in {path}, is not there (checkpoints are not "
-                 f"part of a clone); {delete}bash {script}, with the flags that it was made with, "
-                 "trains it, and --checkpoint FILE asks any other")
-    return files
 
 
 def check_kinds(files, is_qa, has_input):

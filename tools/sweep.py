@@ -6,10 +6,10 @@ after training on parts of the data.
                           --methods full lora_r16 "lora --r 64"
     python -m tools.sweep --redraw            draw all tables and figures again; nothing is run
 
-A method tries three learning rates with the first seed, or run_grid.sh's two on the generated
-questions. The rate with the best validation score is used for the other seeds, too. --rates-from N
-tries the rates on N training rows. --methods takes names of methods.CASES, or flags of train.py in
-quotes. All other flags are train.py's and go to every run.
+A method tries learning rates with the first seed, as run_all.sh does (rates.py). The one with the
+best validation score is used for the other seeds, too. --rates-from N tries the rates on N training
+rows. --methods takes names of methods.CASES, or flags of train.py in quotes. All other flags are
+train.py's and go to every run.
 
 Results go to metrics/sweep_NAME.json, answers to metrics/sweep_NAME.csv. A later call with other
 --train-rows or --methods adds to them. What they hold already is not run again, even if another
@@ -26,21 +26,26 @@ import textwrap
 import numpy as np
 
 from common import command, fail, read_json, start, warn, write_csv, write_json
-from compare import explain, mixed_hardware, refuse, split_seeds, trained
-from methods import CASES, DEFAULT_TARGETS, FOLD_STUDY, WIDE_RATE, label_of, row_of
+from compare import explain, mixed_hardware, refuse, split_seeds
+from methods import CASES, FOLD_STUDY, label_of, named
+from rates import best_rate, beyond, probe, score_name, search, steps_of, trained, validation_of
 from settings import (
-    DEFAULT_MODEL,
     Parser,
     asked_settings,
     case_label,
-    is_synthetic,
+    case_settings,
     make_parser,
     number,
     read_settings,
     short,
 )
 from spread import mean_interval, mean_std, paired_bootstrap
-from tools.grid import GRID_METHODS, SYNTHETIC_RATES
+from verdict import (
+    LARGEST,
+    RANDOM,
+    largest_class,
+    marks_of,
+)
 
 METHOD_SETTINGS = {"method", "r", "alpha", "dropout", "placement", "bottleneck", "reduction",
                    "targets"}
@@ -69,7 +74,8 @@ def parse_args(argv):
 
     names, args.methods = args.methods, []
     for name in names:  # a bad flag ends here, not in the first run
-        flags = (CASES[name].flags if name in CASES else f"--method {name}").split()
+        case = named(name, {case: case_settings(case) for case in CASES})
+        flags = (CASES[case].flags if case else f"--method {name}").split()
         for word in flags:
             if word.startswith("--") and word[2:].split("=")[0] not in METHOD_SETTINGS:
                 fail(f"--methods {name!r}: {word} must be the same for all methods")
@@ -79,54 +85,16 @@ def parse_args(argv):
 
 # --- runs ----------------------------------------------------------------------------------------
 
-def rates_of(s):
-    """Return the learning rates to try for the method, the task and the model of the settings
-    `s`."""
-    rates = row_of(s).rates
-    if is_synthetic(s) and s.method in GRID_METHODS:
-        # the grid's, so that other seeds repeat its better configurations
-        full, others = SYNTHETIC_RATES
-        return tuple(sorted(map(float, full if s.method == "full" else others)))
-    if s.model != DEFAULT_MODEL:
-        default = rates.questions if s.is_qa else rates.sentences
-        return default / 2, default, 2 * default
-    if s.method == "full":
-        return 5e-5, 1e-4, 2e-4
-    best = rates.rated if s.targets in (None, DEFAULT_TARGETS) else WIDE_RATE
-    return best / 2, best, 2 * best
-
-
-def score_name(s):
-    """Return the score by which the settings `s` compare."""
-    return "f1" if s.is_qa else "f1_macro"
-
-
-def validation_score(result):
-    """Return the score of the best epoch, which is the one that is tested."""
-    key = f"validation_{score_name(read_settings(result))}"
-    return max(epoch[key] for epoch in result["history"])
-
-
-def choose_rate(flags):
-    """Return (the best learning rate, {rate: validation score, None if its run failed})."""
-    scores = {}
-    for lr in rates_of(asked_settings(make_parser().parse_args(flags))):
-        result = trained([*flags, "--lr", f"{lr:g}"])
-        scores[lr] = result and validation_score(result)
-    done = {lr: score for lr, score in scores.items() if score is not None}
-    if not done:
-        fail(f"no learning rate worked for {shlex.join(flags)}")
-    return max(done, key=done.get), scores
-
-
-def run_method(flags, seeds, rows, tried_on):
-    """Train a method with each seed at its best learning rate: (results, choose_rate's scores).
-    rows, tried_on: the flags for the training rows of the runs, and of those that choose."""
-    lr, scores = choose_rate([*flags, "--seed", str(seeds[0]), *tried_on])
-    results = [trained([*flags, *rows, "--seed", str(seed), "--lr", f"{lr:g}"]) for seed in seeds]
+def run_method(flags, seeds, rows, tried_on, steps):
+    """Train a method with each seed at its best learning rate: (results, what rates.search tried).
+    rows, tried_on: the flags for the training rows of the runs, and of those that choose, which
+    take so many steps."""
+    tried = search([*flags, "--seed", str(seeds[0]), *tried_on], steps)
+    lr = f"{best_rate(tried)['lr']:g}"
+    results = [trained([*flags, *rows, "--seed", str(seed), "--lr", lr]) for seed in seeds]
     if None in results:
         fail(f"a run of {shlex.join(flags)} failed; the same command tries it again")
-    return results, scores
+    return results, tried
 
 
 # --- entries and answers -------------------------------------------------------------------------
@@ -158,20 +126,23 @@ def difference(answers, own, full):
     return paired_bootstrap(answers["label"], method, baseline)
 
 
-def entry_of(results, scores, rates_from):
-    """Make the entry of one method on one number of rows. results: one per seed; scores:
-    choose_rate's."""
+def entry_of(results, tried, rates_from):
+    """Make the entry of one method on one number of rows. results: one per seed; tried:
+    rates.search's."""
     first = results[0]
     s = read_settings(first)
     entry = {"command": command(), "label": label_of(s), "rows": first["rows"], "n": len(results),
              "lr": s.lr, "rates_from": rates_from,
-             "tried": [{"lr": lr, "validation": score} for lr, score in scores.items()],
-             "trainable_params": first["trainable_params"], "vs_full": None}
+             "tried": tried, "marks": [], "trainable_params": first["trainable_params"],
+             "vs_full": None}
     values = {"test": [r[score_name(s)] for r in results],
-              "validation": [validation_score(r) for r in results],
+              "validation": [validation_of(r)["validation"] for r in results],
               "minutes": [r["train_time_s"] / 60 for r in results]}
     if s.is_qa:
         values["exact_match"] = [r["exact_match"] for r in results]
+        entry["random_f1"] = mean_std(first["test_random"])[0]
+        beats = mean_interval(np.subtract([answers_of(r) for r in results], first["test_random"]))
+        entry["marks"] = [] if beats["low"] > 0 else [f"not shown to beat {RANDOM}"]
     for key, own in values.items():
         entry[key], entry[f"{key}_std"] = mean_std(own)
     kept = "settings", "best_epoch", "history", "splits", "environment"
@@ -248,7 +219,7 @@ def add_entry(path, s, name, entry, results):
     entries[name] = entry
     # before the JSON, which says that they are there
     write_csv(path.with_suffix(".csv"), [dict(zip(answers, row)) for row in zip(*answers.values())])
-    write_json(path, {"command": command(), "entries": entries})
+    write_json(path, {"command": command(), "floor": None, "entries": entries})
     return entries
 
 
@@ -262,18 +233,30 @@ def compare_entries(path, s):
         own, full = (columns_of(who, seeds_of(entry))
                      for who in (name, f"full, {method_and_rows(name)[1]}"))
         entry["vs_full"] = difference(answers, own, full)
+        if "label" in answers and set(own) <= set(answers):
+            predicted = np.array([answers[column] for column in own])
+            entry["marks"] = marks_of(np.array(answers["label"]), predicted,
+                                      [run["history"] for run in entry["runs"]])
     if line := mixed_hardware([run for entry in entries.values() for run in entry["runs"]]):
         warn(line)
-    write_json(path, {"command": command(), "entries": entries})
+    write_json(path, {"command": command(), "floor": floor_of_sweep(entries, answers),
+                      "entries": entries})
+
+
+def floor_of_sweep(entries, answers):
+    """Return [name, score] of answers that need no training, the score as `test` in an entry."""
+    if "label" in answers:
+        return [LARGEST, largest_class(answers["label"])["f1_macro"]]
+    random = [entry["random_f1"] for entry in entries.values() if entry.get("random_f1")]
+    return [RANDOM, random[0]] if random else None
 
 
 # --- table and figure ----------------------------------------------------------------------------
 
 def chosen_rate(entry):
     """Write the learning rate of an entry, with an arrow if nothing beyond it was tried."""
-    rates = [tried["lr"] for tried in entry["tried"]]
-    mark = {max(rates): " ↑", min(rates): " ↓"}.get(entry["lr"], "")
-    return short(entry["lr"]) + mark
+    further = beyond(entry["tried"])
+    return short(entry["lr"]) + ("" if not further else " ↑" if further > entry["lr"] else " ↓")
 
 
 def sweep_caption(sweep):
@@ -300,20 +283,25 @@ def sweep_caption(sweep):
 def sweep_markdown(sweep):
     """Make the table of a sweep, with one line per method and number of training rows, and its
     caption."""
-    from plots import markdown_table, plus_minus, points  # matplotlib is slow to import
+    from plots import floor_row, markdown_table, plus_minus, points  # matplotlib is slow
     entries = sorted(sweep["entries"].values(), key=lambda e: e["rows"]["train"])
     has_questions = any("exact_match" in e for e in entries)
     more, digits = (["exact match"], 2) if has_questions else ([], 4)
     header = ["training rows", "method", "lr", "n", "validation F1", "test F1",
               "vs full (points)", *more, "training (min)", "trainable"]
-    rows = [[f"{e['rows']['train']:,}", e["label"], chosen_rate(e), str(e["n"]),
+    rows = [[f"{e['rows']['train']:,}", e["label"] + (" †" if e["marks"] else ""), chosen_rate(e),
+             str(e["n"]),
              plus_minus(e, "validation", digits), plus_minus(e, "test", digits),
              points(e["vs_full"]), *(plus_minus(e, "exact_match", digits) for _ in more),
              plus_minus(e, "minutes", 1), f"{e['trainable_params']:,}"] for e in entries]
+    if floor := sweep["floor"]:
+        rows.append(floor_row(header, "", {"method": floor[0], "trainable": "0",
+                                           "test F1": f"{floor[1]:.{digits}f}"}))
+    marks = "".join(f"† {mark}; " for mark in dict.fromkeys(m for e in entries for m in e["marks"]))
     commands = dict.fromkeys(f"`{e['command']}`" for e in sweep["entries"].values())
     return (markdown_table(header, rows)
             + f"\n{sweep_caption(sweep)}; ↑ and ↓ mark the highest and the lowest rate that was "
-            f"tried, beyond which a better one may lie; made by {' and '.join(commands)}.\n")
+            f"tried, beyond which a better one may lie; {marks}made by {' and '.join(commands)}.\n")
 
 
 def draw_sweep(path):
@@ -375,12 +363,18 @@ def main(argv):
     for n in args.train_rows:
         rows = ["--train-rows", str(n)] if n else []
         tried_on = ["--train-rows", str(args.rates_from)] if args.rates_from else rows
-        for flags, s in args.methods:
-            name = f"{shlex.join(flags[1:])}, {n or 'all'} rows"
-            if not is_done(entries.get(name), args.seeds, args.rates_from, s):
-                results, scores = run_method([*args.rest, *flags], args.seeds, rows, tried_on)
-                entry = entry_of(results, scores, args.rates_from)
-                entries = add_entry(path, args.settings, name, entry, results)
+        names = {f"{shlex.join(flags[1:])}, {n or 'all'} rows": (flags, s)
+                 for flags, s in args.methods}
+        missing = [name for name, (_, s) in names.items()
+                   if not is_done(entries.get(name), args.seeds, args.rates_from, s)]
+        if missing:
+            size = probe([*args.rest, *tried_on, "--method", "full"])
+        for name in missing:
+            flags, s = names[name]
+            results, tried = run_method([*args.rest, *flags], args.seeds, rows, tried_on,
+                                        steps_of(s, size["examples"]))
+            entry = entry_of(results, tried, args.rates_from)
+            entries = add_entry(path, args.settings, name, entry, results)
     compare_entries(path, args.settings)
     draw_sweep(path)
 

@@ -1,0 +1,229 @@
+"""Which learning rates a study tries, and which one it takes: the rules of run_all.sh, run_grid.sh
+and tools.sweep. Validation rows alone decide.
+
+    python rates.py --method full --data DIR      prints how many training examples there are and
+                                                  how long a step takes, as JSON
+
+A rate that suits one method, model or data set can leave another untrained, and then a comparison
+is one of rates, not of methods. So each method tries three rates, a factor of two apart. While the
+best is the highest or the lowest, the next one beyond it is tried, up to MOST.
+"""
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import fail, read_json, start
+from methods import label_of
+from settings import (
+    asked_settings,
+    given,
+    make_parser,
+    read_flags,
+    read_settings,
+    short,
+)
+
+TRAIN = Path(__file__).with_name("train.py")
+
+FACTOR = 2  # between neighbouring rates
+MOST = 6  # rates that a method may try
+USUAL_STEPS = 759  # of the runs that found the rates of methods.py: three epochs of `movies`
+LEAST_STEPS = 200  # of a training; with fewer, LoRA has hardly left its start
+START_SECONDS = 8  # for a run to import, load and save
+EVALUATION = 1.15  # a run's time, with evaluation, to that of its training steps
+
+
+def first_rates(flags, steps):
+    """Return the three learning rates to try first for a run with these flags of train.py, without
+    --lr, and so many optimizer steps.
+
+    Fewer steps need larger rates. On 1,000 to 58,112 sentences of SST-2 the best rate moved by no
+    more than the fourth root of the number of steps (docs/measuring.md).
+    """
+    # lr = default (759 / steps)^(1/4), rounded to a power of FACTOR, so that runs can be reused
+    power = round(math.log((USUAL_STEPS / steps) ** 0.25, FACTOR))
+    default = asked_settings(make_parser().parse_args(flags)).lr
+    centre = default * FACTOR ** power
+    return [centre / FACTOR, centre, centre * FACTOR]
+
+
+def best_rate(tried):
+    """Return the entry of `tried` with the best validation score; of equal scores the one with the
+    lower loss. None if no run worked. tried: a list of {lr, validation, loss}; a run that failed
+    has a score of None."""
+    done = [entry for entry in tried if entry["validation"] is not None]
+    return max(done, key=lambda e: (e["validation"], -e.get("loss", 0)), default=None)
+
+
+def beyond(tried):
+    """Return the next rate, beyond the best one, if that is the highest or the lowest that was
+    tried; None if it has neighbours on both sides."""
+    rates, best = [entry["lr"] for entry in tried], best_rate(tried)
+    if best is None or best["lr"] not in (min(rates), max(rates)):
+        return None
+    return best["lr"] * FACTOR if best["lr"] == max(rates) else best["lr"] / FACTOR
+
+
+def next_rate(tried, first):
+    """Return the learning rate to try next, or None if the search is over. first: first_rates'."""
+    rates = {entry["lr"] for entry in tried}
+    if missing := [lr for lr in first if lr not in rates]:
+        return missing[0]
+    return beyond(tried) if len(tried) < MOST else None
+
+
+def said_rates(tried):
+    """Write what a search tried: 5e-4: 0.8339, 1e-3: 0.8489."""
+    ordered = sorted(tried, key=lambda entry: entry["lr"])
+    return ", ".join(f"{short(e['lr'])}: " + ("failed" if e["validation"] is None else
+                                              f"{e['validation']:.4g}") for e in ordered)
+
+
+# --- trainings -----------------------------------------------------------------------------------
+
+class Progress:
+    """Count the trainings of a study, and say how long the rest will take.
+
+    n: how many are planned; seconds: of one, as expected, until some were timed."""
+
+    def __init__(self, n, seconds):
+        self.n, self.expected, self.done, self.times = n, seconds, 0, []
+
+    def __str__(self):
+        seconds = sum(self.times) / len(self.times) if self.times else self.expected
+        return f"{self.done + 1} of {self.n}, {said_time(seconds * (self.n - self.done))} left"
+
+
+def trained(flags, progress=None):
+    """Return the result of train.py with these flags, trained if it is not there; None if that
+    failed."""
+    run = read_flags(flags)
+    if not run.result.exists():
+        said, begin = f"[{progress}] " if progress else "", time.perf_counter()
+        print(f"== {said}python train.py {shlex.join(flags)}", flush=True)
+        if subprocess.run([sys.executable, TRAIN, *flags], stdin=subprocess.DEVNULL).returncode:
+            return None  # it has said why
+        if progress:
+            progress.times.append(time.perf_counter() - begin)
+    if progress:
+        progress.done += 1
+    return read_json(run.result)
+
+
+def score_name(s):
+    """Return the score by which the settings `s` compare."""
+    return "f1" if s.is_qa else "f1_macro"
+
+
+def validation_of(result):
+    """Return {validation, loss}: the score of the best epoch, which is the one that is tested, and
+    its validation loss; None for both if the run failed."""
+    if not result:
+        return {"validation": None, "loss": None}
+    key = f"validation_{score_name(read_settings(result))}"
+    best = max(result["history"], key=lambda epoch: epoch[key])
+    return {"validation": best[key], "loss": best["validation_loss"]}
+
+
+def search(flags, steps, progress=None):
+    """Find the learning rate of a method by validation: [{lr, validation, loss}] of all rates that
+    were tried. flags: of train.py, without --lr; steps: optimizer steps of a run."""
+    first, tried = first_rates(flags, steps), []
+    while lr := next_rate(tried, first):
+        if lr not in first and progress:
+            progress.n += 1
+        tried.append({"lr": lr, **validation_of(trained([*flags, "--lr", f"{lr:g}"], progress))})
+    if not best_rate(tried):
+        fail(f"no learning rate worked for {shlex.join(flags)}; see above")
+    label = label_of(asked_settings(make_parser().parse_args(flags)))
+    print(f"== {label}: {short(best_rate(tried)['lr'])} validates best ({said_rates(tried)})",
+          flush=True)
+    return tried
+
+
+# --- how much there is to train on ----------------------------------------------------------------
+
+def steps_of(s, examples, epochs=None):
+    """Return the number of optimizer steps of a run with the settings `s` on so many examples."""
+    steps = (epochs or s.epochs) * math.ceil(examples / s.batch_size)
+    return min(steps, s.max_steps or steps)
+
+
+def said_time(seconds):
+    """Write a duration: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def probe(flags):
+    """Return {examples: training examples, seconds: of one step of full fine-tuning} for the flags
+    of train.py, as a process of its own measures them. What it says of the data is printed."""
+    done = subprocess.run([sys.executable, __file__, *flags], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(1)  # it has said why
+    *said, last = done.stdout.splitlines()
+    print(*said, sep="\n", flush=True)
+    return json.loads(last)
+
+
+def plan(flags, parts, study, s, searches):
+    """Say what a study will train and how long that will take: (the flags, with --epochs, if those
+    of the settings `s` are too few; optimizer steps of a run; Progress). searches: whether learning
+    rates are searched first."""
+    size, epochs = probe([*flags, *parts[0], *study["full"].split()]), s.epochs
+    if searches and not s.max_steps and not given("--epochs", flags):
+        epochs = max(epochs, math.ceil(LEAST_STEPS / steps_of(s, size["examples"], 1)))
+    steps = steps_of(s, size["examples"], epochs)
+    if epochs > s.epochs:
+        flags = [*flags, "--epochs", str(epochs)]
+        print(f"{s.epochs} epochs would be {steps_of(s, size['examples'])} steps, too few to learn "
+              f"from: {epochs} epochs, {steps} steps (--epochs takes another number)")
+    n = len(parts) * len(study)
+    seconds = START_SECONDS + EVALUATION * steps * size["seconds"]
+    how_many, longest = f"{n}", n
+    if searches:
+        least, longest = n + 2 * len(study), n + (MOST - 1) * len(study)
+        print(f"No learning rate is known for these data: each of {len(study)} methods tries 3 to "
+              f"{MOST}, and takes the one that validates best (--lr X takes one for all).")
+        how_many, n = f"{least} to {longest}", least
+    print(f"{how_many} trainings, those that are finished included, {said_time(n * seconds)}"
+          + (f" to {said_time(longest * seconds)}" if searches else "") + " in all, if each takes "
+          "as long as full fine-tuning", flush=True)
+    return flags, steps, Progress(n, seconds)
+
+
+def main():
+    start()
+    run = read_flags()
+    import numpy as np  # slow, as all that follows
+    import torch
+
+    import train
+    from data import encode_splits
+    from model import amp_dtype, autocast, build, join_processes, load_pretrained, trained_tensors
+    from qa import load_task
+    s, device, dtype = run.settings, join_processes(), amp_dtype(run.settings.amp)
+    task = load_task(s, run.data)
+    tokenizer, model = load_pretrained(run.model, task.label_names)
+    model = build(model, s, device, dtype).train()
+    split = encode_splits(task, tokenizer, s)[0]["train"]
+    optimizer = train.make_optimizer(list(trained_tensors(model).values()), s.lr)
+    amp, scaler = autocast(device, dtype), torch.amp.GradScaler(device.type, enabled=False)
+    times = []
+    for rows in split.batches(s.batch_size, np.random.default_rng(s.seed))[:6]:
+        begin = time.perf_counter()
+        train.step(model, optimizer, split, rows, device, amp, scaler, s.accumulation).item()
+        times.append(time.perf_counter() - begin)
+    seconds = statistics.mean(times[1:] or times)  # the first step is slow
+    print(json.dumps({"examples": len(split.usable), "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The verdict of a study: each of its rules, and that it is true of the committed numbers."""
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_readme import committed
+
+import plots
+from tools import grid
+from verdict import Line, best_line, edge_mark, largest_class, marks_of, verdict
+
+
+def line(name, score, points=None, seconds=10.0, gb=1.0, mb=1.0, marks=(), half=1.0):
+    vs = points is not None and {"points": points, "low": points - half, "high": points + half}
+    return Line(name, f"method {name}", score, vs or None, seconds, gb, mb, list(marks))
+
+
+FULL = line("full", 90.0, seconds=20.0, gb=2.0, mb=90.0)
+
+
+def said(*lines, n=1, floor=("the floor", 33.3)):
+    return verdict([FULL, *lines], "macro-F1", 500, n, floor)
+
+
+def taken(text):
+    """{what counts: what the table takes}."""
+    rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    return {row[0]: row[1] for row in rows[2:]}
+
+
+def test_what_is_lost_is_told_from_what_is_not_shown():
+    text = said(line("a", 87.0, -3.0), line("b", 89.5, -0.5), line("c", 92.0, 2.0))
+    assert "a macro-F1 of 90.0 %" in text
+    assert "a loss is shown for method a -3.0 [-4.0, -2.0]" in text
+    assert "a gain is shown for method c +2.0 [+1.0, +3.0]" in text
+    assert "all values in [ ] remain possible, for method b -0.5 [-1.5, +0.5]" in text
+    assert "less than about 1.0 points stays unseen" in text and "the floor scores 33.3 %" in text
+
+
+def test_which_to_take_is_the_cheapest_of_those_within_two_points():
+    text = said(line("cheap", 80.0, -10.0, 1.0, 0.1, 0.1), line("near", 89.0, -1.0, 5.0, 1.5, 3.0),
+                line("small", 88.5, -1.5, 15.0, 1.0, 0.5))
+    assert taken(text) == {"quality": "method full",
+                           "time": "method near", "memory": "method small",
+                           "many tasks": "method small"}
+    assert "method cheap 1.0 s an epoch, but -10.0" in text and "full fine-tuning 20.0 s" in text
+    ahead = said(line("best", 90.4, 0.4), line("far", 88.3, -1.7, 1.0))
+    assert taken(ahead)["quality"] == "method best" and "a lead that is not shown" in ahead
+    assert taken(ahead)["time"] == "method best"  # far is 2.1 points below the best
+    assert "2 of 2 methods need less time an epoch, 1 to 10 s" in ahead
+
+
+def test_what_is_marked_is_not_ranked_and_why_is_said():
+    one = line("one", 95.0, 5.0, 1.0, marks=["predicts one class only"])
+    text = said(one, line("b", 89.5, -0.5))
+    assert "method one" not in "".join(taken(text).values())
+    assert "**Not ranked (†).** method one: predicts one class only." in text
+    assert "Take full fine-tuning" in said(one) and not taken(said(one))
+    nothing = verdict([FULL._replace(marks=["m"]), line("b", 89.5, -0.5)], "F1", 9, 1, None)
+    assert "No answer" in nothing and not taken(nothing) and "Lost" not in nothing
+    assert best_line([one, FULL]).name == "full" and best_line([one]).name == "one"
+
+
+def test_a_single_training_says_so_and_unknown_costs_are_left_out():
+    assert "trained once" in said(line("a", 89.0, -1.0)) and "3 times" in said(
+        line("a", 89.0, -1.0), n=3)
+    text = verdict([FULL._replace(gb=None), line("a", 89.0, -1.0)], "F1", 500, 1, None)
+    assert "memory" not in taken(text) and "less memory" not in text and "time" in taken(text)
+
+
+@pytest.mark.parametrize("wrong, loss, words", [
+    (range(0), 0.1, None), (range(80, 100), 0.1, "one class"), (range(80, 100), 0.1, "beat"),
+    (range(75, 97), 0.1, "beat"), (range(0), 0.49, "hardly left its start")])
+def test_what_has_not_learned_is_marked(wrong, loss, words):
+    """80 rows of one class, 20 of another: the loss of knowing the shares alone is 0.50."""
+    labels = np.array([0] * 80 + [1] * 20)
+    predicted = labels.copy()
+    predicted[list(wrong)] = 1 - predicted[list(wrong)]
+    marks = marks_of(labels, predicted[None], [[{"train_loss": loss}]])
+    assert words in " ".join(marks) if words else not marks
+
+
+def test_a_fold_that_predicts_one_class_is_marked():
+    labels = np.array([0, 1] * 50)
+    predicted, folds = labels.copy(), np.array([1] * 50 + [2] * 50)
+    predicted[50:] = 0
+    history = [[{"train_loss": 0.1}]]
+    marks = marks_of(labels, predicted[None], history, None, folds)
+    assert marks == ["not shown to beat the largest class", "predicts one class only"]
+    assert not marks_of(labels, predicted[None], history)
+
+
+def test_a_best_rate_at_an_edge_is_marked():
+    tried = [{"lr": lr, "validation": lr, "loss": 0.1} for lr in (1e-3, 2e-3, 4e-3)]
+    assert edge_mark(tried) == ["the best learning rate, 4e-3, is the highest that was tried"]
+    lowest = [entry | {"validation": -entry["lr"]} for entry in tried]
+    assert "1e-3, is the lowest" in edge_mark(lowest)[0]
+    assert not edge_mark(None) and not edge_mark([*tried, {"lr": 8e-3, "validation": 0}])
+
+
+def test_the_floor_is_the_largest_class():
+    floor = largest_class([2] * 6 + [0] * 4)
+    assert floor["label"] == 2 and floor["accuracy"] == 0.6
+    # F1 = 2 * 6 / (6 + 10) for the one class, 0 for the other
+    assert floor["f1_macro"] == pytest.approx(0.75 / 2)
+
+
+def test_the_committed_verdicts_are_true_of_the_committed_numbers():
+    for name in "comparison", "crossvalidation":
+        study = json.loads(committed(f"metrics/{name}.json"))
+        lines = plots.lines_of(study["entries"])
+        text = plots.study_verdict(study, "fold")
+        losers = [o.label for o in lines[1:] if o.vs["high"] < 0]
+        shown = text.split("a loss is shown for ")[-1].split("; nothing")[0] if losers else ""
+        assert all((f"{o.label} " in shown) is (o.label in losers) for o in lines[1:])
+        close = [o for o in lines if o.score >= max(o.score for o in lines) - 2]
+        assert taken(text) == {
+            "quality": max(lines, key=lambda o: o.score).label,
+            "time": min(close, key=lambda o: o.seconds).label,
+            "memory": min(close, key=lambda o: o.gb).label,
+            "many tasks": min(close, key=lambda o: o.mb).label}
+    content = json.loads(committed("metrics/grid.json"))
+    assert "**Lost.**" in grid.grid_markdown(content)
+    assert "**Lost.**" in (ROOT / "README.md").read_text(encoding="utf-8")

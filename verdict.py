@@ -1,0 +1,188 @@
+"""What a study says in words, made from its numbers by the rules below and nothing else: what is
+lost, what is gained, which method to take, and what these runs cannot tell.
+
+The README's answer is this text for the committed study. Imports nothing slow.
+"""
+import statistics
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from rates import best_rate, beyond
+from settings import short
+from spread import macro_f1, paired_bootstrap
+
+CLOSE = 2  # points below the best that a method may be to be taken for its time, memory or file
+LARGEST = "always the largest class"  # the floors of sentences and of questions
+RANDOM = "a random piece of the passage"
+LEARNED = 0.95  # of the loss of an answer that knows no more than the classes' shares
+
+
+class Line(NamedTuple):
+    """Hold what the verdict reads of one method."""
+    name: str  # of the method, as --method takes it
+    label: str
+    score: float  # in percent
+    vs: dict | None  # points, low, high against full fine-tuning; None for that itself
+    seconds: float | None  # of an epoch
+    gb: float | None  # peak memory
+    mb: float | None  # of the trained file
+    marks: list  # why it is not ranked
+
+
+# --- floors and marks ----------------------------------------------------------------------------
+
+def largest_class(labels):
+    """Return the scores of always answering the most frequent of the labels (rows,)."""
+    (largest, n), = Counter(map(int, labels)).most_common(1)
+    return {"label": largest, "f1_macro": macro_f1(labels, np.full(len(labels), largest)),
+            "accuracy": n / len(labels)}
+
+
+def marks_of(labels, predicted, histories, tried=None, folds=None):
+    """Return why a method is not ranked, a list of texts. labels (rows,), predicted (seeds, rows)
+    and folds as paired_bootstrap takes them; histories: of its runs; tried: what the search for its
+    learning rate tried."""
+    marks, parts = [], [0] * len(labels) if folds is None else folds
+    floor = np.full(predicted.shape, largest_class(labels)["label"])
+    if paired_bootstrap(labels, predicted, floor, folds)["low"] <= 0:
+        marks.append("not shown to beat the largest class")
+    if any(len(np.unique(own[np.equal(parts, k)])) == 1 for own in predicted for k in set(parts)):
+        marks.append("predicts one class only")
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    # H = -sum p log p, the loss of an answer that is the classes' shares
+    entropy = -float(np.sum(shares * np.log(shares)))
+    if statistics.mean(history[-1]["train_loss"] for history in histories) > LEARNED * entropy:
+        marks.append("the training loss has hardly left its start, so that more epochs may help")
+    return marks + edge_mark(tried)
+
+
+def edge_mark(tried):
+    """Return a list with the mark of a best rate that is the highest or lowest of those tried, or
+    an empty list."""
+    if not tried or (further := beyond(tried)) is None:
+        return []
+    best = best_rate(tried)["lr"]
+    end = "highest" if further > best else "lowest"
+    return [f"the best learning rate, {short(best)}, is the {end} that was tried"]
+
+
+# --- sentences -----------------------------------------------------------------------------------
+
+def points(vs):
+    """Write a difference to full fine-tuning with its interval, or nothing where there is none."""
+    return "" if vs is None else f"{vs['points']:+.1f} [{vs['low']:+.1f}, {vs['high']:+.1f}]"
+
+
+def several(items):
+    """Join texts as a list in a sentence."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def quality(full, others, unit):
+    """Say what is lost, and whether that is shown."""
+    out = f"- **Lost.** Full fine-tuning reaches a {unit} of {full.score:.1f} %. In points,"
+    kinds = {"a loss is shown for": lambda vs: vs["high"] < 0,
+             "a gain is shown for": lambda vs: vs["low"] > 0,
+             "nothing is shown, and all values in [ ] remain possible, for":
+                 lambda vs: vs["low"] <= 0 <= vs["high"]}
+    said_of = [f"{what} " + several([f"{o.label} {points(o.vs)}" for o in others if holds(o.vs)])
+               for what, holds in kinds.items() if any(holds(o.vs) for o in others)]
+    return f"{out} {'; '.join(said_of)}."
+
+
+def saved(full, others, key, what, unit):
+    """Say how many methods need less of something than full fine-tuning, and how much they need;
+    None if that is not known."""
+    values, base = [getattr(line, key) for line in others], getattr(full, key)
+    if base is None or None in values:
+        return None
+    less = sorted(value for value in values if value < base)
+    needed = "" if not less else f", {less[0]:.3g} to {less[-1]:.3g} {unit}"
+    return (f"{len(less)} of {len(values)} methods need less {what}{needed} (full fine-tuning: "
+            f"{base:.3g} {unit})")
+
+
+def choices(full, others, time_of):
+    """Return the rows (what counts, what to take, why) of the verdict's table."""
+    ranked = sorted([full, *others], key=lambda line: -line.score)
+    best = ranked[0]
+    if best is full:
+        near = ranked[1]
+        why = f"{full.score:.1f} %; {near.label} comes nearest, {points(near.vs)}"
+    else:
+        shown = "" if best.vs["low"] > 0 else ", a lead that is not shown"
+        why = f"{best.score:.1f} %, full fine-tuning {full.score:.1f} %: {points(best.vs)}{shown}"
+    rows = [["quality", best.label, why]]
+    close = [line for line in ranked if line.score >= best.score - CLOSE]
+    for what, key, write in (("time", "seconds", lambda v: f"{v:.1f} s {time_of}"),
+                             ("memory", "gb", lambda v: f"{v:.2f} GB"),
+                             ("many tasks", "mb", lambda v: f"{v:.2g} MB a task" if v < 1 else
+                              f"{v:.1f} MB a task")):
+        if None in [getattr(line, key) for line in ranked]:
+            continue
+        take = min(close, key=lambda line: getattr(line, key))
+        cheapest = min(ranked, key=lambda line: getattr(line, key))
+        why = [write(getattr(take, key)) + (f" for {points(take.vs)} points" if take.vs else "")]
+        if take is not full:
+            why.append(f"full fine-tuning {write(getattr(full, key))}")
+        if cheapest is not take:
+            loss = points(cheapest.vs) if cheapest.vs else "0"
+            why.append(f"{cheapest.label} {write(getattr(cheapest, key))}, but {loss}")
+        rows.append([what, take.label, "; ".join(why)])
+    return rows
+
+
+def verdict(lines, unit, rows, n, floor, time_of="an epoch", what_varies="seed"):
+    """Write the verdict on a study, as Markdown.
+
+    lines: one Line per method, full fine-tuning's first; unit: the score's name; rows: how many
+    were tested; n: trainings of each method; floor: (name, score in percent) of what needs no
+    training, or None.
+    """
+    full, *rest = lines
+    others, marked = [o for o in rest if not o.marks], [o for o in lines if o.marks]
+    ranks = not full.marks and others
+    out = []
+    if ranks:
+        gains = [saved(full, others, *about) for about in
+                 (("seconds", f"time {time_of}", "s"), ("gb", "memory", "GB"),
+                  ("mb", "disk for a trained file", "MB"))]
+        out = [quality(full, others, unit), "- **Gained.** Compared with full fine-tuning, "
+               + "; ".join(gain for gain in gains if gain) + "."]
+    elif full.marks:
+        out.append("- **No answer.** Full fine-tuning itself is not ranked, so that these runs do "
+                   "not say what the other methods lose.")
+    else:
+        out.append(f"- **Take full fine-tuning.** It reaches a {unit} of {full.score:.1f} %; no "
+                   "other method can be ranked.")
+    if marked:
+        why = {mark: [o.label for o in marked if mark in o.marks]
+               for one in marked for mark in one.marks}
+        out.append("- **Not ranked (†).** " + " ".join(
+            f"{several(labels)}: {mark}." for mark, labels in why.items()))
+    unknown = []
+    if ranks:
+        half = statistics.median((o.vs["high"] - o.vs["low"]) / 2 for o in others)
+        unknown.append(f"On {rows:,} test rows a difference of less than about {half:.1f} points "
+                       "stays unseen.")
+    unknown.append("Each method was trained once, so that another seed may change the order."
+                   if n == 1 else
+                   f"Each method was trained {n} times; few {what_varies}s say little of others.")
+    if floor:
+        unknown.append(f"Without training, {floor[0]} scores {floor[1]:.1f} %.")
+    out.append("- **Not told.** " + " ".join(unknown) + " Other data, another model or more rows "
+               "may give another order.")
+    text = "\n".join(out) + "\n"
+    if ranks:
+        table = [["If what counts is", "take", "because"], ["---"] * 3,
+                 *choices(full, others, time_of)]
+        text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+    return text
+
+
+def best_line(lines):
+    """Return the Line with the best score of those that are ranked; if none is, of all."""
+    ranked = [line for line in lines if not line.marks]
+    return max(ranked or lines, key=lambda line: line.score)
