@@ -12,9 +12,10 @@ import sys
 import unicodedata
 from contextlib import nullcontext
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 
-from common import QUESTIONS, SPLITS, TABLES, data_files, fail, list_folder, warn
+from common import QUESTIONS, SPLITS, TABLES, data_files, fail, list_folder, some_of, warn
 
 STDIN = Path("-")
 SECOND = "sentence2"  # the column of the second sentence
@@ -27,13 +28,9 @@ WRITTEN_NUMBER = "[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,3})?"  # in
 # --- folders -------------------------------------------------------------------------------------
 
 def files_to_read(folder):
-    """Return {split: path} of the user's own folder. Exit if there is no train file; warn about
-    tables that are ignored."""
-    files, has_questions = data_files(folder)
-    if "train" not in files:
-        fail(f"{folder} has no train.json" if has_questions else
-             f"{folder} has neither train.tsv nor train.csv nor train.jsonl, nor train.json with "
-             "questions")
+    """Return {split: path} of the user's own file or folder. Warn about tables in the folder that
+    are ignored."""
+    files, _ = data_files(folder)
     read = {path.name for path in files.values()}
     stems = {stem for of_split in SPLITS.values() for stem in of_split}
 
@@ -43,11 +40,10 @@ def files_to_read(folder):
         is_table = not set(LOOKS_LIKE_TABLE).isdisjoint(path.suffixes)  # test.csv.gz is one, too
         return is_named_like_a_split or is_table
 
-    ignored = [name for name in list_folder(folder)
+    ignored = [name for name in (list_folder(folder) if folder.is_dir() else ())
                if name not in read and not name.startswith(".") and looks_like_data(name)]
     if ignored:
-        some = ", ".join(ignored[:5]) + (f" and {len(ignored) - 5} more" if ignored[5:] else "")
-        warn(f"{folder}: not read: {some}; read are " + ", ".join(sorted(read)))
+        warn(f"{folder}: not read: {some_of(ignored)}; read are " + ", ".join(sorted(read)))
     return files
 
 
@@ -142,6 +138,47 @@ def read_table(path, needed=()):
         fail(f"cannot read {path}: {e.strerror}")
 
 
+def kind_of_column(values):
+    """Tell what the values of a column seem to be: "texts", of more than three words on average,
+    "labels", each on ten rows on average, or None of the two (ids, dates, prices)."""
+    full = [str(v).strip() for v in values if isinstance(v, (str, int, float)) and str(v).strip()]
+    kinds = set(full)
+    if len(full) < 0.9 * len(values):
+        return None
+    if len(full) < 10 * len(kinds):
+        # dates are of digits, and have no words; each Chinese or Japanese character is one
+        words = [re.sub("([\u3040-\u9fff])", r" \1 ", text[:200]).split() for text in full]
+        n_words = sum(any(map(str.isalpha, word)) for own in words for word in own)
+        return "texts" if n_words > 3 * len(full) else None
+    numbers = {kind for kind in kinds if re.fullmatch("[+-]?[0-9]+([.]0*)?", kind)}
+    has_years = any(re.search(r"\b(19|20)[0-9]{2}\b", kind) for kind in kinds)
+    is_words = all(sum(map(str.isalpha, kind)) >= sum(map(str.isdigit, kind))
+                   for kind in kinds - numbers)
+    is_few = len(kinds) > 1 and len(numbers) <= 20  # more numbers are ids, or ages
+    return "labels" if is_few and is_words and not has_years else None
+
+
+def find_columns(path, text, label):
+    """Return the names of a table's columns with the texts and the labels: what the flags `text`
+    and `label` say, else sentence and label, else the only one of its kind in the first 1,000 rows.
+    Exit if there are none or several."""
+    table = read_table(path, [name for name in (text, label) if name])
+    rows = [row for _, row in islice(table, 1000)]
+    columns = list(rows[0]) if rows else ["sentence", "label"]
+
+    def look(kind):
+        return [name for name in columns if name not in (text, label, "sentence", "label", SECOND)
+                and kind_of_column([row.get(name) for row in rows]) == kind]
+
+    texts = [text or "sentence"] if text or "sentence" in columns else look("texts")
+    labels = [label or "label"] if label or "label" in columns else look("labels")
+    if len(texts) != 1 or len(labels) != 1:
+        own, other = (" or ".join(names) or "none looks like it" for names in (texts, labels))
+        fail(f"{path}: which columns hold the texts ({own}) and the labels ({other})? --text-column"
+             f" and --label-column say it; there are {', '.join(columns)}")
+    return texts[0], labels[0]
+
+
 def looks_quoted(text):
     """Tell whether csv.writer, or a spreadsheet, may have put the quotes around and inside a
     text."""
@@ -149,17 +186,19 @@ def looks_quoted(text):
     return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
-def warn_quoting(path, quoted, breaks):
+def warn_quoting(path, quoted, breaks, labels):
     """Warn about rows of a .tsv that look quoted, whose lines are `quoted`, and about fields of a
-    .csv that go over several lines; breaks: the lines where each opens and closes."""
+    .csv that seem to hold rows. breaks: of each field over several lines where it opens and closes,
+    and what stands in them where a row has one of the table's `labels`."""
     if quoted:
         warn(f"{path}: {len(quoted):,} rows, line {quoted[0]} first, look quoted as in a .csv; a "
              ".tsv has no quoting, so the quotes stay in the text")
-    if breaks:
-        opens, closes = max(breaks, key=lambda lines: lines[1] - lines[0])
-        many = f"{len(breaks):,} quoted fields hold line breaks, the longest"
-        warn(f"{path}: {'a quoted field' if len(breaks) == 1 else many} opens at line {opens} and "
-             f"closes at line {closes}; a stray quote swallows rows like that")
+    stray = [(closes - opens, opens, closes) for opens, closes, found in breaks
+             if 2 * sum(name in labels for name in found) >= closes - opens]
+    if stray:
+        _, opens, closes = max(stray)
+        warn(f"{path}: the quoted field that opens at line {opens} and closes at line {closes} "
+             "holds what look like rows; a stray quote swallows rows like that")
 
 
 def warn_labels(names):

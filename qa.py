@@ -147,8 +147,8 @@ def train_on_passages(task, n):
 
 
 def load_questions(s, folder=None):
-    """Load the question-answering Task of the settings `s`; folder: the user's own. What is missing
-    is filled in as for sentences (data.make_task).
+    """Load the question-answering Task of the settings `s`; folder: the user's own, or the one
+    file. What is missing is filled in as for sentences (data.make_task).
 
     Answers that do not stand where the data says (answer_start) cannot be trained on: those
     questions are left out of train and validation, counted and said. In test they stay, because
@@ -190,7 +190,7 @@ def load_questions(s, folder=None):
 
 
 def load_task(s, folder=None):
-    """Load the Task of the settings `s`, of questions or of sentences; folder: the user's own."""
+    """Load the Task of the settings `s`, of questions or of sentences, as these two."""
     return load_questions(s, folder) if s.is_qa else load_sentences(s, folder)
 
 

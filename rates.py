@@ -10,6 +10,7 @@ best is the highest or the lowest, the next one beyond it is tried, up to MOST.
 """
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import fail, read_json, start
+from common import fail, read_json, start, warned
 from methods import label_of
 from settings import (
     asked_settings,
@@ -106,7 +107,8 @@ def trained(flags, progress=None):
     if not run.result.exists():
         said, begin = f"[{progress}] " if progress else "", time.perf_counter()
         print(f"== {said}python train.py {shlex.join(flags)}", flush=True)
-        if subprocess.run([sys.executable, TRAIN, *flags], stdin=subprocess.DEVNULL).returncode:
+        if subprocess.run([sys.executable, TRAIN, *flags], stdin=subprocess.DEVNULL,
+                          env={"BERT_WARNED": warned().name, **os.environ}).returncode:
             return None  # it has said why
         if progress:
             progress.times.append(time.perf_counter() - begin)
@@ -165,7 +167,8 @@ def probe(flags):
     """Return {examples: training examples, seconds: of one step of full fine-tuning} for the flags
     of train.py, as a process of its own measures them. What it says of the data is printed."""
     done = subprocess.run([sys.executable, __file__, *flags], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, text=True)
+                          stdout=subprocess.PIPE, text=True,
+                          env={"BERT_WARNED": warned().name, **os.environ})
     if done.returncode:
         sys.exit(1)  # it has said why
     *said, last = done.stdout.splitlines()

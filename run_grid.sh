@@ -35,6 +35,10 @@ if ! command -v nvidia-smi > /dev/null; then
   cores="$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}" TQDM_DISABLE=1 PYTHONUNBUFFERED=1
 fi
+# Each warning comes once, not once a run: what was said is in this file.
+BERT_WARNED="$(mktemp)"
+export BERT_WARNED
+trap 'rm -f "$BERT_WARNED"' EXIT
 failed=0
 # shellcheck disable=SC2016  # $0 is the inner shell's: the run
 printf '%s\n' "$runs" | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" \

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checks import find_columns
 from common import check_name, data_files, fail, fingerprint, model_files, read_json
 from methods import (
     CASES,
@@ -109,8 +110,8 @@ class Settings:
     max_steps: int | None = flag(None, count, "stop after N steps, for smoke runs (default: none)")
     # data and model
     task: str = flag(None, str, "the last three are questions (default: movies)", choices=TASKS)
-    text_column: str | None = flag(None, str, "texts of --data (default: sentence)", metavar="NAME")
-    label_column: str | None = flag(None, str, "labels of --data (default: label)", metavar="NAME")
+    text_column: str | None = flag(None, str, "texts of --data (default: see it)", metavar="NAME")
+    label_column: str | None = flag(None, str, "labels of --data (default: see it)", metavar="NAME")
     train_rows: int | None = flag(None, count, "train on N rows; a larger N contains them "
                                   "(default: all)")
     whole_sentences: bool = flag(False, bool, "hold out whole sentences, no phrases (for SST-2)")
@@ -136,7 +137,7 @@ NOT_IN_NAME = ("accumulation",)  # settings that do not change what is learned
 class Run:
     """Hold one run: its settings, and where its files are."""
     settings: Settings
-    data: Path | None  # the user's folder
+    data: Path | None  # the user's file or folder
     model: str  # hub id or folder
     output: Path
     has_default_rate: bool  # neither --lr nor a rate that was searched for this task
@@ -186,10 +187,11 @@ def make_parser():
     for f in dataclasses.fields(Settings):
         if f.metadata:
             p.add_argument(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)
-    p.add_argument("--data", type=Path, metavar="DIR",
-                   help="your own train, validation and test files instead of --task: .tsv, .csv "
-                        "or .jsonl with the columns sentence and label, and for pairs sentence2, "
-                        "or SQuAD-format .json (default: none)")
+    p.add_argument("--data", type=Path, metavar="PATH",
+                   help="your own file instead of --task, or a folder with train, validation and "
+                        "test files: .tsv, .csv or .jsonl with columns sentence and label, or the "
+                        "only ones of texts and of labels, and for pairs sentence2, or "
+                        "SQuAD-format .json (default: none)")
     p.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="DIR",
                    help="where metrics/, figures/ and checkpoints/ go (default: beside train.py)")
     return p
@@ -250,11 +252,11 @@ def check_task(args, files, is_qa):
     if args.fold and is_qa:
         fail("folds are for sentences; question answering has run_grid.sh")
     if args.fold and args.data and (given := sorted(set(files) - {"train"})):
-        fail(f"{args.data} has {files[given[0]].name}; folds are for one pool of rows, a folder "
-             "with a train file alone")
+        fail(f"{args.data} has {files[given[0]].name}; folds are for one pool of rows: a "
+             "file, or a folder with one")
     if args.fold and not args.data and args.task not in RATED_TASKS:
         fail(f"the test rows of {args.task} are given; folds are for one pool of rows: "
-             f"{', '.join(RATED_TASKS)}, or --data DIR with training rows alone")
+             f"{', '.join(RATED_TASKS)}, or --data PATH with training rows alone")
 
 
 def asked_settings(args):
@@ -269,7 +271,8 @@ def asked_settings(args):
         fail(f"--model {model}: no such folder")
     files, is_qa = data_files(args.data) if args.data else ({}, args.task in QA_TASKS)
     check_task(args, files, is_qa)
-
+    text, label = (find_columns(files["train"], args.text_column, args.label_column)
+                   if args.data and not is_qa else (None, None))
     own = method_settings(args, row)
     if model != DEFAULT_MODEL:
         rate = row.rates.questions if is_qa else row.rates.sentences
@@ -281,9 +284,10 @@ def asked_settings(args):
     values = {name: value for name, value in vars(args).items() if name in names}
     values |= own | length_settings(args, is_qa) | {
         "lr": args.lr or rate, "is_qa": is_qa,
-        "text_column": None if args.text_column == "sentence" else args.text_column,
-        "label_column": None if args.label_column == "label" else args.label_column,
-        "task": args.data.resolve().name if args.data else args.task,
+        "text_column": None if text == "sentence" else text,
+        "label_column": None if label == "label" else label,
+        "task": args.task if not args.data else
+        args.data.stem if args.data.is_file() else args.data.resolve().name,
         "data_sha256": fingerprint(files.values()) if args.data else
         SYNTHETIC_SHA256 if args.task == "synthetic" else None,
         "model": Path(model).resolve().name if is_folder else model,

@@ -24,6 +24,7 @@ from conftest import (
 )
 
 import checkpoint
+import common
 import compare
 import fast
 import plots
@@ -360,6 +361,31 @@ def test_the_best_epoch_and_only_that_one_is_tested(lora_run, tmp_path, monkeypa
                for k in seen[0])
 
 
+def test_a_warning_comes_once_a_study(data_dir, tmp_path, monkeypatch, capfd):
+    """Of compare.py's and tools.sweep's runs, here in this process."""
+    (data_dir / "more.csv").write_text("not read")
+    model = save_small_bert(tmp_path / "model")
+
+    def run_here(command, env, **_):
+        with monkeypatch.context() as patch:
+            patch.setenv("BERT_WARNED", env["BERT_WARNED"])
+            main(train_module, *command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here, DEVNULL=None))
+    flags = ["--data", data_dir, "--model", model, "--max-steps", 1, "--output", tmp_path / "out"]
+    for method in "head", "bitfit":
+        assert compare.trained([str(flag) for flag in ["--method", method, *flags]])
+    assert capfd.readouterr().err.count("not read: more.csv") == 1
+    # other runs say it again, and other warnings are said
+    main(train_module, "--method", "lora", *flags)
+    assert capfd.readouterr().err.count("not read: more.csv") == 1
+    monkeypatch.setenv("BERT_WARNED", compare.warned().name)
+    common.warn(f"caf\udce9 {tmp_path}\n")
+    common.warn(f"caf\udce9 {tmp_path}\n")
+    assert capfd.readouterr().err.count("warning: ") == 1
+
+
 def test_only_what_is_read_makes_another_run(data_dir, tmp_path):
     model = save_small_bert(tmp_path / "model")
     before = settings("--method", "lora", "--data", data_dir, "--model", model)
@@ -465,7 +491,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("flags, words", [
     (["--model", "nobody/no-such-bert"],
      ["nobody/no-such-bert", "hub", "Offline", "--model FOLDER"]),
-    (["--task", "sst2"], ["hub", "--task movies", "--data DIR"])])
+    (["--task", "sst2"], ["hub", "--task movies", "--data PATH"])])
 def test_the_hub_without_a_network(flags, words, tmp_path):
     (tmp_path / "offline.py").write_text(OFFLINE)
     done = program(tmp_path / "offline.py", ROOT / "train.py", "--method", "lora", *flags,

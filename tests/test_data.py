@@ -1,4 +1,6 @@
 """The splits, the user's own files with all that can be wrong with them, and the batches."""
+import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -93,7 +95,8 @@ def test_integer_labels_sort_as_numbers_and_csv_quotes_are_read(tmp_path):
 
 
 BAD = {
-    "column": (dict(train_tsv="text\tlabel\na\t1\n"), ["train.tsv", "'sentence'"]),
+    "column": (dict(train_tsv="text\tlabel\na\t1\n"), 
+               ["train.tsv", "--text-column", "--label-column", "there are text, label"]),
     "empty": (dict(train_tsv=""), ["train.tsv"]),
     "no rows": (dict(train_tsv=tsv()), ["train.tsv has no rows"]),
     "unseen label": (dict(train_tsv=TRAIN, test_tsv=tsv(("t", "maybe"))), ["test", "'maybe'"]),
@@ -102,7 +105,7 @@ BAD = {
     "short row": (dict(train_tsv=TRAIN + "no tab here\n"), ["train.tsv, line 62", "no label"]),
     "one label": (dict(train_tsv=tsv(*[("a", 1)] * 60)), ["only one label"]),
     "too few": (dict(train_tsv=tsv(("a", 0), ("b", 1))), ["cannot split 2 training rows"]),
-    "no train": (dict(dev_tsv=TRAIN), ["neither train.tsv nor train.csv nor train.jsonl"]),
+    "no train": (dict(dev_tsv=TRAIN), ["no train file", "dev.tsv"]),
     "two of one": (dict(train_tsv=TRAIN, dev_tsv=TRAIN, validation_csv=TRAIN),
                    ["both validation.csv and dev.tsv"]),
 }
@@ -165,13 +168,18 @@ def test_good_files_warn_of_nothing(warned):
     assert warned(train_csv=GOOD_CSV + '\n"a ""quoted"", film",yes\n\n')[1] == []
 
 
-def test_a_quote_over_many_lines_is_named(warned):
+def letter(i):
+    return f'"Hi, I pay {i} times.\n\nPlease stop, soon.\r\nThanks, Ann, bye\nRegards,\nTom",no\n'
+
+
+def test_line_breaks_in_a_field_are_no_warning_unless_they_hold_rows(warned):
+    task, said = warned(train_csv=GOOD_CSV + "".join(map(letter, range(20))))
+    assert said == [] and sum("Regards" in text for text in texts(task)) == 20
     lines = GOOD_CSV.splitlines()
     lines[20], lines[40] = '"' + lines[20], lines[40].replace(",", '",')  # 21 rows become one
-    task, (line,) = warned(train_csv="\n".join(lines + ['"two\nlines",no']) + "\n")
-    assert len(texts(task)) == 60 - 20 + 1 and "two\nlines" in texts(task)
-    assert (line.startswith("warning: ") and "2 quoted fields" in line
-            and "line 21 and closes at line 41" in line)
+    task, (line,) = warned(train_csv="\n".join(lines) + "\n" + letter(1))
+    assert len(texts(task)) == 60 - 20 + 1
+    assert line.startswith("warning: ") and "opens at line 21 and closes at line 41" in line
 
 
 def test_a_long_field_is_read_whole(warned):
@@ -348,15 +356,142 @@ def test_columns_of_other_names(tmp_path):
     s = settings(*flags, "--text-column", "body", "--label-column", "stars")
     task = data.load_sentences(s, d)
     assert task.label_names == ["0", "1"] and "film 5" in texts(task)
-    one_line_exit(lambda: data.load_sentences(settings(*flags), d), "'sentence'", "id,body,stars")
+    one_line_exit(lambda: settings(*flags), "texts (none looks like it)", "id, body, stars")
+    one_line_exit(lambda: settings(*flags, "--text-column", "bdy"), "'bdy'", "id,body,stars")
     # the second sentence alone, if it is asked for
     second = folder(tmp_path / "second", train_csv=PAIRS)
     s = settings("--method", "lora", "--data", second, "--text-column", "sentence2")
     assert not data.load_sentences(s, second).has_pairs
     # the usual names change nothing, and another column is another run
-    assert settings(*flags, "--text-column", "sentence") == settings(*flags)
-    assert settings(*flags, "--text-column", "body") != settings(*flags)
+    flags[-1] = second
+    assert settings(*flags, "--text-column", "sentence") == settings(*flags) != s
     one_line_exit(lambda: settings("--method", "lora", "--text-column", "body"), "--text-column")
+
+
+# --- one file, and columns that are found ---------------------------------------------------------
+
+def body(i):
+    return f"order {i} is still not here, and nobody answers"
+
+
+def table(**columns):
+    """A .csv of sixty rows; of each column a function of the row's number."""
+    rows = "".join(",".join(f'"{of(i)}"' for of in columns.values()) + "\n" for i in range(60))
+    return ",".join(columns) + "\n" + rows
+
+
+def cat(i):
+    return ["billing", "technical issue", "account & access"][i % 3]
+
+
+@pytest.mark.parametrize("name, text", [("my.tickets.csv", GOOD_CSV), ("tickets.tsv", TRAIN), (
+    "t.jsonl", "".join(f'{{"sentence": "film {i}", "label": {i % 2}}}\n' for i in range(60)))])
+def test_a_file_is_read_as_a_folder_with_train_alone(name, text, tmp_path, capsys):
+    file = tmp_path / name
+    file.write_text(text)
+    (tmp_path / "notes.md").write_text("x")
+    s = settings("--method", "full", "--data", file)
+    assert s.task == file.stem and settings("--method", "full", "--data", tmp_path) == (
+        dataclasses.replace(s, task=tmp_path.name))  # the only table of its folder
+    task = data.load_sentences(s, file)
+    train_alone = folder(tmp_path / "d", **{f"train{file.suffix}".replace(".", "_"): text})
+    assert task == load_folder(tmp_path) == load_folder(train_alone)
+    assert len(load_folder(file, "--fold", "1/5").test.labels) == 12
+    (tmp_path / "b.csv").write_text(text)
+    one_line_exit(lambda: load_folder(tmp_path), "no train file", "b.csv", name, "--data")
+    assert settings("--method", "full", "--data", file) == s
+    (tmp_path / "train.csv").write_text(GOOD_CSV)
+    assert len(texts(load_folder(tmp_path))) == 60
+    assert f"not read: {', '.join(sorted(['b.csv', name]))}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tickets.xlsx", "TICKETS.CSV", "tickets"])
+def test_files_that_are_no_table(name, tmp_path):
+    (tmp_path / name).write_text(GOOD_CSV)
+    one_line_exit(lambda: load_folder(tmp_path / name), name, ".csv", ".jsonl")
+    one_line_exit(lambda: load_folder(tmp_path), "no train file", "none")
+
+
+@pytest.mark.parametrize("columns, found", [
+    (dict(body=body, category=cat), ("body", "category")),
+    (dict(category=cat, body=body), ("body", "category")),
+    (dict(id=lambda i: 1000 + i, created=lambda i: f"2026-02-{i % 3 + 10}",
+          sent=lambda i: "Tue Feb 17 10:33:21 UTC 2026"[i % 2:], price=lambda i: f"${i % 2}9.99",
+          cost=lambda i: f"{i % 2}9.99", name=lambda i: f"Ann van Dyk{i}", plan=lambda i: "basic",
+          year=lambda i: 2024 + i % 2, note=lambda i: "" if i else body(i), body=body,
+          stars=lambda i: i % 5 + 1), ("body", "stars")),
+    (dict(sentence1=body, sentence2=body, gold=lambda i: i % 2), ("sentence1", "gold")),
+    (dict(text=body, label=lambda i: f"{i % 2}.0"), ("text", None)),
+    (dict(sentence=lambda i: i, other=body, y=lambda i: i % 2), (None, "y")),
+    (dict(sentence=body, label=cat, text=body, category=cat), (None, None)),
+    (dict(text=lambda i: f"我被收费两次{i}", y=cat), ("text", "y"))])
+def test_columns_are_found_and_make_the_run_that_the_flags_make(columns, found, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(table(**columns))
+    flags = ["--method", "lora", "--data", tmp_path / "t.csv"]
+    s = settings(*flags)
+    text, label = found
+    assert (s.text_column, s.label_column) == found
+    assert s == settings(*flags, "--text-column", text or "sentence",
+                         "--label-column", label or "label")
+    assert s == settings(*flags, "--text-column", text or "sentence")
+    task = data.load_sentences(s, tmp_path / "t.csv")
+    assert task.has_pairs is ("sentence2" in columns)
+    said = capsys.readouterr().out.splitlines()
+    assert said == ([] if found == (None, None) else [
+        f"texts are in the column {text or 'sentence'!r}, labels in {label or 'label'!r}; "
+        "--text-column and --label-column take others"])
+
+
+@pytest.mark.parametrize("columns, words", [
+    (dict(id=lambda i: i, subject=body, body=body, category=cat),
+     ["texts (subject or body)", "labels (category)", "id, subject, body, category"]),
+    (dict(body=body, category=cat, agent=lambda i: ["Ann", "Bo"][i % 2]),
+     ["texts (body)", "labels (category or agent)"]),
+    (dict(body=body, name=lambda i: f"name{i}"), ["labels (none looks like it)"]),
+    (dict(body=body, age=lambda i: i // 2), ["labels (none looks like it)"]),
+    (dict(body=lambda i: "yes it is so", y=cat), ["texts (none looks like it)"])])
+def test_columns_that_are_not_obvious(columns, words, tmp_path):
+    (tmp_path / "t.csv").write_text(table(**columns))
+    flags = ["--method", "lora", "--data", tmp_path / "t.csv"]
+    one_line_exit(lambda: settings(*flags), "--text-column", "--label-column", *words)
+    if "subject" in columns:  # one of the two is enough
+        assert settings(*flags, "--text-column", "body").label_column == "category"
+        assert settings(*flags, "--label-column", "subject").text_column == "body"
+
+
+def test_found_columns_must_be_in_the_other_files(tmp_path):
+    d = folder(tmp_path / "d", train_csv=table(body=body, y=cat), dev_csv="text,y\na,billing\n")
+    one_line_exit(lambda: load_folder(d), "dev.csv has no column 'body'")
+
+
+def test_a_file_is_trained_on_and_its_columns_are_those_of_predict(tmp_path, capsys):
+    (tmp_path / "tickets.csv").write_text(table(body=body, kind=cat))
+    model = save_small_bert(tmp_path / "model")
+    train.main(["--method", "head", "--data", str(tmp_path / "tickets.csv"), "--model", str(model),
+                "--max-steps", "1", "--train-rows", "31", "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().out.splitlines()
+    line, = [line for line in said if line.startswith("3 classes: ")]
+    assert line.endswith(" (training rows)") and all(f"{cat(i)} 1" in line for i in range(3))
+    assert sorted(int(n) for n in re.findall(r"\d\d", line)) == [10, 10, 11]
+    assert sum(line.startswith("texts are in the column 'body', labels") for line in said) == 1
+    path, = (tmp_path / "out" / "checkpoints").glob("tickets_head_*")
+    (tmp_path / "new.csv").write_text("text,body\nx,where is it\n")
+    predict.main(predict.parse_args([
+        "--checkpoint", str(path), "--model", str(model), "--input", str(tmp_path / "new.csv"),
+        "--to", str(tmp_path / "labelled.csv")]))
+    assert predict.find_column(path, ["sentence", "body"], None, [None, "body"]) == "body"
+    assert predict.find_column(path, ["text", "sentence"], None, ["body"]) == "sentence"
+    assert predict.find_column(path, ["text", "body"], "text", ["body"]) == "text"
+    assert (tmp_path / "labelled.csv").read_text().startswith("text,body,tickets_head_")
+
+
+def test_of_many_classes_the_largest_and_the_smallest_are_said():
+    names = [f"class {i}" for i in range(21)]
+    rows = data.Rows(["x"] * 231, [i for i in range(21) for _ in range(i + 1)])
+    task = data.Task(names, rows, rows, rows, "", data.Sentences)
+    assert data.count_classes(task) == (
+        "21 classes: " + ", ".join(f"class {i} {i + 1}" for i in range(20, 10, -1))
+        + ", ..., the smallest class 0 1 (training rows)")
 
 
 PAIRS = "sentence,sentence2,label\n" + "".join(

@@ -9,6 +9,7 @@ from conftest import (
     BUILDS,
     METHODS,
     build,
+    default_tokenizer,
     logits,
     one_line_exit,
     randomize,
@@ -151,13 +152,23 @@ def test_requantizing_is_measured(checkpoints, tmp_path, study, capsys):
     assert export.requantized_table([row]) in said.out
 
 
+def test_the_test_rows_of_a_file_are_found_again(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("body,kind\n" + "".join(f"it is the film {i},{i % 2}\n" for i in range(60)))
+    s = settings("--method", "qlora", "--data", file)
+    assert export.load_test(s, default_tokenizer(), file).n == 6
+    one_line_exit(lambda: export.load_test(s, None, None), "mine", "--data PATH")
+    file.write_text(file.read_text() + "it is the last film,0\n")
+    one_line_exit(lambda: export.load_test(s, None, file), "not what it was trained on")
+
+
 @pytest.mark.parametrize("flags, words", [
     (["adapter", "--to", "{tmp}/out"], ["adapters cannot be merged"]),
     (["lora_r8", "--to", "{tmp}"], ["already exists", "--to"]),
     (["lora_r8", "qlora", "--to", "{tmp}/out"], ["one checkpoint"]),
     (["qlora", "lora_r8", "--requantized", "{tmp}/x.json"], ["lora", "only QLoRA and QDoRA"]),
     (["qlora", "--requantized", "{tmp}/x.json"], ["--data"]),
-    (["qlora", "--requantized", "{tmp}/x.json", "--data", "{tmp}"], ["not what it was trained on"]),
+    (["qlora", "--requantized", "{tmp}/x.json", "--data", "{tmp}"], ["no train file"]),
     (["qlora", "--requantized", "{tmp}"], ["already exists"]),
     (["lora_r8", "--to", "{tmp}/out", "--data", "{tmp}"], ["--data is for"]),
     (["lora_r8", "--to", "{tmp}/" + 300 * "x"], ["cannot write"]),

@@ -107,11 +107,14 @@ def test_list_prints_twenty_commands_wherever_the_user_stands(tmp_path):
 
 
 def test_list_prints_five_commands_of_the_other_study_and_runs_none(data_dir, tmp_path, capsys):
-    output = tmp_path / "out"
-    compare.main(["--list", "--data", str(data_dir), "--output", str(output), "--lr", "1e-3"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and not output.exists()
-    assert all("train.py --data" in line for line in lines)
+    output, file = tmp_path / "out", tmp_path / "found.tsv"
+    # what is found in a file is not said among the commands
+    file.write_text((data_dir / "train.tsv").read_text().replace("sentence\tlabel", "text\ty"))
+    for data in data_dir, file:
+        compare.main(["--list", "--data", str(data), "--output", str(output), "--lr", "1e-3"])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 5 and not output.exists()
+        assert all(f"train.py --data {data} " in line for line in lines)
 
 
 def test_what_all_runs_need_is_made_before_they_start(monkeypatch, tmp_path, capsys, flags):

@@ -24,7 +24,7 @@ TOP = {path.stem: path for path in ROOT.glob("*.py")}
 TOOLS = {f"tools.{path.stem}": path for path in ROOT.glob("tools/*.py") if path.stem != "__init__"}
 MODULES = TOP | TOOLS
 # what `--help` and a typo may wait for
-QUICK = {"common", "methods", "settings", "rates", "spread", "verdict", "compare"}
+QUICK = {"common", "checks", "methods", "settings", "rates", "spread", "verdict", "compare"}
 ONCE_A_PROGRAM = {"main", "parse_args", "ARGS", "redraw"}
 
 
@@ -102,7 +102,7 @@ def functions(name):
 def test_what_a_reader_meets_is_short():
     assert lines(ROOT / "train.py") <= 175 and lines(ROOT / "plots.py") <= 430
     assert lines(ROOT / "README.md") <= 185 and lines(ROOT / "CONTRIBUTING.md") <= 40
-    assert sum(map(lines, MODULES.values())) <= 7600
+    assert sum(map(lines, MODULES.values())) <= 7660
     for name in MODULES:
         for node in functions(name):
             if (name, node.name) != ("train", "main"):  # the loop, as one story

@@ -358,13 +358,13 @@ def test_twenty_times_as_many_rows_need_no_more_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "label_texts", lambda methods, tokenizer, texts:
                         ([{"m": "0", "m 0": 1.0} for _ in texts], 0))
     monkeypatch.setattr(predict, "label_columns", lambda methods: ["m", "m 0"])
-    peaks = []
+    peaks, about = [], {"pairs": False, "settings": settings("--method", "full")}
     for n in 750, 15_000:
         source = tmp_path / f"{n}.txt"
         source.write_text("a film of some length, with some words in it\n" * n)
         args = predict.parse_args(["--input", str(source), "--to", str(tmp_path / f"{n}.csv")])
         tracemalloc.start()
-        predict.predict_rows([predict.Trained("m", None, {"pairs": False}, 0, 0)], None, args)
+        predict.predict_rows([predict.Trained("m", None, about, 0, 0)], None, args)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]

@@ -349,6 +349,15 @@ def test_missing_splits_are_filled_by_whole_passages(tmp_path):
     assert "validation questions are the test; 6 questions of train" in task.note
 
 
+def test_a_file_of_questions_is_read_as_a_folder_with_train_alone(tmp_path):
+    (tmp_path / "letters.json").write_text(json.dumps(small_set(20)))
+    task = load(tmp_path / "letters.json")
+    assert task[1:] == load(tmp_path)[1:] and len(task.train) == 17
+    flags = ["--method", "lora", "--data", tmp_path / "letters.json"]
+    assert settings(*flags).is_qa and settings(*flags).task == "letters"
+    one_line_exit(lambda: settings(*flags, "--text-column", "x"), "--text-column")
+
+
 def test_misaligned_answers_are_counted_and_left_out_of_training_only(tmp_path):
     broken = [("it is here", [("where?", "there", 6)]), ("it is here", [("where?", "here", 5)]),
               ("it is here", [("where?", "here", 600)]), ("it is here", [("where?", "here", -1)])]
@@ -597,7 +606,7 @@ def test_hub_questions_without_network(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", nobody_answers)
     for task in "squad", "squad_pt":
         s = settings("--method", "lora", "--task", task)
-        one_line_exit(lambda: qa.load_task(s), "hub", "--task synthetic", "--data DIR")
+        one_line_exit(lambda: qa.load_task(s), "hub", "--task synthetic", "--data PATH")
 
 
 def test_portuguese_questions_take_the_portuguese_model():

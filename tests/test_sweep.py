@@ -333,6 +333,11 @@ def test_bad_flags_end_before_anything_runs(flags, words, data_dir):
     one_line_exit(lambda: sweep.main(["--data", str(data_dir), *map(str, flags)]), *words)
 
 
+def test_a_sweep_takes_a_file(data_dir):
+    args = sweep.parse_args(["--data", str(data_dir / "train.tsv"), "--methods", "lora"])
+    assert args.settings.task == "train" and args.methods[0][1].data_sha256
+
+
 def test_questions_are_compared_one_by_one():
     s = vars(settings("--method", "full", "--task", "squad"))
 

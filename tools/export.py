@@ -59,8 +59,8 @@ def parse_args(argv=None):
                    help="merged: a BERT for transformers; peft: what was trained (default: merged)")
     p.add_argument("--model", metavar="FOLDER",
                    help="where the base is, if it was a folder (default: as in training)")
-    p.add_argument("--data", type=Path, metavar="DIR",
-                   help="where the data are, if they were a folder (default: none)")
+    p.add_argument("--data", type=Path, metavar="PATH",
+                   help="where the data are, if they were your own (default: none)")
 
     args = p.parse_args(argv)
     if bool(args.checkpoint) == bool(args.method):
@@ -418,7 +418,7 @@ def check_requantized(paths):
 def load_test(s, tokenizer, folder):
     """Load the test rows that the run with the settings `s` was scored on."""
     if s.data_sha256 and not folder and not is_synthetic(s):
-        fail(f"it was trained on the folder {s.task}; --data DIR says where that is")
+        fail(f"it was trained on your own data, {s.task}; --data PATH says where they are")
     if folder and fingerprint(data_files(folder)[0].values()) != s.data_sha256:
         fail(f"{folder} is not what it was trained on, which is {s.task}")
     task = load_task(s, folder)

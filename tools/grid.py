@@ -514,7 +514,7 @@ def main(argv):
     flags = asked if has_task else ["--task", "synthetic", *asked]
     run = read_flags([*flags, "--method", "full"])  # a bad flag ends here, not in the first run
     if not run.settings.is_qa:
-        fail("run_grid.sh is for question answering (with --data, a folder with train.json); for "
+        fail("run_grid.sh is for question answering (with --data, a .json); for "
              "sentences there is run_all.sh")
     free = () if given("--amp", flags) else ("amp",)  # what another machine took for auto
     if free:

@@ -90,7 +90,7 @@ def parse_args(argv=None):
     p.add_argument("--to", type=Path, metavar="FILE",
                    help="its answers: .csv, .jsonl, for questions .json; - is stdout, as CSV")
     p.add_argument("--column", metavar="NAME", help="the column of --input with the texts "
-                   "(default: sentence, or text, or the only one)")
+                   "(default: that of training, or sentence, or text, or the only one)")
     which = p.add_mutually_exclusive_group()
     which.add_argument("--method", metavar="NAME",
                        help="only this one, as the table names it (default: all)")
@@ -278,12 +278,12 @@ def compare_answers(methods, tokenizer, question, context):
 
 # --- a file of texts -----------------------------------------------------------------------------
 
-def find_column(path, columns, asked):
-    """Return the name of the column with the texts: as asked, else sentence, else text, else the
-    only one."""
+def find_column(path, columns, asked, trained):
+    """Return the name of the column with the texts: as asked, else one of `trained`, those of the
+    methods' runs, else sentence, else text, else the only one."""
     if asked and asked not in columns:
         fail(f"{path} has no column {asked!r}; it has {', '.join(columns)}")
-    for name in (asked, "sentence", "text"):
+    for name in (asked, *trained, "sentence", "text"):
         if name in columns:
             return name
     if len(columns) == 1:
@@ -291,7 +291,7 @@ def find_column(path, columns, asked):
     fail(f"{path} has the columns {', '.join(columns)}; --column says which holds the texts")
 
 
-def check_input(path, asked, has_pairs):
+def check_input(path, asked, trained, has_pairs):
     """Read all of an input file: (columns, those with the texts, number of rows)."""
     if path == STDIN:
         return ["text"], ["text"], None
@@ -301,7 +301,7 @@ def check_input(path, asked, has_pairs):
         n += 1
     if not n:
         fail(f"{path} has no rows")
-    texts = [find_column(path, list(columns), asked)]
+    texts = [find_column(path, list(columns), asked, trained)]
     if has_pairs:
         texts.append(SECOND)
     elif SECOND in columns and SECOND not in texts:
@@ -363,7 +363,8 @@ def predict_rows(methods, tokenizer, args):
     is_mixed = len({method.about["pairs"] for method in methods}) > 1
     if is_mixed or has_pairs and args.input == STDIN:
         fail("methods trained on pairs of sentences answer files alone, and not beside others")
-    columns, texts, n_rows = check_input(args.input, args.column, has_pairs)
+    trained = [method.about["settings"].text_column for method in methods]
+    columns, texts, n_rows = check_input(args.input, args.column, trained, has_pairs)
     added, counts = label_columns(methods), Counter()
     if both := [name for name in added if name in columns]:
         fail(f"{args.input} has a column {both[0]!r} already, which a method is called")

@@ -1,8 +1,8 @@
 """Choose each method's learning rate by validation, then compare the methods on the test rows, also
 after training on parts of the data.
 
-    python -m tools.sweep --data DIR          eight methods on your own files
-    python -m tools.sweep --data DIR --train-rows 1000 4000 all --seeds 42 43 44 \\
+    python -m tools.sweep --data PATH         eight methods on your own files
+    python -m tools.sweep --data PATH --train-rows 1000 4000 all --seeds 42 43 44 \\
                           --methods full lora_r16 "lora --r 64"
     python -m tools.sweep --redraw            draw all tables and figures again; nothing is run
 
