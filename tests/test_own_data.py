@@ -43,6 +43,10 @@ def test_the_readme_s_lines_lead_from_a_file_to_a_pipeline(blocks, tmp_path, mon
     write_table(tmp_path / "new.csv", 30, with_labels=False)
     model = save_small_bert(tmp_path / "small")
 
+    def here(words):
+        files = "tickets.csv", "results/tickets", "new.csv", "labelled.csv", "my_bert"
+        return [str(tmp_path / word) if word in files else word for word in words]
+
     # the study, its trainings in forks and short
     import compare
     monkeypatch.setattr(compare, "start", lambda: None)
@@ -51,7 +55,8 @@ def test_the_readme_s_lines_lead_from_a_file_to_a_pipeline(blocks, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     bash, script, *flags = shlex.split(study)
     assert (bash, script) == ("bash", "run_all.sh")
-    compare.main([*flags, "--model", str(model), "--epochs", "2", "--lr", "3e-3", "--amp", "off"])
+    compare.main([*here(flags), "--model", str(model), "--epochs", "2", "--lr", "3e-3", "--amp",
+                  "off"])
     said = capfd.readouterr().out
     assert "'body'" in said and "'category'" in said and "**Not told.**" in said
     entries = json.loads((tmp_path / "results/tickets/metrics/comparison.json").read_text())
@@ -63,9 +68,7 @@ def test_the_readme_s_lines_lead_from_a_file_to_a_pipeline(blocks, tmp_path, mon
         words, own = shlex.split(line), shlex.split(own, comments=True)
         assert words[:3] == ["python", "-m", own[2]] and {"--output", "--model"} <= set(own)
         if words[2] != "tools.demo":  # that one does not end
-            files = "results/tickets", "new.csv", "labelled.csv", "my_bert"
-            words = [tmp_path / word if word in files else word for word in words]
-            done = program(words[2], *words[3:], "--model", model)
+            done = program(words[2], *here(words[3:]), "--model", model)
             assert done.returncode == 0, done.stderr
     with open(tmp_path / "labelled.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
