@@ -9,7 +9,6 @@ from conftest import (
     BUILDS,
     METHODS,
     build,
-    default_tokenizer,
     logits,
     one_line_exit,
     randomize,
@@ -138,41 +137,14 @@ def test_a_failed_export_leaves_nothing(checkpoints, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_requantizing_is_measured(checkpoints, tmp_path, study, capsys):
-    path = tmp_path / "requantized.json"
-    export.main(export.parse_args([str(checkpoints["qlora"]), "--requantized", str(path), "--data",
-                                   str(study[1][1])]))
-    said = capsys.readouterr()
-    assert not said.err
-    row, = json.loads(path.read_text())
-    assert row["test_rows"] == 20 and row["merged"]["changed_predictions"] == 0
-    assert row["merged"]["loss"] == pytest.approx(row["unmerged"]["loss"], abs=1e-5)
-    assert row["requantized"]["loss"] != pytest.approx(row["unmerged"]["loss"], abs=1e-5)
-    assert row["rounding_norm"] > 0 and row["update_norm"] > 0
-    assert export.requantized_table([row]) in said.out
-
-
-def test_the_test_rows_of_a_file_are_found_again(tmp_path):
-    file = tmp_path / "mine.csv"
-    file.write_text("body,kind\n" + "".join(f"it is the film {i},{i % 2}\n" for i in range(60)))
-    s = settings("--method", "qlora", "--data", file)
-    assert export.load_test(s, default_tokenizer(), file).n == 6
-    one_line_exit(lambda: export.load_test(s, None, None), "mine", "--data PATH")
-    file.write_text(file.read_text() + "it is the last film,0\n")
-    one_line_exit(lambda: export.load_test(s, None, file), "not what it was trained on")
-
-
 @pytest.mark.parametrize("flags, words", [
     (["adapter", "--to", "{tmp}/out"], ["adapters cannot be merged"]),
     (["lora_r8", "--to", "{tmp}"], ["already exists", "--to"]),
-    (["lora_r8", "qlora", "--to", "{tmp}/out"], ["one checkpoint"]),
-    (["qlora", "lora_r8", "--requantized", "{tmp}/x.json"], ["lora", "only QLoRA and QDoRA"]),
-    (["qlora", "--requantized", "{tmp}/x.json"], ["--data"]),
-    (["qlora", "--requantized", "{tmp}/x.json", "--data", "{tmp}"], ["no train file"]),
-    (["qlora", "--requantized", "{tmp}"], ["already exists"]),
-    (["lora_r8", "--to", "{tmp}/out", "--data", "{tmp}"], ["--data is for"]),
+    (["--to", "{tmp}/out"], ["checkpoint or --method"]),
+    (["lora_r8", "--to", "{tmp}/out", "--method", "qlora"], ["checkpoint or --method"]),
+    (["--to", "{tmp}/out", "--method", "dora", "--output", "{tmp}"], ["comparison.json"]),
     (["lora_r8", "--to", "{tmp}/" + 300 * "x"], ["cannot write"]),
-    (["lora_r8"], ["--to", "--requantized"]),
+    (["lora_r8"], ["--to"]),
     (["lora_r8", "--to", "{tmp}/out", "--model", "{small}"], ["another base model"]),
     (["{tmp}/nothing", "--to", "{tmp}/out"], ["nothing", "cannot read"]),
 ])

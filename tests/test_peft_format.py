@@ -248,8 +248,6 @@ def test_an_export_is_asked_and_merged_like_a_checkpoint(trained, tmp_path, caps
             [str(trained[name]), "--to", str(tmp_path / name), "--format", "peft"])),
             "--format merged")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "peft"]
-    one_line_exit(lambda: export.parse_args([str(folder), "--format", "peft", "--requantized",
-                                             str(tmp_path / "x.json")]), "--format is for --to")
 
 
 # --- the real thing -------------------------------------------------------------------------------

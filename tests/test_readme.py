@@ -17,7 +17,7 @@ from test_house import PAPERS
 import compare
 import plots
 from settings import read_settings
-from tools import bench, export, grid, memory, multitask, sweep
+from tools import bench, grid, memory, multitask, sweep
 
 # the committed tables of figures/, and where they are shown
 SHOWN = {"crossvalidation": "README.md", "summary": "docs/measuring.md",
@@ -167,7 +167,6 @@ def test_tables_that_are_only_in_docs_are_those_of_the_results():
     assert memory.ledger_markdown(ledger) in committed("docs/memory.md")
     assert bench.bench_markdown(read("bench")) in committed("docs/speed.md")
     assert bench.tricks_markdown(read("bench_tricks")) in committed("docs/speed.md")
-    assert export.requantized_table(read("requantized")) in committed("docs/use.md")
 
 
 # --- numbers in sentences ------------------------------------------------------------------------
@@ -202,8 +201,7 @@ def generated():
     """The tables that are made by code, and compared as a whole above."""
     return [*(committed(f"figures/{name}.md") for name in SHOWN),
             bench.bench_markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
-            memory.ledger_markdown(read("memory")),
-            export.requantized_table(read("requantized"))]
+            memory.ledger_markdown(read("memory"))]
 
 
 def measured_values():

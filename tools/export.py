@@ -11,7 +11,7 @@ BERT's own weights.
     DoRA    W = m (W0 + s B A) / ||W0 + s B A||
 
 A 4-bit W0 is dequantised first, and W stays in float, because rounding it to 4 bits once more could
-undo what was learned. --requantized JSON does that all the same, and scores the test rows.
+undo what was learned.
 
 The second leaves it beside the weights, in the two files that PeftModel.from_pretrained takes.
 base_config.json is the config to load the base with: the number of labels and their names, which
@@ -45,40 +45,28 @@ def parse_args(argv=None):
     start()
     p = Parser(description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", nargs="*", type=Path,
+    p.add_argument("checkpoint", nargs="?", type=Path,
                    help="what train.py left in checkpoints/, or a peft folder")
+    p.add_argument("--to", type=Path, metavar="FOLDER", required=True,
+                   help="export the model and its tokenizer here")
     p.add_argument("--method", metavar="NAME",
                    help="instead, a method of the study in --output, as its table names it")
     p.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="DIR",
                    help="where metrics/ and checkpoints/ are (default: the project's folder)")
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--to", type=Path, metavar="FOLDER", help="export the model, its tokenizer")
-    what.add_argument("--requantized", type=Path, metavar="JSON",
-                      help="measure instead, for QLoRA and QDoRA")
     p.add_argument("--format", choices=["merged", "peft"], default="merged",
                    help="merged: a BERT for transformers; peft: what was trained (default: merged)")
     p.add_argument("--model", metavar="FOLDER",
                    help="where the base is, if it was a folder (default: as in training)")
-    p.add_argument("--data", type=Path, metavar="PATH",
-                   help="where the data are, if they were your own (default: none)")
-
     args = p.parse_args(argv)
     if bool(args.checkpoint) == bool(args.method):
         fail("give a checkpoint or --method")
-    if args.to and len(args.checkpoint) > 1:
-        fail(f"--to takes one checkpoint, not {len(args.checkpoint)}")
-    if args.to and args.data:
-        fail("--data is for --requantized")
-    if args.requantized and args.format != "merged":
-        fail("--format is for --to")
-    flag, path = ("--to", args.to) if args.to else ("--requantized", args.requantized)
     try:
-        if path.is_dir() or args.to and args.to.exists():
-            fail(f"{path} already exists; choose another {flag}")
-        folder = path.resolve().parent
+        if args.to.exists():
+            fail(f"{args.to} already exists; choose another --to")
+        folder = args.to.resolve().parent
     except (OSError, RuntimeError) as e:  # RuntimeError: a symbolic link to itself
-        fail(f"cannot write {path}: {e}")
-    check_writable(folder, flag)
+        fail(f"cannot write {args.to}: {e}")
+    check_writable(folder, "--to")
     return args
 
 
@@ -98,27 +86,21 @@ from safetensors.torch import save_file
 import checkpoint
 from checkpoint import attach, read_about, read_tensors
 from common import (
-    command,
-    data_files,
-    fingerprint,
     read_json,
     usual_mode,
     write_json,
     write_whole,
 )
-from lora import LoRALinear, frozen_weight, merge_lora
+from lora import merge_lora
 from methods import CASES, HEAD, TARGETS, is_4bit, label_of, named, row_of
-from model import autocast, load_pretrained
-from qa import load_task
+from model import load_pretrained
 from settings import (
     DEFAULT_MODEL,
     Settings,
     checkpoint_path,
-    is_synthetic,
     read_settings,
     result_path,
 )
-from train import evaluate
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, LAYERS = "base_model.model.", "bert.encoder.layer."
@@ -402,92 +384,14 @@ def export(path, folder, model_name=None, is_peft=False):
         fail(f"cannot write {folder}: {e}")
 
 
-# --- rounding once more --------------------------------------------------------------------------
-
-def check_requantized(paths):
-    """Exit if some checkpoints cannot be measured together."""
-    all_settings = [read_about(path)["settings"] for path in paths]
-    for path, s in zip(paths, all_settings):
-        if not is_4bit(s):
-            fail(f"{path} is {s.method}; only QLoRA and QDoRA have 4-bit weights that could be "
-                 "requantised")
-    if len({s.is_qa for s in all_settings}) > 1:
-        fail("some of these were trained on sentences and some on questions; a table is of one")
-
-
-def load_test(s, tokenizer, folder):
-    """Load the test rows that the run with the settings `s` was scored on."""
-    if s.data_sha256 and not folder and not is_synthetic(s):
-        fail(f"it was trained on your own data, {s.task}; --data PATH says where they are")
-    if folder and fingerprint(data_files(folder)[0].values()) != s.data_sha256:
-        fail(f"{folder} is not what it was trained on, which is {s.task}")
-    task = load_task(s, folder)
-    return task.encode(task.test, tokenizer, s)
-
-
-@torch.no_grad()
-def requantize(path, model_name, folder):
-    """Measure what merging a 4-bit model does to its scores on the test rows, in float and rounded
-    to 4 bits again."""
-    from quant import quantize_encoder  # bitsandbytes is slow to import
-    tokenizer, base, base_hash = load_base(path, model_name)
-    model, about = attach(base, base_hash, path)
-    s, device = about["settings"], torch.device("cpu")
-    split, amp = load_test(s, tokenizer, folder), autocast(device, None)
-    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    before = {name: frozen_weight(m.base).float() for name, m in wrapped.items()}
-    unmerged, unmerged_outcome = evaluate(model, split, device, amp)
-
-    def score():
-        scores, outcome = evaluate(model, split, device, amp)
-        pairs = zip(outcome["predictions"], unmerged_outcome["predictions"])
-        return scores | {"changed_predictions": sum(a != b for a, b in pairs)}
-
-    def norm(a, b):
-        return float(torch.stack([(a[name] - b[name]).norm() for name in a]).norm())
-
-    merge(model, s)
-    merged = {name: model.get_submodule(name).weight.clone() for name in wrapped}
-    merged_scores = score()
-    quantize_encoder(model, torch.float32)
-    rounded = {name: model.get_submodule(name).dequantize() for name in wrapped}
-    # Frobenius norms over all weights that LoRA is on: of the update W - W0, and of the error of
-    # rounding W
-    return {"settings": vars(s), "test_rows": split.n, "unmerged": unmerged,
-            "merged": merged_scores, "requantized": score(),
-            "update_norm": norm(merged, before), "rounding_norm": norm(rounded, merged)}
-
-
-def requantized_table(results):
-    """Make the table of --requantized, as markdown."""
-    from plots import markdown_table  # matplotlib is slow to import
-    metric, digits = ("f1", 2) if "f1" in results[0]["unmerged"] else ("f1_macro", 4)
-    header = ["", "seed", "4-bit W0, update beside it", "merged, in float", "predictions changed",
-              "merged, in 4 bits", "predictions changed", "rounding error / update"]
-    rows = [[r["settings"]["method"], str(r["settings"]["seed"]),
-             f"{r['unmerged'][metric]:.{digits}f}",
-             f"{r['merged'][metric]:.{digits}f}", str(r["merged"]["changed_predictions"]),
-             f"{r['requantized'][metric]:.{digits}f}", str(r["requantized"]["changed_predictions"]),
-             f"{r['rounding_norm'] / r['update_norm']:.2f}"] for r in results]
-    return markdown_table(header, rows)
-
-
 def main(args):
     if args.method:
         has_sentences, has_questions = ((args.output / "metrics" / name).exists()
                                         for name in ("comparison.json", "grid.json"))
         is_qa = has_questions and not has_sentences
-        args.checkpoint = find(args.output, is_qa, args.method).values()
-    paths = list(map(as_checkpoint, args.checkpoint))
-    if args.to:
-        export(paths[0], args.to, args.model, args.format == "peft")
-        print(f"wrote {args.to}")
-    else:
-        check_requantized(paths)
-        results = [{"command": command()} | requantize(path, args.model, args.data)
-                   for path in paths]
-        write_json(args.requantized, results)
-        print(requantized_table(results) + f"\nwrote {args.requantized}")
+        args.checkpoint, = find(args.output, is_qa, args.method).values()
+    export(as_checkpoint(args.checkpoint), args.to, args.model, args.format == "peft")
+    print(f"wrote {args.to}")
 
 
 if __name__ == "__main__":

@@ -82,11 +82,6 @@ SYNTHETIC_RUNS = twenty_runs(dict.fromkeys(GRID_METHODS, ("1e-3", "5e-4"))
                              | {"full": ("1e-4", "5e-5")})
 
 
-def is_searched(run):
-    """Tell whether the learning rates of a grid are searched: those of one's own questions are."""
-    return run.data is not None
-
-
 def search_name(run):
     """Name the search that belongs to full fine-tuning's Run, whatever the precision."""
     return run_name(dataclasses.replace(run.settings, amp="auto"))
@@ -121,7 +116,7 @@ def two_rates(tried):
 def grid_runs(run):
     """Return the twenty runs of the grid that full fine-tuning's Run is one of; None if their
     learning rates are not found yet."""
-    if not is_searched(run):
+    if not run.data:
         return SYNTHETIC_RUNS if is_synthetic(run.settings) else GRID_RUNS
     if not (found := read_search(run)):
         return None
@@ -469,11 +464,11 @@ def redraw(output):
 
 # --- the command line -----------------------------------------------------------------------------
 
-def write_grid(output, made_by, results, missing, tried=None):
+def write_grid(output, made_by, results, missing, tried):
     """Write the JSON, the CSV files, the figures and the tables of a grid's results."""
     metrics, rows = output / "metrics", rows_of(results)
     write_json(metrics / "grid.json", {"command": made_by, "missing": missing,
-                                       "tried": tried or {}, "runs": results})
+                                       "tried": tried, "runs": results})
     write_csv(metrics / "grid_results.csv", rows)
     write_csv(metrics / "grid_best.csv", best_of(rows))
     write_csv(metrics / "grid_statistics.csv", statistics_of(rows))
@@ -491,9 +486,39 @@ def gather_trainer(argv):
     path = args.output / "metrics" / "grid.json"
     if not all("trainer" in run for run in read_grid(path)["runs"].values()):
         fail(f"{path} holds runs that train.py made; choose another --output")
-    write_grid(args.output, command(), results, missing)
+    write_grid(args.output, command(), results, missing, {})
     if missing:
         print(f"missing: {', '.join(missing)}")
+
+
+def fetch_first(run):
+    """Make what several runs need before they start at once. stdout is for their commands."""
+    with contextlib.redirect_stdout(sys.stderr):
+        if run.model == DEFAULT_MODEL:
+            model_folder()
+        if is_synthetic(run.settings):
+            synthetic_folder(run.settings.data_sha256)
+
+
+def gather(run, runs, made_by):
+    """Gather the finished ones of `runs`, {run: flags of train.py}; made_by: the command."""
+    # a result of other settings is never taken: its file is named after its settings
+    paths = {name: read_flags(own).result for name, own in runs.items()}
+    results = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    if not results:
+        fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
+    add_scores(results)
+    missing = [name for name in runs if name not in results]
+    tried = read_search(run)["tried"] if run.data else {}
+    write_grid(run.output, made_by, results, missing, tried)
+    if line := mixed_hardware(results.values()):
+        warn(f"the minutes do not compare: {line}")
+    if missing:
+        print(f"{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}")
+        return
+    lines = lines_of_grid({"runs": results, "tried": tried})
+    chosen = {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
+    print_next(run.output, lines, chosen, run.settings.model_sha256 and run.model, ".json", ".json")
 
 
 def main(argv):
@@ -520,48 +545,25 @@ def main(argv):
     if free:
         flags = [*flags, "--amp", run.settings.amp]  # decided once, for all runs
     path = run.output / "metrics" / "grid.json"
-    if is_searched(run):  # another study's results are found before the search, not after it
+    if run.data:  # another study's results are found before the search, not after it
         own = {name: GRID_FLAGS.get(name.split("_")[0]) for name in read_grid(path)["runs"]}
         own = {name: [*flags, *words.split()] for name, words in own.items() if words}
         check_same_study(path, own, (*free, "lr", "epochs"))
     if given("--search", argv):
-        if is_searched(run) and not read_search(run):
+        if run.data and not read_search(run):
             search_rates(run, flags)
         return
     if not (grid := grid_runs(run)):
         fail("the learning rates of these questions are not searched yet; bash run_grid.sh, or "
              "python -m tools.grid --search, with the same flags does that")
     runs = {name: [*flags, *own.split()] for name, own in grid.items()}
-    if not is_searched(run):
+    if not run.data:
         check_same_study(path, runs, free)
     if "--list" in argv:
-        # what several runs need is made before they start at once; stdout is for the commands
-        with contextlib.redirect_stdout(sys.stderr):
-            if run.model == DEFAULT_MODEL:
-                model_folder()
-            if is_synthetic(run.settings):
-                synthetic_folder(run.settings.data_sha256)
+        fetch_first(run)
         print_commands(runs.values())
-        return
-
-    # a result of other settings is never taken: its file is named after its settings
-    paths = {name: read_flags(own).result for name, own in runs.items()}
-    results = {name: read_json(path) for name, path in paths.items() if path.exists()}
-    if not results:
-        fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
-    add_scores(results)
-    missing = [name for name in runs if name not in results]
-    tried = read_search(run)["tried"] if is_searched(run) else None
-    write_grid(run.output, shlex.join(["bash", "run_grid.sh", *asked]), results, missing, tried)
-    if line := mixed_hardware(results.values()):
-        warn(f"the minutes do not compare: {line}")
-    if missing:
-        print(f"{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}")
     else:
-        lines = lines_of_grid({"runs": results, "tried": tried or {}})
-        chosen = {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
-        print_next(run.output, lines, chosen, run.settings.model_sha256 and run.model, ".json",
-                   ".json")
+        gather(run, runs, shlex.join(["bash", "run_grid.sh", *asked]))
 
 
 if __name__ == "__main__":
