@@ -4,6 +4,7 @@
 #
 #   bash run_grid.sh           the default: a small BERT on generated questions, two CPU cores are enough
 #   bash run_grid.sh --task squad_pt --output results/squad_pt       BERTimbau on Portuguese SQuAD, for a GPU
+#   bash run_grid.sh --data questions.json --output results/mine       your own questions, at learning rates searched for them
 #   bash run_grid.sh --list [flags]      prints the twenty commands instead of running them
 #
 # All arguments go to every run (python train.py --help). Finished runs are skipped; a failed one does not stop the

@@ -372,15 +372,15 @@ def test_a_warning_comes_once_a_study(data_dir, tmp_path, monkeypatch, capfd):
             main(train_module, *command[2:])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here, DEVNULL=None))
+    monkeypatch.setattr(rates, "subprocess", SimpleNamespace(run=run_here, DEVNULL=None))
     flags = ["--data", data_dir, "--model", model, "--max-steps", 1, "--output", tmp_path / "out"]
     for method in "head", "bitfit":
-        assert compare.trained([str(flag) for flag in ["--method", method, *flags]])
+        assert rates.trained([str(flag) for flag in ["--method", method, *flags]])
     assert capfd.readouterr().err.count("not read: more.csv") == 1
     # other runs say it again, and other warnings are said
     main(train_module, "--method", "lora", *flags)
     assert capfd.readouterr().err.count("not read: more.csv") == 1
-    monkeypatch.setenv("BERT_WARNED", compare.warned().name)
+    monkeypatch.setenv("BERT_WARNED", common.warned().name)
     common.warn(f"caf\udce9 {tmp_path}\n")
     common.warn(f"caf\udce9 {tmp_path}\n")
     assert capfd.readouterr().err.count("warning: ") == 1

@@ -124,7 +124,8 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(data_dir, tmp_path):
         env = {**os.environ, "PYTHONIOENCODING": encoding}
         done = run(sys.executable, ROOT / "train.py", *flags, env=env, errors="replace")
         assert done.returncode == 0 and done.stdout.startswith("finished already"), done.stderr
-        done = run(sys.executable, ROOT / "compare.py", "--list", "--data", folder, env=env)
+        done = run(sys.executable, ROOT / "compare.py", "--list", "--lr", "1e-3", "--data",
+                   folder, env=env)
         assert done.returncode == 0 and done.stdout.count(str(folder)) == 5, done.stderr
 
 

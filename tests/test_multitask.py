@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import one_line_exit, save_small_bert
 
-import compare
 import data
+import rates
 import train
 from settings import RATED_TASKS
 from tools import multitask
@@ -39,7 +39,7 @@ def seven_runs(tmp_path_factory):
     flags = [str(flag) for flag in flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "ratings_file", made_up_ratings)
-        patch.setattr(compare, "subprocess", SimpleNamespace(run=train_here, DEVNULL=None))
+        patch.setattr(rates, "subprocess", SimpleNamespace(run=train_here, DEVNULL=None))
         _, runs = multitask.parse_args(["--methods", "lora_r8", *flags])
         for method, of_tasks in runs.items():
             for task, own in of_tasks.items():

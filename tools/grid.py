@@ -500,7 +500,7 @@ def fetch_first(run):
             synthetic_folder(run.settings.data_sha256)
 
 
-def gather(run, runs, made_by):
+def gather_runs(run, runs, made_by):
     """Gather the finished ones of `runs`, {run: flags of train.py}; made_by: the command."""
     # a result of other settings is never taken: its file is named after its settings
     paths = {name: read_flags(own).result for name, own in runs.items()}
@@ -563,7 +563,7 @@ def main(argv):
         fetch_first(run)
         print_commands(runs.values())
     else:
-        gather(run, runs, shlex.join(["bash", "run_grid.sh", *asked]))
+        gather_runs(run, runs, shlex.join(["bash", "run_grid.sh", *asked]))
 
 
 if __name__ == "__main__":

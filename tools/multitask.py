@@ -22,8 +22,9 @@ if not __package__:
 import sys
 
 from common import check_writable, command, fail, read_json, start, write_json
-from compare import explain, refuse, trained
+from compare import explain, refuse
 from methods import CASES, is_4bit, named
+from rates import trained
 from settings import (
     RATED_TASKS,
     Parser,
