@@ -152,8 +152,7 @@ def kind_of_column(values):
         return "texts" if n_words > 3 * len(full) else None
     numbers = {kind for kind in kinds if re.fullmatch("[+-]?[0-9]+([.]0*)?", kind)}
     has_years = any(re.search(r"\b(19|20)[0-9]{2}\b", kind) for kind in kinds)
-    is_words = all(sum(map(str.isalpha, kind)) >= sum(map(str.isdigit, kind))
-                   for kind in kinds - numbers)
+    is_words = all(any(map(str.isalpha, kind)) for kind in kinds - numbers)
     is_few = len(kinds) > 1 and len(numbers) <= 20  # more numbers are ids, or ages
     return "labels" if is_few and is_words and not has_years else None
 

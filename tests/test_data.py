@@ -415,6 +415,7 @@ def test_files_that_are_no_table(name, tmp_path):
 @pytest.mark.parametrize("columns, found", [
     (dict(body=body, category=cat), ("body", "category")),
     (dict(category=cat, body=body), ("body", "category")),
+    (dict(body=body, code=lambda i: f"c{i % 3:02d}"), ("body", "code")),
     (dict(id=lambda i: 1000 + i, created=lambda i: f"2026-02-{i % 3 + 10}",
           sent=lambda i: "Tue Feb 17 10:33:21 UTC 2026"[i % 2:], price=lambda i: f"${i % 2}9.99",
           cost=lambda i: f"{i % 2}9.99", name=lambda i: f"Ann van Dyk{i}", plan=lambda i: "basic",
