@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import fail, start, write_csv, write_json
+from common import fail, read_json, start, write_csv, write_json
 from methods import CASES, FOLD_STUDY, STUDY, row_of
 from rates import TRAIN, best_rate, first_rates, plan, search, trained
 from settings import (
@@ -35,6 +35,7 @@ from settings import (
     number,
     read_flags,
     read_settings,
+    settings_of,
 )
 from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
 from verdict import best_line, largest_class, marks_of
@@ -87,6 +88,22 @@ def parts_of(seeds, folds):
         return [["--seed", str(seed)] for seed in seeds]
     return [["--seed", str(seed), "--fold", f"{k}/{folds}"]
             for seed in seeds for k in range(1, folds + 1)]
+
+
+def decide_amp(flags, held=()):
+    """Return train.py's flags for all runs of a study, with --amp auto decided, once. Exit if its
+    results, those that are `held` and those in files, are of another precision."""
+    args = make_parser().parse_args([*flags, "--method", "full"])
+    if args.amp != "auto":
+        return flags
+    s, files = settings_of(args), (args.output / "metrics" / "runs").glob("*.json")
+    made = [run["settings"] for run in (*held, *map(read_json, files))]
+    same = "task", "data_sha256", "model", "model_sha256"
+    amps = {own["amp"] for own in made if all(own.get(key) == getattr(s, key) for key in same)}
+    if amps and s.amp not in amps:
+        fail(f"{args.output} has results of this study in {max(amps)}, and --amp auto is {s.amp} "
+             f"here: --amp {max(amps)} goes on, --amp {s.amp} with another --output begins anew")
+    return [*flags, "--amp", s.amp]
 
 
 # --- runs ----------------------------------------------------------------------------------------
@@ -255,6 +272,7 @@ def main(argv):
              "run_grid.sh")
     s, is_list = asked_settings(args), "--list" in argv
     searches = not (given("--lr", flags) or has_searched_rates(s))
+    flags = decide_amp(flags)
     jobs = [[*flags, *part, *own.split()] for part in parts for own in study.values()]
     tried, progress = {}, None
     if searches or not is_list and sum(not read_flags(job).result.exists() for job in jobs) > 1:

@@ -28,7 +28,7 @@ from common import fail, warn
 from fetch import model_folder
 from lora import put_dora, put_lora
 from methods import HEAD, is_4bit, kind_of, row_of, trains
-from settings import DEFAULT_MODEL
+from settings import DEFAULT_MODEL, bf16_speedup
 
 # What puts a method into BERT: function(model, settings). The others add nothing.
 PUT = {"lora": put_lora, "qlora": put_lora, "dora": put_dora, "qdora": put_dora,
@@ -232,6 +232,7 @@ def environment(device, dtype):
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return {"device": f"{WORLD} x {name}" if WORLD > 1 else name,
             "amp": str(dtype).removeprefix("torch.") if dtype else "off",
+            "bf16_speedup": bf16_speedup(),
             "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "bitsandbytes": version("bitsandbytes"),
             "git_commit": git_commit()}

@@ -20,14 +20,7 @@ from pathlib import Path
 
 from common import fail, read_json, start, warned
 from methods import label_of
-from settings import (
-    asked_settings,
-    given,
-    make_parser,
-    read_flags,
-    read_settings,
-    short,
-)
+from settings import asked_settings, given, make_parser, read_flags, read_settings, short
 
 TRAIN = Path(__file__).with_name("train.py")
 

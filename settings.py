@@ -5,12 +5,15 @@ Imports nothing slow, so that --help and a typo are answered at once.
 """
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from timeit import timeit
 
 from checks import find_columns
 from common import check_name, data_files, fail, fingerprint, model_files, read_json
@@ -143,10 +146,12 @@ class Run:
     has_default_rate: bool  # neither --lr nor a rate that was searched for this task
 
     @property
-    def said_rate(self):
-        """Say the learning rate, and how to find a better one if nobody chose it for this task."""
+    def said(self):
+        """Say the precision, with bf16's speed on a CPU that has it, and the learning rate, with
+        the way to a better one if nobody chose it for this task."""
         script = "run_grid.sh" if self.settings.is_qa else "run_all.sh"
-        return f"lr {self.settings.lr:g}" + (
+        speed = f" (bf16 at {bf16_speedup():.2f} times fp32's speed)" if bf16_speedup() else ""
+        return f"amp {self.settings.amp}{speed}, lr {self.settings.lr:g}" + (
             f" (the default; bash {script} with the same --data or --task searches a better one)"
             if self.has_default_rate else "")
 
@@ -295,24 +300,45 @@ def asked_settings(args):
     return Settings(**values)
 
 
-def chosen_amp(mode):
-    """Return what --amp `mode` is on this machine: bf16, fp16 or off.
+FACTORS = (512, 384), (384, 1536)  # the shapes of two matrices in the small model's training
+LEAST_SPEEDUP = 1.2  # that bf16 must have on a CPU; noise does not cross it
 
-    A CPU that emulates bf16 was 5 times slower in it than in fp32 (60 and 280 GFLOP/s on 2 cores
-    with AVX-512 but neither AMX nor AVX512-BF16).
-    """
+
+@functools.cache
+def bf16_speedup():
+    """Return how many times as fast in bf16 as in fp32 this CPU multiplies FACTORS, by the shortest
+    of three times each, taken in turns, once a process. None on CUDA, and without instructions for
+    bf16: emulated, it was 5 times slower."""
+    import torch  # slow
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if torch.cuda.is_available() or not has_bf16:
+        return None
+    sides = [[torch.ones(shape, dtype=dtype) for shape in FACTORS]
+             for dtype in (torch.float32, torch.bfloat16)]
+    times = [[timeit(lambda: torch.mm(*side), number=1) for side in sides] for _ in range(4)]
+    fp32, bf16 = map(min, zip(*times[1:]))  # the first try is slow
+    return fp32 / bf16
+
+
+def chosen_amp(mode):
+    """Return what --amp `mode` is on this machine: bf16, fp16 or off."""
     if mode == "off":
         return mode
     import torch  # slow
-    on_cuda = torch.cuda.is_available()
-    has_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else
-                torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    on_cuda, speedup = torch.cuda.is_available(), bf16_speedup()
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else speedup
     if mode == "bf16" and not has_bf16:
-        fail(f"--amp bf16: this {'cuda' if on_cuda else 'cpu'} has no bf16 arithmetic; --amp auto "
-             "takes what it has")
+        fail(f"this {'GPU' if on_cuda else 'CPU'} has no bf16 arithmetic; use --amp auto")
     if mode == "fp16" and not on_cuda:
         fail("--amp fp16 needs a CUDA device; use --amp auto")
-    return mode if mode != "auto" else "bf16" if has_bf16 else "fp16" if on_cuda else "off"
+    if mode != "auto":
+        return mode
+    if on_cuda:
+        return "bf16" if has_bf16 else "fp16"
+    # torchrun's processes must take the same one, and each would time another number
+    is_fast = (torch.cpu._is_amx_tile_supported() if "WORLD_SIZE" in os.environ else
+               has_bf16 and speedup >= LEAST_SPEEDUP)
+    return "bf16" if is_fast else "off"
 
 
 def settings_of(args):

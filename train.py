@@ -112,7 +112,7 @@ def main(argv=None):
     check_length(s, model.config)
     model = build(model, s, device, dtype)
     params, trained = count_params(model), list(trained_tensors(model).values())
-    print(f"{s.method}: {say_params(params)}, {device.type}, amp {s.amp}, {run.said_rate}")
+    print(f"{s.method}: {say_params(params)}, {device.type}, {run.said}")
     splits, note = encode_splits(task, tokenizer, s)
     train, validation, test = splits.values()
 

@@ -85,8 +85,8 @@ def test_run_all_leaves_the_comparison(study):
             r["history"][0]["validation_loss"], rel=1e-4)
         assert (r["settings"]["task"], r["settings"]["model"], r["settings"]["seed"]) == (
             "mine", "all-MiniLM-L6-v2", 42)
-        assert {"device", "amp", "torch", "transformers", "bitsandbytes", "git_commit"} <= set(
-            r["environment"])
+        assert {"device", "amp", "bf16_speedup", "torch", "transformers", "bitsandbytes",
+                "git_commit"} <= set(r["environment"])
         assert r["command"].startswith("python train.py ")
         assert f"--data {flags[1]}" in r["command"]
     counts = [(r["trainable_params"], r["trainable_by_kind"]["head"]) for r in entries.values()]
@@ -193,6 +193,37 @@ def test_seeds_are_trained_combined_and_never_mixed(study, tmp_path, monkeypatch
         main(compare, *flags, "--seeds", 42, 8)
     assert error.value.code == 1 and len(asked) == 6 and "full" in asked[-1]
     assert json.loads((tmp_path / "metrics" / "comparison.json").read_text()) == comparison
+
+
+def test_a_study_decides_its_precision_once_and_goes_on_in_no_other(data_dir, tmp_path, capsys,
+                                                                   monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = ["--data", data_dir, "--lr", "1e-3", "--output", tmp_path]
+    runs = tmp_path / "metrics" / "runs"
+    runs.mkdir(parents=True)
+    for speedup, amp, other in (2, "bf16", "off"), (0.5, "off", "bf16"):
+        monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
+        for asked in [], ["--amp", "auto"]:
+            main(compare, "--list", *flags, *asked)
+            lines = capsys.readouterr().out.splitlines()
+            assert len(lines) == 5 and all(f" --amp {amp} --" in line for line in lines)
+        # another method's and seed's run is there, as of a machine where auto was another type
+        begun = vars(settings(*flags, "--method", "head", "--seed", 3)) | {"amp": other}
+        (runs / "begun.json").write_text(json.dumps({"settings": begun}))
+        one_line_exit(lambda: main(compare, "--list", *flags),
+                      f"in {other}, and --amp auto is {amp} here: --amp {other} goes on")
+        main(compare, "--list", *flags, "--amp", other)
+        assert capsys.readouterr().out.count(f" --amp {other} ") == 5
+        # runs of other data are none of this study, and with some in the same type it goes on
+        foreign, own = begun | {"data_sha256": "another"}, begun | {"amp": amp}
+        for made in [foreign], [begun, own]:
+            for i, of_run in enumerate(made):
+                (runs / f"{i}.json").write_text(json.dumps({"settings": of_run}))
+            (runs / "begun.json").unlink(missing_ok=True)
+            main(compare, "--list", *flags)
+        for path in runs.iterdir():
+            path.unlink()
+        capsys.readouterr()
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -503,8 +534,7 @@ def test_bad_data_and_missing_bf16_leave_finished_results_untouched(lora_run, da
                                                                     monkeypatch):
     output = lora_run[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for instructions in "_is_amx_tile_supported", "_is_avx512_bf16_supported":
-        monkeypatch.setattr(torch.cpu, instructions, lambda: False)
+    monkeypatch.setattr("settings.bf16_speedup", lambda: None)
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     with open(data_dir / "train.tsv", "ab") as file:
         file.write(b"caf\xe9\tyes\n")

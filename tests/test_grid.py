@@ -176,7 +176,9 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(flags, tmp_p
     assert "the minutes do not compare" in said.err and "full_epoch-2_lr_2e-4" in said.out
 
 
-def test_what_another_machine_took_for_auto_is_no_other_study(flags, tmp_path):
+def test_what_another_machine_took_for_auto_is_no_other_study(flags, tmp_path, monkeypatch,
+                                                              capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     runs = {name: {"settings": vars(settings(*flags, *own.split())) | {"amp": "bf16"}}
             for name, own in grid.GRID_RUNS.items()}
     path = tmp_path / "metrics" / "grid.json"
@@ -187,6 +189,11 @@ def test_what_another_machine_took_for_auto_is_no_other_study(flags, tmp_path):
     main("--list", *auto, "--output", tmp_path)
     one_line_exit(lambda: main("--list", *auto, amp, off, "--output", tmp_path),
                   "holds results of another study (amp bf16, here off)")
+    for speedup, amp in (2, "bf16"), (0.5, "off"):
+        monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
+        capsys.readouterr()
+        main("--list", *auto, "--amp", "auto", "--output", tmp_path)
+        assert capsys.readouterr().out.count(f" --amp {amp} --method ") == 20
 
 
 def test_another_study_is_not_written_over(flags, tmp_path):

@@ -107,6 +107,15 @@ def test_other_methods_too_and_they_are_drawn_again(seven_runs, monkeypatch, cap
     assert before[0] in capfd.readouterr().out
 
 
+def test_all_runs_are_of_one_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(multitask.torch.cuda, "is_available", lambda: False)
+    for speedup, amp in (2, "bf16"), (0.5, "off"):
+        monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
+        _, runs = multitask.parse_args(["--output", str(tmp_path)])
+        for own in (own for of_tasks in runs.values() for own in of_tasks.values()):
+            assert own[own.index("--amp") + 1] == amp
+
+
 def test_methods_that_can_be_chosen():
     assert list(multitask.parse_args([])[1]) == ["full", "lora_r8", "adapter"]
     for name in "bert", "full", "qlora":  # 4-bit methods have encoder weights of their own

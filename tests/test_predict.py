@@ -239,10 +239,12 @@ def test_the_answers_are_those_of_one_by_one(act, study, tmp_path, monkeypatch):
 
 
 def test_files_are_answered_in_the_precision_of_the_run_and_single_texts_in_fp32(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(predict.train, "predict", lambda model, split, device, amp: (0, amp))
-    for amp, is_file, is_half in (("bf16", True, True), ("fp16", True, True), ("auto", True, True),
-                                  ("off", True, False), ("bf16", False, False)):
+    for amp, is_file, speedup, is_half in (
+            ("bf16", True, 2, True), ("fp16", True, 2, True), ("auto", True, 2, True),
+            ("bf16", True, 0.5, False), ("off", True, 2, False), ("bf16", False, 2, False)):
+        monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
         s = settings("--method", "full", "--amp", "off")
         object.__setattr__(s, "amp", amp)  # as it was resolved on another machine
         method = predict.Trained("m", torch.nn.Linear(2, 2), {"settings": s}, 1, 1)

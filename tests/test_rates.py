@@ -59,7 +59,7 @@ def test_which_tasks_have_searched_rates(data_dir, tmp_path):
         assert not has_searched_rates(settings("--method", "lora", *other))
     for flags, words in ((["--data", data_dir], "run_all.sh"), (["--task", "squad"], "run_grid.sh"),
                          (["--lr", "1e-3", "--data", data_dir], ""), ([], "")):
-        said = read_flags(["--method", "lora", *map(str, flags)]).said_rate
+        said = read_flags(["--method", "lora", *map(str, flags)]).said
         assert "lr 0.001" in said and words in said and ("default" in said) is bool(words)
 
 

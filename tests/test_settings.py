@@ -2,6 +2,7 @@
 name."""
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from settings import (
     QA_TASKS,
     Settings,
     asked_settings,
+    bf16_speedup,
     chosen_amp,
     fold_name,
     is_synthetic,
@@ -69,19 +71,56 @@ def test_a_flag_that_changes_nothing_keeps_the_name(flags):
     assert run_name(settings("--method", "lora", *flags)) == run_name(settings("--method", "lora"))
 
 
-@pytest.mark.parametrize("has_bf16", [False, True])
-def test_the_precision_that_auto_chose_gives_the_name_of_the_same_flag(has_bf16, monkeypatch):
+@pytest.mark.parametrize("speedup, chosen", [
+    (None, "off"), (0.53, "off"), (1.19, "off"), (1.2, "bf16"), (5.0, "bf16")])
+def test_the_precision_that_auto_chose_gives_the_name_of_the_same_flag(speedup, chosen,
+                                                                       monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
-    chosen = "bf16" if has_bf16 else "off"
+    monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
     auto, given = settings("--method", "full"), settings("--method", "full", "--amp", chosen)
     assert auto == given and auto.amp == chosen == chosen_amp("auto")
     assert run_name(auto) == run_name(given)
     off = settings("--method", "full", "--amp", "off")
-    assert (run_name(off) == run_name(auto)) is not has_bf16
+    assert (run_name(off) == run_name(auto)) is (chosen == "off")
+    said = read_flags(["--method", "full"]).said
+    measured = f" (bf16 at {speedup:.2f} times fp32's speed)" if speedup else ""
+    assert said.startswith(f"amp {chosen}{measured}, lr ")
     # before torch is imported it is not known, and nothing is named by it
     assert asked_settings(make_parser().parse_args(["--method", "full"])).amp == "auto"
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_processes_of_torchrun_choose_alike_whatever_each_measures(has_amx, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for speedup in 0.5, 2.0:
+        monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
+        assert chosen_amp("auto") == ("bf16" if has_amx else "off")
+
+
+@pytest.fixture
+def cpu_with_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+
+
+def test_the_speed_of_bf16_is_the_shortest_of_three_times_after_a_slow_one(cpu_with_bf16,
+                                                                           monkeypatch):
+    seconds = iter([9, 1, 2, 5, 3, 4, 8, 6])  # fp32, bf16, fp32, ...
+    monkeypatch.setattr("settings.timeit", lambda act, number: next(seconds))
+    assert bf16_speedup.__wrapped__() == 2 / 4
+    for on_cuda, has_bf16 in (True, True), (False, False):  # nothing is timed
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+        assert bf16_speedup.__wrapped__() is None
+
+
+def test_the_speed_of_bf16_is_soon_known(cpu_with_bf16, monkeypatch):
+    monkeypatch.setattr("settings.FACTORS", ((64, 64), (64, 256)))  # slow where it is emulated
+    begin = time.perf_counter()
+    assert 0 < bf16_speedup.__wrapped__() < 100 and time.perf_counter() - begin < 0.3
 
 
 def test_where_the_folders_are_is_not_in_the_name(tmp_path, monkeypatch):

@@ -262,6 +262,25 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
                   "amp")
 
 
+def test_a_sweep_goes_on_in_one_precision(swept, monkeypatch):
+    flags, output = swept
+    methods = ["--methods", "full", "lora --r 16"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    asked, own = [], settings("--method", "full", *flags).amp
+    sweep.main([*flags, *methods])
+    shutil.rmtree(output / "metrics" / "runs")  # the sweep holds what it needs
+    monkeypatch.setattr(sweep, "run_method", lambda flags, *_: asked.append(flags) or sys.exit())
+    for speedup, amp in (2, "bf16"), (0.5, "off"):
+        monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
+        sweep.main([*flags, *methods])
+        with pytest.raises(SystemExit) as ended:
+            sweep.main([*flags, "--methods", "head"])
+        if amp == own:
+            assert asked.pop()[-4:] == ["--amp", amp, "--method", "head"]
+        else:
+            assert not asked and f"--amp {own} goes on" in ended.value.code
+
+
 def test_redraw_draws_again_what_is_there(swept, capsys):
     flags, output = swept
     one_line_exit(lambda: sweep.main(["--redraw", *flags]), "sweep_")

@@ -85,22 +85,11 @@ from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import attach, read_about, read_tensors
-from common import (
-    read_json,
-    usual_mode,
-    write_json,
-    write_whole,
-)
+from common import read_json, usual_mode, write_json, write_whole
 from lora import merge_lora
 from methods import CASES, HEAD, TARGETS, is_4bit, label_of, named, row_of
 from model import load_pretrained
-from settings import (
-    DEFAULT_MODEL,
-    Settings,
-    checkpoint_path,
-    read_settings,
-    result_path,
-)
+from settings import DEFAULT_MODEL, Settings, checkpoint_path, read_settings, result_path
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, LAYERS = "base_model.model.", "bert.encoder.layer."

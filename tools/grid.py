@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from common import check_writable, command, fail, read_json, start, warn, write_csv, write_json
-from compare import explain, mixed_hardware, print_commands, print_next, refuse
+from compare import decide_amp, explain, mixed_hardware, print_commands, print_next, refuse
 from fetch import model_folder, synthetic_folder
 from methods import CASES, label_of
 from rates import TRAIN, best_rate, plan, search
@@ -541,9 +541,8 @@ def main(argv):
     if not run.settings.is_qa:
         fail("run_grid.sh is for question answering (with --data, a .json); for "
              "sentences there is run_all.sh")
-    free = () if given("--amp", flags) else ("amp",)  # what another machine took for auto
-    if free:
-        flags = [*flags, "--amp", run.settings.amp]  # decided once, for all runs
+    asked_amp, flags = flags, decide_amp(flags)
+    free = () if flags == asked_amp else ("amp",)  # what another machine took for auto
     path = run.output / "metrics" / "grid.json"
     if run.data:  # another study's results are found before the search, not after it
         own = {name: GRID_FLAGS.get(name.split("_")[0]) for name in read_grid(path)["runs"]}

@@ -22,7 +22,7 @@ if not __package__:
 import sys
 
 from common import check_writable, command, fail, read_json, start, write_json
-from compare import explain, refuse
+from compare import decide_amp, explain, refuse
 from methods import CASES, is_4bit, named
 from rates import trained
 from settings import (
@@ -63,6 +63,7 @@ def parse_args(argv):
     asked_settings(args)  # a bad flag ends here
     check_writable(args.output / "metrics")
     methods = [] if known.redraw else ["full", *known.methods]
+    rest = decide_amp(rest) if methods else rest
     return args, {method: {task: [*rest, "--task", task, *CASES[method].flags.split()]
                            for task in RATED_TASKS} for method in methods}
 

@@ -26,7 +26,7 @@ import textwrap
 import numpy as np
 
 from common import command, fail, read_json, start, warn, write_csv, write_json
-from compare import explain, mixed_hardware, refuse, split_seeds
+from compare import decide_amp, explain, mixed_hardware, refuse, split_seeds
 from methods import CASES, FOLD_STUDY, label_of, named
 from rates import best_rate, beyond, probe, score_name, search, steps_of, trained, validation_of
 from settings import (
@@ -40,12 +40,7 @@ from settings import (
     short,
 )
 from spread import mean_interval, mean_std, paired_bootstrap
-from verdict import (
-    LARGEST,
-    RANDOM,
-    largest_class,
-    marks_of,
-)
+from verdict import LARGEST, RANDOM, largest_class, marks_of
 
 METHOD_SETTINGS = {"method", "r", "alpha", "dropout", "placement", "bottleneck", "reduction",
                    "targets"}
@@ -368,10 +363,11 @@ def main(argv):
         missing = [name for name, (_, s) in names.items()
                    if not is_done(entries.get(name), args.seeds, args.rates_from, s)]
         if missing:
-            size = probe([*args.rest, *tried_on, "--method", "full"])
+            rest = decide_amp(args.rest, [run for e in entries.values() for run in e["runs"]])
+            size = probe([*rest, *tried_on, "--method", "full"])
         for name in missing:
             flags, s = names[name]
-            results, tried = run_method([*args.rest, *flags], args.seeds, rows, tried_on,
+            results, tried = run_method([*rest, *flags], args.seeds, rows, tried_on,
                                         steps_of(s, size["examples"]))
             entry = entry_of(results, tried, args.rates_from)
             entries = add_entry(path, args.settings, name, entry, results)
