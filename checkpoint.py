@@ -14,6 +14,7 @@ The frozen tensors are not in the file and did not change: loaded onto the same 
 same bits.
 """
 import copy
+import dataclasses
 import hashlib
 import json
 
@@ -131,6 +132,8 @@ def fill(path, model, tensors, assign):
         if (found.shape, found.dtype) != (p.shape, p.dtype):
             fail(f"{path}: {name} is {found.dtype} of shape {tuple(found.shape)}, not {p.dtype} of "
                  f"{tuple(p.shape)}")
+        if not found.isfinite().all():
+            fail(f"{path}: {name} holds NaN or infinity")
     model.load_state_dict(tensors, strict=False, assign=assign)
 
 
@@ -159,6 +162,15 @@ def share_storage(model):
     return copy.deepcopy(model, memo | {id(b): b for b in model.buffers()})
 
 
+def fit_length(about, config):
+    """Return `about` with the longest input that a base of this config reads where a peft folder
+    does not say it, or asks for more."""
+    s, longest = about["settings"], config.max_position_embeddings
+    length = min(s.max_length or longest, longest)
+    stride = s.stride and min(s.stride, max(length - 70, 0))  # as settings.length_settings has it
+    return about | {"settings": dataclasses.replace(s, max_length=length, stride=stride)}
+
+
 def attach(base, base_hash, path, compute_dtype=torch.float32):
     """Put the trained method of a file on a fresh model `base` (load_pretrained's) with the
     hash_base `base_hash`: (model, about), in evaluation mode.
@@ -166,7 +178,7 @@ def attach(base, base_hash, path, compute_dtype=torch.float32):
     What is frozen lies where the base's own does, so that many methods and tasks share it. What was
     trained, 4-bit weights and a frozen encoder in another `compute_dtype` are the new model's.
     """
-    about, tensors = read_about(path), read_tensors(path)
+    about, tensors = fit_length(read_about(path), base.config), read_tensors(path)
     check_base(path, about, base_hash)
     model = share_storage(base)
     if about["label_names"]:  # tasks on one base may have other labels, and another number of them

@@ -7,6 +7,7 @@ perhaps not meant, and otherwise returns what was found.
 """
 import csv
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -185,15 +186,26 @@ def looks_quoted(text):
     return text == f'"{inner}"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
-def warn_quoting(path, quoted, breaks, labels):
-    """Warn about rows of a .tsv that look quoted, whose lines are `quoted`, and about fields of a
-    .csv that seem to hold rows. breaks: of each field over several lines where it opens and closes,
-    and what stands in them where a row has one of the table's `labels`."""
+def rows_inside(start, row, column):
+    """Return what looks like rows inside the fields of a .csv's row that starts at line `start`: of
+    each field with any, where it opens and closes, and what they have in `column`."""
+    at, found = list(row).index(column), []
+    for field in row.values():
+        *lines, _ = re.split("\r\n|\r|\n", field)
+        inside = [own[at] for line in lines if len(own := line.split(",")) == len(row)]
+        found += [(start, start + len(lines), inside)] if inside else []
+        start += len(lines)
+    return found
+
+
+def warn_quoting(path, quoted, breaks, labels=None):
+    """Warn about rows of a .tsv that look quoted, whose lines are `quoted`, and fields of a .csv of
+    whose lines half are rows (`breaks`, rows_inside's) with one of the table's `labels`, if any."""
     if quoted:
         warn(f"{path}: {len(quoted):,} rows, line {quoted[0]} first, look quoted as in a .csv; a "
              ".tsv has no quoting, so the quotes stay in the text")
     stray = [(closes - opens, opens, closes) for opens, closes, found in breaks
-             if 2 * sum(name in labels for name in found) >= closes - opens]
+             if 2 * sum(labels is None or name in labels for name in found) >= closes - opens]
     if stray:
         _, opens, closes = max(stray)
         warn(f"{path}: the quoted field that opens at line {opens} and closes at line {closes} "
@@ -300,6 +312,14 @@ def check_length(s, config):
         fail(f"--max-length {s.max_length}: {s.model} reads {longest} tokens at most")
 
 
+def warmup_steps(share, total):
+    """Return how many of `total` steps are a warm-up of this share. Warn if none comes after it."""
+    if (warmup := math.ceil(share * total)) == total:
+        warn(f"the warm-up covers every step ({total}), the first at rate 0; take more steps or a "
+             "smaller --warmup")
+    return warmup
+
+
 def check_words(name, rows, tokenizer):
     """Warn if the tokenizer of the model `name` does not know more than a tenth of the words in the
     training rows; exit if it knows none. rows: token ids, a list of 1-D tensors. A word is a token
@@ -311,7 +331,9 @@ def check_words(name, rows, tokenizer):
                         and not token.startswith("##") for token in tokens])
     ids = np.concatenate([row.numpy() for row in rows])
     n_words, n_unknown = is_word[ids].sum(), (ids == tokenizer.unk_token_id).sum()
-    said = (f"{n_unknown / max(n_words, 1):.0%} of the training rows' words are unknown to the "
+    if not n_words:
+        fail(f"the training rows hold no word that the tokenizer of {name} could read")
+    said = (f"{n_unknown / n_words:.0%} of the training rows' words are unknown to the "
             f"tokenizer of {name} and become {tokenizer.unk_token}")
     if n_unknown == n_words:
         fail(said)

@@ -79,9 +79,10 @@ def end(kind, error, traceback):
     line."""
     if kind is BrokenPipeError:
         mute()
-    elif kind.__name__ == "OutOfMemoryError":  # torch's
-        print("error: the GPU has no memory left; in training, --accumulation 2 computes the same "
-              "batches in halves", file=sys.stderr)
+    elif kind.__name__ in ("OutOfMemoryError", "MemoryError") or "CPUAllocator" in str(error):
+        device = "GPU" if kind.__name__ == "OutOfMemoryError" else "machine"  # torch's names
+        print(f"error: the {device} has no memory left; in training, --accumulation 2 computes the "
+              "same batches in halves", file=sys.stderr)
     elif issubclass(kind, OSError):
         print(one_line(f"error: {error}"), file=sys.stderr)
         try:

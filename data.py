@@ -18,6 +18,7 @@ from checks import (
     files_to_read,
     looks_quoted,
     read_table,
+    rows_inside,
     warn_labels,
     warn_quoting,
     warn_repeats,
@@ -60,6 +61,15 @@ def read_text(path, line, row, column):
     return row[column].strip() or None
 
 
+def label_name(path, line, value, column):
+    """Return the label in a column as a text, "" if there is none. A .jsonl's may be a number."""
+    if isinstance(value, (list, dict)):
+        fail(f"{path}, line {line}: {column!r} is {str(value)[:40]!r}, not a label; a row has one")
+    if value is None or value != value:  # not a number
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value)
+
+
 def read_file(path, text="sentence", label="label"):
     """Read the Rows of a table with the columns `text` and `label`; with a column `sentence2`, each
     sentence is a pair."""
@@ -70,22 +80,18 @@ def read_file(path, text="sentence", label="label"):
         pair = (sentence, read_text(path, start, row, SECOND)) if has_pair else None
         if rows.sentences and isinstance(rows.sentences[0], tuple) != bool(pair):
             fail(f"{path}, line {start}: {'a' if pair else 'no'} {SECOND}, unlike the first row")
-        # a .jsonl's labels may be numbers
-        name = row[label] if isinstance(row[label], str) else json.dumps(row[label])
-        if not sentence or not name.strip() or pair and not pair[1] or row[label] is None:
+        name = label_name(path, start, row[label], label)
+        if not sentence or not name or pair and not pair[1]:
             lost = text if not sentence else SECOND if pair and not pair[1] else label
             fail(f"{path}, line {start}: no {lost}")
+        if (sentence, name) == (text, label):
+            fail(f"{path}, line {start}: the header again; delete that line")
         rows.sentences.append(pair or sentence)
-        rows.labels.append(name.strip())
-        if path.suffix == ".tsv" and (looks_quoted(sentence) or name.strip()[0] == '"'):
+        rows.labels.append(name)
+        if path.suffix == ".tsv" and (looks_quoted(sentence) or name[0] == '"'):
             quoted.append(start)
         if path.suffix == ".csv":
-            at = list(row).index(label)
-            for field in row.values():
-                *lines, _ = re.split("\r\n|\r|\n", field)
-                found = [own[at] for line in lines if len(own := line.split(",")) == len(row)]
-                breaks += [(start, start + len(lines), found)] if found else []
-                start += len(lines)
+            breaks += rows_inside(start, row, label)
 
     if not rows.sentences:
         fail(f"{path} has no rows")

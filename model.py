@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -91,6 +92,10 @@ def load_pretrained(name, label_names):
     model.new_pooler = {POOLER + "weight", POOLER + "bias"} <= set(loading["missing_keys"])
     check_loading(name, model, loading, lambda key: is_head(model, key))
 
+    model.config.return_dict = True  # whatever config.json says: outputs are read by name
+    model.config.output_hidden_states = model.config.output_attentions = False
+    for p in model.parameters():  # as other tools' .bin files have them, no file could hold them
+        p.data = p.data.contiguous()
     if not label_names:
         model.qa_outputs = SpanHead(config.hidden_size, 2)
     heads = [model.classifier if label_names else model.qa_outputs]  # new even where there is one
@@ -150,7 +155,8 @@ def build(model, s, device, dtype=None, quantize=None, without=()):
     autocast's, or None; without: tricks to leave out (tools.bench)."""
     apply_method(model, s, dtype or torch.float32, quantize, "half_weights" not in without)
     if RANK > 0:
-        torch.manual_seed(s.seed + 2**32 * RANK)  # dropout masks of its own, which no --seed has
+        # dropout masks of its own; mixed, as torch on a CPU reads only the low 32 bits of a seed
+        torch.manual_seed(int(np.random.SeedSequence((s.seed, RANK)).generate_state(1, "u8")[0]))
     return place(model, device, without)
 
 

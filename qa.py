@@ -9,6 +9,7 @@ import json
 import random
 import re
 import string
+import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from fetch import synthetic_folder
 from settings import SPLIT_SEED, is_synthetic
 
 MAX_QUESTION = 64  # tokens of a question that are read, as in BERT's own SQuAD code
+JOINERS = "\u200c\u200d"  # invisible themselves, they shape the letter before them
 
 
 class Question(NamedTuple):
@@ -239,7 +241,8 @@ def reach(context, spans):
     """Return how far a token reaches that ends at each position, (characters + 1,).
 
     The normaliser drops combining marks, control and format characters, so that no token covers
-    them. They belong to the word before them, whose last token is made to reach over them.
+    them. They belong to the word before them, whose last token is made to reach over them, but not
+    over the invisible ones (zero-width space, soft hyphen, direction marks) behind a word's end.
 
     spans: (tokens, 2), first and one past the last character of every token of the context, in any
     order.
@@ -249,7 +252,8 @@ def reach(context, spans):
     np.add.at(covered, spans[:, 1], -1)
     ends = np.arange(len(context) + 1)
     for i in np.flatnonzero(np.cumsum(covered)[:-1] == 0)[::-1]:
-        if not context[i].isspace():
+        is_seen = context[i] in JOINERS or unicodedata.category(context[i]) not in ("Cc", "Cf")
+        if is_seen and not context[i].isspace():
             ends[i] = ends[i + 1]
     return ends
 

@@ -40,17 +40,16 @@ SYNTHETIC_SHA256 = "9dbbecb2df675ab0"
 
 # --- types of values -----------------------------------------------------------------------------
 
-def number(kind, low, high=float("inf"), below=False):
-    """Make an argparse type: an int or float in [low, high], or in [low, high) with below=True."""
+def number(kind, low, high=float("inf")):
+    """Make an argparse type: an int or float in [low, high]."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {what}") from None
-        if not low <= value <= high or (below and value == high) or math.isinf(value):
-            bound = f"at least {low:g}" if high == float("inf") else \
-                f"from {low:g} to {'below ' if below else ''}{high:g}"
+        if not low <= value <= high or math.isinf(value):
+            bound = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
             raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
         return value
     return convert
@@ -65,7 +64,7 @@ def fold_name(text):
 
 
 count, length, positive = number(int, 1), number(int, 3), number(float, 1e-12)
-share, probability = number(float, 0, 1), number(float, 0, 1, below=True)
+share, probability = number(float, 0, 1), number(float, 0, 0.99)  # fast.py's masks: 16 bits
 any_seed = number(int, 0, 2**32 - 1)
 
 

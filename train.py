@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-from checks import check_length
+from checks import check_length, warmup_steps
 from data import encode_splits
 from model import (
     add_up,
@@ -119,7 +119,7 @@ def main(argv=None):
     # --- optimizer and schedule ------------------------------------------------------------------
     steps_per_epoch = math.ceil(len(train.usable) / s.batch_size)
     total_steps = min(s.epochs * steps_per_epoch, s.max_steps or math.inf)
-    optimizer, warmup = make_optimizer(trained, s.lr), math.ceil(s.warmup * total_steps)
+    optimizer, warmup = make_optimizer(trained, s.lr), warmup_steps(s.warmup, total_steps)
     def rate(t):  # as a share of the peak: it rises over the warm-up, then falls to 0
         return t / warmup if t < warmup else (total_steps - t) / max(1, total_steps - warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

@@ -132,6 +132,8 @@ NAME = "bert.encoder.layer.0.attention.self.query.lora_A"
      rf"{NAME}.*\(5, 64\), not .*\(4, 64\)"),
     (lambda path: changed(path, tensors=lambda t: t | {NAME: t[NAME].half()}),
      f"{NAME} is torch.float16"),
+    (lambda path: changed(path, tensors=lambda t: t | {NAME: t[NAME] / 0}),
+     f"{NAME} holds NaN or inf"),
     (lambda path: changed(path, settings=None), "does not say"),
     (lambda path: changed(path, settings={"method": "lora"}), "does not say"),
     (lambda path: changed(path, base="0" * 16), "another base model"),

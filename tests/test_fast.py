@@ -13,13 +13,15 @@ from torch import nn
 import data
 import fast
 import methods
+import model as model_module
+from checks import warmup_steps
 from model import apply_method, trained_tensors
 from model import build as build_model
 from tools.bench import TRICKS
 from train import make_optimizer, step
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])  # the last: the largest of --dropout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mask_has_the_rate_and_scale_of_dropout(p, dtype):
     torch.manual_seed(0)
@@ -45,6 +47,24 @@ def test_masks_of_one_seed_and_of_neighbouring_seeds_know_nothing_of_each_other(
     for i, one in enumerate(masks):
         for other in masks[:i]:
             assert abs((one * other).mean().item() - p * p) < 5 * sd / n ** 0.5
+
+
+def test_every_process_of_every_seed_draws_masks_of_its_own(monkeypatch):
+    masks = []
+    for seed, rank in (0, 0), (0, 1), (0, 2), (1, 0), (1, 1):
+        monkeypatch.setattr(model_module, "RANK", rank)
+        s, bert = settings("--method", "head", "--seed", seed), tiny_bert()
+        torch.manual_seed(seed)
+        build_model(bert, s, torch.device("cpu"))
+        masks.append(fast.dropout_mask(torch.empty(1000), 0.5))
+    assert len({tuple(mask.tolist()) for mask in masks}) == 5
+
+
+def test_a_warm_up_that_covers_every_step_is_said(capsys):
+    assert warmup_steps(0.1, 100) == 10 and warmup_steps(0.1, 11) == 2 and warmup_steps(0, 1) == 0
+    assert not capsys.readouterr().err
+    assert (warmup_steps(0.1, 1), warmup_steps(1, 7)) == (1, 7)
+    assert capsys.readouterr().err.count("warning: the warm-up covers every step") == 2
 
 
 def test_random_bits_are_uniform():

@@ -127,6 +127,29 @@ def test_what_cannot_be_right_is_refused(spoil, words, label_names, folder):
     one_line_exit(lambda: load_pretrained(str(folder), label_names), folder, *words)
 
 
+def test_a_base_as_other_tools_leave_it_is_loaded_saved_and_computed_with(folder, tmp_path):
+    """Tensors that are not contiguous, which only a .bin holds; a config that asks for tuples."""
+    def act():
+        tokenizer, model = load_pretrained(str(folder), LABELS)
+        save_file(model.state_dict(), tmp_path / "x")
+        return checkpoint.hash_base(model), model.eval()(**tokenizer("a film", return_tensors="pt"))
+
+    expected, _ = act()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({name: p.t().contiguous().t() if p.dim() == 2 else p
+                for name, p in tensors.items()}, folder / "pytorch_model.bin")
+    edit_json(folder / "config.json", return_dict=False, output_hidden_states=True)
+    found, out = act()
+    assert found == expected and out.logits.shape == (1, len(LABELS)) and not out.hidden_states
+
+
+def test_rows_without_a_word_are_refused(saved):
+    tokenizer, _ = load_pretrained(str(saved), LABELS)
+    rows = data.Sentences(data.Rows(["\u200b", "\u200e"], [0, 1]), tokenizer, lengths(32)).ids
+    one_line_exit(lambda: check_words("it", rows, tokenizer), "no word")
+
+
 def test_it_is_refused_before_the_training(folder, data_dir, tmp_path, capsys):
     with_more_words(folder)
     capsys.readouterr()

@@ -3,6 +3,7 @@ supported, and where peft is installed, peft itself."""
 import functools
 import importlib.util
 import json
+import math
 import shutil
 
 import pytest
@@ -122,8 +123,23 @@ def test_a_folder_of_another_program_has_labels_without_names_and_any_base(tmp_p
     assert about["label_names"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
     s = about["settings"]
     assert s.model == "google-bert/bert-base-uncased" and s.method == "dora" and s.task == "peft"
-    assert (s.max_length, s.stride, s.is_qa, s.lr) == (128, None, False, None)
+    assert (s.max_length, s.stride, s.is_qa, s.lr) == (512, None, False, None)
     assert about["base"] is about["tokenizer"] is about["epoch"] is None
+
+
+@pytest.mark.parametrize("said, found", [(128, 128), (10**30, 512), (None, 512), ("x", 512)])
+def test_the_longest_input_is_what_the_folder_says_and_never_more_than_the_base_reads(
+        said, found, tmp_path):
+    head_class = BertForQuestionAnswering
+    _, _, folder = saved(tmp_path, "lora", head_class)
+    base, short = (tiny_bert(head_class=head_class) for _ in range(2))
+    short.config.max_position_embeddings = 100
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": said}))
+    for _ in range(2):
+        s = attach(short, folder, checkpoint.hash_base(base))[1]["settings"]
+        assert (s.max_length, s.stride) == (100, 30)
+        foreign(folder)
+    assert attach(base, folder)[1]["settings"].max_length == found
 
 
 def test_an_export_of_an_earlier_version_is_refused(tmp_path):
@@ -178,6 +194,8 @@ def test_what_is_not_supported_is_said_in_one_line(config, words, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda t: {n: p for n, p in t.items() if "classifier" not in n}, ["no head"]),
     (lambda t: {n: p for n, p in t.items() if "query" not in n}, ["value", "query value"]),
+    *[(lambda t, x=x: {n: p * x if "value" in n else p for n, p in t.items()},
+       ["value.lora_", "NaN or infinity"]) for x in (math.nan, -math.inf)],
     (lambda t: {n.replace("bert.encoder", "vit.encoder"): p for n, p in t.items()}, ["vit"]),
     (lambda t: {n: p for n, p in t.items() if "layer.1" not in n}, ["lacks"]),
     (lambda t: t | {"base_model.model.bert.pooler.dense.weight": torch.ones(2)}, ["pooler"]),

@@ -84,6 +84,11 @@ def test_own_sentences_from_arguments_and_stdin_are_the_same(ask):
     assert [row.split("  ")[0] for row in given[1:3]] == ["a good film", "a bad film"]
 
 
+def test_a_cut_text_is_said(act, capsys):
+    act("--method", "lora_r8", "good", "word " * 200)
+    assert "warning: 1 of the texts were cut at the 128 tokens" in capsys.readouterr().err
+
+
 def test_any_checkpoints(study, ask):
     path, *_ = (study[0] / "checkpoints").glob("*lora_r16*")
     assert ask("--checkpoint", path, "--output", "/nonexistent",
@@ -94,6 +99,7 @@ def test_disagreement_is_marked(monkeypatch, capsys):
     answers = {"a": ("yes", 0.9), "b": ("yes", 0.6), "c": ("no", 0.8)}
     monkeypatch.setattr(predict, "classify",
                         lambda method, tokenizer, sentence: answers[method.name])
+    monkeypatch.setattr(predict, "probabilities", lambda *_, **__: ([], 0))
     methods = [predict.Trained(name, None, {}, 1.0, 2.0) for name in answers]
     predict.compare_sentences(methods, None, ["perhaps"])
     out = capsys.readouterr().out
@@ -270,6 +276,20 @@ def test_bad_tables_are_one_line_before_anything_is_answered(text, flags, words,
     one_line_exit(lambda: act("--input", tmp_path / "in.csv", "--to", tmp_path / "o.csv", *flags),
                   *words)
     assert [p.name for p in tmp_path.iterdir()] == ["in.csv"]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("in.csv", "a film that I liked\nanother\n", ["'a film that I liked'", "no label"]),
+    ("in.csv", 'id,text\n1,"good\n2,bad\n3,so so\n4,fine"\n', ["opens at line 2", "line 5"]),
+    ("in.csv", 'text\n"good' + 12 * "\nfine" + '"\n', ["opens at line 2", "closes at line 14"]),
+    ("in.tsv", 'id\ttext\n1\t"a ""good"" film"\n', ["1 rows, line 2 first, look quoted"]),
+    ("in.csv", 'id,text\n1,"good\nfine"\n', []), ("in.csv", "customer review\ngood\n", []),
+    ("in.csv", 'text\n"Hi!\n\nI liked it.\nAnn"\n', [])])
+def test_what_may_cost_rows_is_said_as_in_training(name, text, words, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    predict.check_input(tmp_path / name, None, [], False)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == bool(words) and all(word in said for word in words), said
 
 
 @pytest.mark.parametrize("text, words", [

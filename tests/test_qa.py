@@ -293,7 +293,9 @@ def test_logits_are_fp32_under_autocast(tokenizer):
      "\u05e2\u05d5\u05b9\u05dc\u05b8\u05dd\u05b8"),  # Hebrew with points
     ("\u0e44\u0e1b\u0e01\u0e34\u0e19\u0e19\u0e49\u0e33",
      "\u0e19\u0e49\u0e33"),  # Thai, without spaces
-    ("a soft hy\u00adphen\u00ad", "hy\u00adphen\u00ad"),
+    ("a soft hy\u00adphen\u00ad", "hy\u00adphen"),  # inside a word they are of it
+    ("it is cafe\u0301\u200b, or \u200ftea", "cafe\u0301"), ("in Oslo\u200e\u2060 now", "Oslo"),
+    ("in \u200fOslo\x07\ufeff", "Oslo"), ("here \u0d28\u0d4d\u200d", "\u0d28\u0d4d\u200d"),
 ])
 def test_answers_reach_over_what_belongs_to_no_token(context, answer, tokenizer):
     windows = qa.Windows([question(context, answer)], tokenizer, lengths(64, 8))
@@ -304,8 +306,9 @@ def test_answers_reach_over_what_belongs_to_no_token(context, answer, tokenizer)
         assert found == answer and qa.f1(found, answer) == qa.exact_match(found, answer) == 1
     first, last = windows.passage[0]
     reached = {i for a, b in offsets[first:last] for i in range(a, b)}
-    # each character belongs to a token
-    assert {i for i, c in enumerate(context) if not c.isspace()} == reached
+    # each character that is seen belongs to a token
+    unseen = "\x07\u00ad\u200b\u200e\u200f\u2060\ufeff"
+    assert {i for i, c in enumerate(context) if not c.isspace() and c not in unseen} <= reached
 
 
 def test_a_mark_at_the_edge_of_a_window(tokenizer):

@@ -311,13 +311,17 @@ def describe_folder(folder, config, tensors):
 
 
 def describe_foreign(folder, config, is_qa, n_labels):
-    """Return what can be said of a folder that another program wrote. Labels get the names that
-    transformers gives them, lengths are train.py's defaults, and what nothing tells is None."""
+    """Return what can be said of a folder that another program wrote. Labels get transformers'
+    names, the longest input is the tokenizer's, and what nothing tells is None."""
     model = config.get("base_model_name_or_path") or DEFAULT_MODEL
-    max_length, stride, max_answer_length = (384, 128, 30) if is_qa else (128, None, None)
+    try:
+        said = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+        max_length = int(json.loads(said)["model_max_length"])
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        max_length = None  # the base's then (checkpoint.fit_length)
     s = Settings(method="lora", placement=None, task=folder.resolve().name, is_qa=is_qa,
                  model=DEFAULT_MODEL if model == HUB_NAME else model, max_length=max_length,
-                 stride=stride, max_answer_length=max_answer_length)
+                 stride=128 if is_qa else None, max_answer_length=30 if is_qa else None)
     labels = None if is_qa else [f"LABEL_{i}" for i in range(n_labels)]
     return {"settings": s, "label_names": labels, "base": None, "tokenizer": None, "pairs": False,
             "epoch": None}

@@ -128,7 +128,7 @@ from tqdm import tqdm
 
 import train
 from checkpoint import attach, check_tokenizer, read_about
-from checks import SECOND, STDIN, read_table
+from checks import SECOND, STDIN, looks_quoted, read_table, rows_inside, warn_quoting
 from common import warn, write_json, write_whole
 from data import Rows, Sentences
 from model import amp_dtype, autocast, place
@@ -225,6 +225,14 @@ def answer(method, tokenizer, question, context):
     return spans(method, tokenizer, asked, is_file=False)[0]
 
 
+def warn_cut(methods, n):
+    """Warn that n texts were cut, if there are any."""
+    if n:
+        lengths = sorted({method.about["settings"].max_length for method in methods})
+        warn(f"{n:,} of the texts were cut at the {' or '.join(map(str, lengths))} tokens that "
+             "training had")
+
+
 # --- single texts --------------------------------------------------------------------------------
 
 def most_say(labels):
@@ -244,9 +252,9 @@ def print_table(rows):
 def compare_sentences(methods, tokenizer, sentences):
     """Print the table: one row per sentence, one column per method. A * marks a label that is not
     the one of most methods."""
-    for method in methods:
-        classify(method, tokenizer, sentences[0])  # to warm up
-
+    # this warms up, too
+    warn_cut(methods, max(probabilities(method, tokenizer, sentences, is_file=False)[1]
+                          for method in methods))
     rows, times = [["", *(method.name for method in methods)]], [[] for _ in methods]
     for sentence in sentences:
         asked = [milliseconds(lambda: classify(method, tokenizer, sentence)) for method in methods]
@@ -287,6 +295,9 @@ def find_column(path, columns, asked, trained):
         if name in columns:
             return name
     if len(columns) == 1:
+        if len(columns[0].split()) > 3:
+            warn(f"{path}: the first line, {columns[0]!r}, is taken for the column's name and gets "
+                 "no label; if it is a text, write text above it, or call the file .txt")
         return columns[0]
     fail(f"{path} has the columns {', '.join(columns)}; --column says which holds the texts")
 
@@ -309,10 +320,17 @@ def check_input(path, asked, trained, has_pairs):
              "single sentences")
     if has_pairs and SECOND not in columns:
         fail(f"{path} has no column {SECOND!r}, and these methods were trained on pairs")
+    quoted, breaks = [], []  # see warn_quoting
     for line, row in read_table(path, texts):
         for column in texts:
             if not isinstance(row[column], str):
                 fail(f"{path}, line {line}: no text in {column!r}")
+        if path.suffix == ".tsv" and looks_quoted(row[texts[0]].strip()):
+            quoted.append(line)
+        if path.suffix == ".csv":
+            breaks += rows_inside(line, row, texts[0])
+    least = 2 if len(columns) > 1 else 10  # a text alone in its row may well have a few lines
+    warn_quoting(path, quoted, [found for found in breaks if found[1] - found[0] >= least])
     return list(columns), texts, n
 
 
@@ -391,10 +409,7 @@ def predict_rows(methods, tokenizer, args):
         print(f"wrote {args.to}: {counts['rows']:,} rows")
     if counts["empty"]:
         warn(f"{counts['empty']:,} of the texts are empty and have no label")
-    if counts["cut"]:
-        lengths = sorted({method.about["settings"].max_length for method in methods})
-        warn(f"{counts['cut']:,} of the texts were cut at the {' or '.join(map(str, lengths))} "
-             "tokens that training had")
+    warn_cut(methods, counts["cut"])
 
 
 # --- a file of questions -------------------------------------------------------------------------
