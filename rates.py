@@ -6,7 +6,8 @@ and tools.sweep. Validation rows alone decide.
 
 A rate that suits one method, model or data set can leave another untrained, and then a comparison
 is one of rates, not of methods. So each method tries three rates, a factor of two apart. While the
-best is the highest or the lowest, the next one beyond it is tried, up to MOST.
+best is the highest or the lowest, one beyond it is tried: first two, then four times as far, up to
+MOST in all.
 """
 import json
 import math
@@ -60,7 +61,8 @@ def beyond(tried):
     rates, best = [entry["lr"] for entry in tried], best_rate(tried)
     if best is None or best["lr"] not in (min(rates), max(rates)):
         return None
-    return best["lr"] * FACTOR if best["lr"] == max(rates) else best["lr"] / FACTOR
+    factor = FACTOR if len(tried) <= 3 else FACTOR ** 2
+    return best["lr"] * factor if best["lr"] == max(rates) else best["lr"] / factor
 
 
 def next_rate(tried, first):
@@ -217,7 +219,7 @@ def main():
         begin = time.perf_counter()
         train.step(model, optimizer, split, rows, device, amp, scaler, s.accumulation).item()
         times.append(time.perf_counter() - begin)
-    seconds = statistics.mean(times[1:] or times)  # the first step is slow
+    seconds = statistics.median(times[1:] or times)  # the first step is slow
     print(json.dumps({"examples": len(split.usable), "seconds": seconds}))
 
 

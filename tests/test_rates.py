@@ -40,9 +40,10 @@ def test_the_search_goes_on_beyond_an_edge_until_the_best_has_neighbours_or_six_
     assert rates.next_rate([*above, *tried(**{"4e-3": None})], first) is None
     below = tried(**{"5e-4": .8, "1e-3": .7, "2e-3": .6})
     assert rates.next_rate(below, first) == 2.5e-4
-    endless = [*above, *tried(**{"4e-3": .81, "8e-3": .82, "16e-3": .83})]
+    assert rates.next_rate([*above, *tried(**{"4e-3": .81})], first) == 16e-3
+    endless = [*above, *tried(**{"4e-3": .81, "16e-3": .82, "64e-3": .83})]
     assert len(endless) == rates.MOST and rates.next_rate(endless, first) is None
-    assert rates.beyond(endless) == 32e-3 and rates.beyond(inside) is None
+    assert rates.beyond(endless) == 256e-3 and rates.beyond(inside) is None
 
 
 def test_of_equal_scores_the_lower_loss_wins_and_nothing_won_where_all_failed():
