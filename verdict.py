@@ -104,7 +104,7 @@ def saved(full, others, key, what, unit):
             f"{base:.3g} {unit})")
 
 
-def choices(full, others, time_of):
+def choices(full, others):
     """Return the rows (what counts, what to take, why) of the verdict's table."""
     ranked = sorted([full, *others], key=lambda line: -line.score)
     best = ranked[0]
@@ -116,7 +116,7 @@ def choices(full, others, time_of):
         why = f"{best.score:.1f} %, full fine-tuning {full.score:.1f} %: {points(best.vs)}{shown}"
     rows = [["quality", best.label, why]]
     close = [line for line in ranked if line.score >= best.score - CLOSE]
-    for what, key, write in (("time", "seconds", lambda v: f"{v:.1f} s {time_of}"),
+    for what, key, write in (("time", "seconds", lambda v: f"{v:.1f} s an epoch"),
                              ("memory", "gb", lambda v: f"{v:.2f} GB"),
                              ("many tasks", "mb", lambda v: f"{v:.2g} MB a task" if v < 1 else
                               f"{v:.1f} MB a task")):
@@ -134,23 +134,27 @@ def choices(full, others, time_of):
     return rows
 
 
-def verdict(lines, unit, rows, n, floor, time_of="an epoch", what_varies="seed"):
+def verdict(lines, unit, rows, n, floor, what_varies="seed"):
     """Write the verdict on a study, as Markdown.
 
-    lines: one Line per method, full fine-tuning's first; unit: the score's name; rows: how many
-    were tested; n: trainings of each method; floor: (name, score in percent) of what needs no
-    training, or None.
+    lines: one Line per method; unit: the score's name; rows: how many were tested; n: trainings of
+    each method; floor: (name, score in percent) of what needs no training, or None; what_varies
+    between the trainings of a method.
     """
-    full, *rest = lines
-    others, marked = [o for o in rest if not o.marks], [o for o in lines if o.marks]
-    ranks = not full.marks and others
+    full = next((line for line in lines if line.name == "full"), None)
+    marked = [line for line in lines if line.marks]
+    others = [line for line in lines if line is not full and not line.marks]
+    ranks = full and not full.marks and others
     out = []
     if ranks:
         gains = [saved(full, others, *about) for about in
-                 (("seconds", f"time {time_of}", "s"), ("gb", "memory", "GB"),
+                 (("seconds", "time an epoch", "s"), ("gb", "memory", "GB"),
                   ("mb", "disk for a trained file", "MB"))]
         out = [quality(full, others, unit), "- **Gained.** Compared with full fine-tuning, "
                + "; ".join(gain for gain in gains if gain) + "."]
+    elif not full:
+        out.append("- **No answer.** No run of full fine-tuning is finished, so that there is "
+                   "nothing to compare the other methods with.")
     elif full.marks:
         out.append("- **No answer.** Full fine-tuning itself is not ranked, so that these runs do "
                    "not say what the other methods lose.")
@@ -169,7 +173,7 @@ def verdict(lines, unit, rows, n, floor, time_of="an epoch", what_varies="seed")
                        "stays unseen.")
     unknown.append("Each method was trained once, so that another seed may change the order."
                    if n == 1 else
-                   f"Each method was trained {n} times; few {what_varies}s say little of others.")
+                   f"Each method was trained {n} times; other {what_varies}s may change the order.")
     if floor:
         unknown.append(f"Without training, {floor[0]} scores {floor[1]:.1f} %.")
     out.append("- **Not told.** " + " ".join(unknown) + " Other data, another model or more rows "
@@ -177,7 +181,7 @@ def verdict(lines, unit, rows, n, floor, time_of="an epoch", what_varies="seed")
     text = "\n".join(out) + "\n"
     if ranks:
         table = [["If what counts is", "take", "because"], ["---"] * 3,
-                 *choices(full, others, time_of)]
+                 *choices(full, others)]
         text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     return text
 

@@ -161,6 +161,7 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(flags, tmp_p
     assert (float(line["f1_std"]) == pytest.approx(np.std(f1s, ddof=1))
             and float(line["minutes_max"]) == f1s[-1] - 49)
     assert (tmp_path / "figures" / "grid_f1.png").stat().st_size > 10_000
+    assert "No run of full fine-tuning is finished" in said
 
     # it is drawn again from grid.json alone
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

@@ -62,6 +62,11 @@ def test_what_is_marked_is_not_ranked_and_why_is_said():
     assert best_line([one, FULL]).name == "full" and best_line([one]).name == "one"
 
 
+def test_without_full_fine_tuning_there_is_no_answer():
+    text = verdict([line("lora", 60.0), line("qlora", 50.0)], "F1", 500, 1, None)
+    assert "No run of full fine-tuning is finished" in text and not taken(text)
+
+
 def test_a_single_training_says_so_and_unknown_costs_are_left_out():
     assert "trained once" in said(line("a", 89.0, -1.0)) and "3 times" in said(
         line("a", 89.0, -1.0), n=3)
