@@ -214,10 +214,10 @@ def prediction_rows(runs, n_folds=None):
     return rows
 
 
-def print_next(output, lines, results, model, kind=".csv", to=".csv"):
+def print_next(output, lines, results, model, kind=".csv"):
     """Print what one can do with the trained models of a study, as commands to copy. lines: the
-    verdict's; results: {method: result}; model: a base's folder, or None; kind, to: of the files
-    that tools.predict reads and writes."""
+    verdict's; results: {method: result}; model: a base's folder, or None; kind: of the files that
+    tools.predict reads and writes."""
     here = TRAIN.parent
 
     def said(path):
@@ -232,7 +232,7 @@ def print_next(output, lines, results, model, kind=".csv", to=".csv"):
     python, output = said(sys.executable), said(output)
     print(f"What next, in the folder {here}:\n"
           f"  {python} -m tools.predict --output {output}{base} --method {best.name} "
-          f"--input new{kind} --to labelled{to}\n"
+          f"--input new{kind} --to labelled{kind}\n"
           f"  {python} -m tools.export --output {output}{base} --method {exported.name} "
           f"--to my_bert   # for transformers\n"
           f"  {python} -m tools.demo --output {output}{base}   # a page that asks all methods")
@@ -267,10 +267,10 @@ def main(argv):
     study, parts = FOLD_RUNS if folds else RUNS, parts_of(seeds, folds)
     # a bad flag ends here, and a task that cannot be cut into folds
     args = make_parser().parse_args([*flags, *parts[0], "--method", "full"])
-    if asked_settings(args).is_qa:
+    s, is_list = asked_settings(args), "--list" in argv
+    if s.is_qa:
         fail("run_all.sh compares sentence classifiers; for question answering there is "
              "run_grid.sh")
-    s, is_list = asked_settings(args), "--list" in argv
     searches = not (given("--lr", flags) or has_searched_rates(s))
     flags = decide_amp(flags)
     jobs = [[*flags, *part, *own.split()] for part in parts for own in study.values()]

@@ -5,6 +5,7 @@ The task is that of SQuAD v1.1 (Rajpurkar et al. 2016, https://arxiv.org/abs/160
 BERT's (Devlin et al. 2019, section 4.2): the answer is the span i..j of the passage with the
 largest start_i + end_j.
 """
+import functools
 import json
 import random
 import re
@@ -386,6 +387,11 @@ class Windows(Encoded):
             best[question] = max(best.get(question, prediction), prediction)
         return [best[i] for i in range(self.n)]
 
+    @functools.cached_property
+    def random(self):
+        """Return random_f1 of the questions. It is kept: every epoch has an outcome."""
+        return random_f1(self.questions)
+
     def outcome(self, predictions):
         """Return predictions: [(references, answer)], one per question, from predict()'s of the
         windows; random: the F1 of random answers; and the levels of the questions, where the data
@@ -393,7 +399,7 @@ class Windows(Encoded):
         best = self.best(predictions)
         levels = [q.level for q in self.questions]
         return {"predictions": [(q.answers, best[i][1]) for i, q in enumerate(self.questions)],
-                "random": random_f1(self.questions),
+                "random": self.random,
                 **({"levels": levels} if any(levels) else {})}
 
     def score(self, outcome):

@@ -67,9 +67,8 @@ def beyond(tried):
 
 def next_rate(tried, first):
     """Return the learning rate to try next, or None if the search is over. first: first_rates'."""
-    rates = {entry["lr"] for entry in tried}
-    if missing := [lr for lr in first if lr not in rates]:
-        return missing[0]
+    if len(tried) < len(first):
+        return first[len(tried)]
     return beyond(tried) if len(tried) < MOST else None
 
 
@@ -95,6 +94,14 @@ class Progress:
         return f"{self.done + 1} of {self.n}, {said_time(seconds * (self.n - self.done))} left"
 
 
+def run_program(program, flags, stdout=None):
+    """Run a program of a study with these flags of train.py, and return the finished process. All
+    of them share the file of what was warned of."""
+    return subprocess.run([sys.executable, program, *flags], stdin=subprocess.DEVNULL,
+                          stdout=stdout, text=True,
+                          env={"BERT_WARNED": warned().name, **os.environ})
+
+
 def trained(flags, progress=None):
     """Return the result of train.py with these flags, trained if it is not there; None if that
     failed."""
@@ -102,8 +109,7 @@ def trained(flags, progress=None):
     if not run.result.exists():
         said, begin = f"[{progress}] " if progress else "", time.perf_counter()
         print(f"== {said}python train.py {shlex.join(flags)}", flush=True)
-        if subprocess.run([sys.executable, TRAIN, *flags], stdin=subprocess.DEVNULL,
-                          env={"BERT_WARNED": warned().name, **os.environ}).returncode:
+        if run_program(TRAIN, flags).returncode:
             return None  # it has said why
         if progress:
             progress.times.append(time.perf_counter() - begin)
@@ -161,9 +167,7 @@ def said_time(seconds):
 def probe(flags):
     """Return {examples: training examples, seconds: of one step of full fine-tuning} for the flags
     of train.py, as a process of its own measures them. What it says of the data is printed."""
-    done = subprocess.run([sys.executable, __file__, *flags], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, text=True,
-                          env={"BERT_WARNED": warned().name, **os.environ})
+    done = run_program(__file__, flags, subprocess.PIPE)
     if done.returncode:
         sys.exit(1)  # it has said why
     *said, last = done.stdout.splitlines()
@@ -183,18 +187,17 @@ def plan(flags, parts, study, s, searches):
         flags = [*flags, "--epochs", str(epochs)]
         print(f"{s.epochs} epochs would be {steps_of(s, size['examples'])} steps, too few to learn "
               f"from: {epochs} epochs, {steps} steps (--epochs takes another number)")
-    n = len(parts) * len(study)
     seconds = START_SECONDS + EVALUATION * steps * size["seconds"]
-    how_many, longest = f"{n}", n
+    least = most = len(parts) * len(study)
     if searches:
-        least, longest = n + 2 * len(study), n + (MOST - 1) * len(study)
+        least, most = least + 2 * len(study), most + (MOST - 1) * len(study)
         print(f"No learning rate is known for these data: each of {len(study)} methods tries 3 to "
               f"{MOST}, and takes the one that validates best (--lr X takes one for all).")
-        how_many, n = f"{least} to {longest}", least
-    print(f"{how_many} trainings, those that are finished included, {said_time(n * seconds)}"
-          + (f" to {said_time(longest * seconds)}" if searches else "") + " in all, if each takes "
-          "as long as full fine-tuning", flush=True)
-    return flags, steps, Progress(n, seconds)
+    how_many, how_long = (" to ".join(dict.fromkeys(map(write, (least, most)))) for write in
+                          (str, lambda n: said_time(n * seconds)))
+    print(f"{how_many} trainings, those that are finished included, {how_long} in all, if each "
+          "takes as long as full fine-tuning", flush=True)
+    return flags, steps, Progress(least, seconds)
 
 
 def main():

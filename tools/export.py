@@ -116,8 +116,9 @@ def runs_of(path, content):
     entries = content["entries"]
     if path.name.startswith("sweep_"):  # of the largest number of training rows
         n = max(entry["rows"]["train"] for entry in entries.values())
+        from tools.sweep import method_and_rows
         names = {case.flags: name for name, case in CASES.items()}
-        entries = {names.get(f"--method {name.rsplit(', ', 1)[0]}", name): entry
+        entries = {names.get(f"--method {method_and_rows(name)[0]}", name): entry
                    for name, entry in entries.items() if entry["rows"]["train"] == n}
     return {name: entry["runs"][0] for name, entry in entries.items()}
 
@@ -125,9 +126,11 @@ def runs_of(path, content):
 def find(output, is_qa=False, only=None):
     """Return {method: checkpoint} of the study in output/metrics: of sentences what run_all.sh
     left, of questions run_grid.sh's best run of every method by validation F1, or else what
-    tools.sweep left. only: a method's name, as anything calls it."""
-    script, names = (("run_grid.sh", ["grid.json"]) if is_qa else
-                     ("run_all.sh", ["comparison.json", "crossvalidation.json"]))
+    tools.sweep left. is_qa: None takes either, sentences first. only: a method's name, as anything
+    calls it."""
+    script = "run_grid.sh" if is_qa else "run_all.sh"
+    sentences, questions = ["comparison.json", "crossvalidation.json"], ["grid.json"]
+    names = {False: sentences, True: questions, None: sentences + questions}[is_qa]
     metrics = output / "metrics"
     paths = [metrics / name for name in names if (metrics / name).exists()]
     if not paths:
@@ -379,10 +382,7 @@ def export(path, folder, model_name=None, is_peft=False):
 
 def main(args):
     if args.method:
-        has_sentences, has_questions = ((args.output / "metrics" / name).exists()
-                                        for name in ("comparison.json", "grid.json"))
-        is_qa = has_questions and not has_sentences
-        args.checkpoint, = find(args.output, is_qa, args.method).values()
+        args.checkpoint, = find(args.output, None, args.method).values()
     export(as_checkpoint(args.checkpoint), args.to, args.model, args.format == "peft")
     print(f"wrote {args.to}")
 

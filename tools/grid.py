@@ -106,11 +106,10 @@ def read_search(run):
 
 def two_rates(tried):
     """Return the best learning rate of a search and the better one of its neighbours."""
-    rates, best = sorted(entry["lr"] for entry in tried), best_rate(tried)["lr"]
-    at = rates.index(best)
-    neighbours = rates[max(0, at - 1):at] + rates[at + 1:at + 2]
-    near = [entry for entry in tried if entry["lr"] in neighbours]
-    return [short(lr) for lr in (best, (best_rate(near) or near[0])["lr"])]
+    ordered = sorted(tried, key=lambda entry: entry["lr"])
+    at = ordered.index(best_rate(tried))
+    near = ordered[max(0, at - 1):at] + ordered[at + 1:at + 2]
+    return [short(entry["lr"]) for entry in (ordered[at], best_rate(near) or near[0])]
 
 
 def grid_runs(run):
@@ -364,18 +363,19 @@ def statistics_cells(line):
 
 
 def floor_of(runs):
-    """Return (name, F1 in percent) of answers that need no training; None if that is not known."""
+    """Return (name, F1 in percent, exact match as a text) of answers that need no training; None if
+    that is not known."""
     first = next(iter(runs.values()))
     if is_synthetic(read_settings(first)):
-        return "one of the four at random", CHANCE
-    return (RANDOM, first["random_f1"]) if "random_f1" in first else None
+        return "one of the four at random", CHANCE, "25.00"
+    return (RANDOM, first["random_f1"], "") if "random_f1" in first else None
 
 
 def lines_of_grid(content):
     """Return what the verdict reads: of every method its best run by validation F1."""
     runs, lines = content["runs"], []
-    for name, row in ((row["method"], row) for row in best_of(rows_of(content["runs"]))):
-        run = runs[row["run"]]
+    for row in best_of(rows_of(runs)):
+        name, run = row["method"], runs[row["run"]]
         marks = edge_mark(content.get("tried", {}).get(name))
         if not run.get("beats_random", True):
             marks = [f"not shown to beat {RANDOM}", *marks]
@@ -388,7 +388,7 @@ def lines_of_grid(content):
 def grid_markdown(content):
     """Make the four tables of a grid.json, as Markdown: all runs, the statistics of the methods,
     the best run of each with its F1 by level, and the top five."""
-    from plots import markdown_table, points
+    from plots import floor_row, markdown_table, points
     runs = content["runs"]
     rows, first = rows_of(runs), next(iter(runs.values()))
     title, kind = title_of(runs)
@@ -402,8 +402,8 @@ def grid_markdown(content):
               or_dash(row["minutes"], ".2f"), f"{row['best_epoch']} of {row['epochs']}",
               or_dash(row["trainable_params"], ",")] for row in rows]
     floor = floor_of(runs)
-    chance = [[floor[0], f"{floor[1]:.1f}", "", "25.00" if floor[1] == CHANCE else "",
-               "", "", "0"]] if floor else []
+    chance = [floor_row(header, floor[0], {"F1 (%)": f"{floor[1]:.1f}", "trainable": "0",
+                                           "exact match (%)": floor[2]})] if floor else []
     best = [[row["run"], f"{row['f1']:.2f}", vs_full[row["run"]], f"{row['validation_f1']:.2f}",
              *(f"{row[f'f1_{level}']:.1f}" for level in levels)] for row in best_of(rows)]
     interval = ("; [ ] is a 95 % interval, by a paired bootstrap over test questions, of the "
@@ -518,7 +518,7 @@ def gather_runs(run, runs, made_by):
         return
     lines = lines_of_grid({"runs": results, "tried": tried})
     chosen = {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
-    print_next(run.output, lines, chosen, run.settings.model_sha256 and run.model, ".json", ".json")
+    print_next(run.output, lines, chosen, run.settings.model_sha256 and run.model, ".json")
 
 
 def main(argv):
@@ -545,8 +545,8 @@ def main(argv):
     free = () if flags == asked_amp else ("amp",)  # what another machine took for auto
     path = run.output / "metrics" / "grid.json"
     if run.data:  # another study's results are found before the search, not after it
-        own = {name: GRID_FLAGS.get(name.split("_")[0]) for name in read_grid(path)["runs"]}
-        own = {name: [*flags, *words.split()] for name, words in own.items() if words}
+        own = {name: [*flags, *GRID_FLAGS[method].split()] for name in read_grid(path)["runs"]
+               if (method := name.split("_")[0]) in GRID_FLAGS}
         check_same_study(path, own, (*free, "lr", "epochs"))
     if given("--search", argv):
         if run.data and not read_search(run):

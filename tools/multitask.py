@@ -73,8 +73,6 @@ ARGS = parse_args(sys.argv[1:]) if __name__ == "__main__" else None  # before th
 import multiprocessing
 import os
 import resource
-import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +89,7 @@ from model import (
     trained_tensors,
 )
 from spread import paired_bootstrap
+from tools.predict import milliseconds
 
 
 def train_missing(runs):
@@ -138,17 +137,6 @@ def score_together(model, tensors, splits, alone, full, device, amp):
             now != before for (_, now), (_, before) in
             zip(outcome["predictions"], alone[task]["test_predictions"], strict=True))
     return rows
-
-
-def median_ms(act, n):
-    """Return the median time of n calls of act(), in milliseconds, after one that is not timed."""
-    times = []
-    act()
-    for _ in range(n):
-        begin = time.perf_counter()
-        act()
-        times.append(1000 * (time.perf_counter() - begin))
-    return statistics.median(times)
 
 
 def resident():
@@ -293,12 +281,12 @@ def measure(method, results, base, base_hash, tokenizer, splits, device):
     scores = {} if method == "full" else score_together(model, tensors, splits, own, full, device,
                                                         autocast(device, dtype))
     slots, order = trained_tensors(model), iter(ROUND * SWITCHES)
+    _, switch_ms = milliseconds(lambda: switch(slots, tensors[next(order)]), SWITCHES)
+    _, load_ms = milliseconds(lambda: switch(slots, on_device(read_tensors(file), device)), 20)
     return {"label": case_label(method),
             "trained_bytes": sum(t.nbytes for t in tensors["movies"].values()),
             "file_bytes": file.stat().st_size,
-            "switch_ms": median_ms(lambda: switch(slots, tensors[next(order)]), SWITCHES),
-            "load_ms": median_ms(lambda: switch(slots, on_device(read_tensors(file), device)), 20)
-            }, scores
+            "switch_ms": switch_ms, "load_ms": load_ms}, scores
 
 
 def main(args, runs):

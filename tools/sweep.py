@@ -68,8 +68,9 @@ def parse_args(argv):
     args.output, args.settings = common.output, asked_settings(common)
 
     names, args.methods = args.methods, []
+    cases = {case: case_settings(case) for case in CASES}
     for name in names:  # a bad flag ends here, not in the first run
-        case = named(name, {case: case_settings(case) for case in CASES})
+        case = named(name, cases)
         flags = (CASES[case].flags if case else f"--method {name}").split()
         for word in flags:
             if word.startswith("--") and word[2:].split("=")[0] not in METHOD_SETTINGS:
@@ -127,9 +128,8 @@ def entry_of(results, tried, rates_from):
     first = results[0]
     s = read_settings(first)
     entry = {"command": command(), "label": label_of(s), "rows": first["rows"], "n": len(results),
-             "lr": s.lr, "rates_from": rates_from,
-             "tried": tried, "marks": [], "trainable_params": first["trainable_params"],
-             "vs_full": None}
+             "lr": s.lr, "rates_from": rates_from, "tried": tried,
+             "trainable_params": first["trainable_params"], "vs_full": None}
     values = {"test": [r[score_name(s)] for r in results],
               "validation": [validation_of(r)["validation"] for r in results],
               "minutes": [r["train_time_s"] / 60 for r in results]}
@@ -138,6 +138,10 @@ def entry_of(results, tried, rates_from):
         entry["random_f1"] = mean_std(first["test_random"])[0]
         beats = mean_interval(np.subtract([answers_of(r) for r in results], first["test_random"]))
         entry["marks"] = [] if beats["low"] > 0 else [f"not shown to beat {RANDOM}"]
+    else:
+        labels = np.array([label for label, _ in first["test_predictions"]])
+        entry["marks"] = marks_of(labels, np.array([answers_of(r) for r in results]),
+                                  [r["history"] for r in results])
     for key, own in values.items():
         entry[key], entry[f"{key}_std"] = mean_std(own)
     kept = "settings", "best_epoch", "history", "splits", "environment"
@@ -228,10 +232,6 @@ def compare_entries(path, s):
         own, full = (columns_of(who, seeds_of(entry))
                      for who in (name, f"full, {method_and_rows(name)[1]}"))
         entry["vs_full"] = difference(answers, own, full)
-        if "label" in answers and set(own) <= set(answers):
-            predicted = np.array([answers[column] for column in own])
-            entry["marks"] = marks_of(np.array(answers["label"]), predicted,
-                                      [run["history"] for run in entry["runs"]])
     if line := mixed_hardware([run for entry in entries.values() for run in entry["runs"]]):
         warn(line)
     write_json(path, {"command": command(), "floor": floor_of_sweep(entries, answers),
