@@ -131,7 +131,7 @@ def said_search(entries):
     """Say how the learning rates were chosen, if they were searched."""
     tried = [entry["tried"] for entry in entries.values() if entry["tried"]]
     n = " or ".join(map(str, sorted(set(map(len, tried)))))
-    return f"each learning rate validated best of {n}; " if tried else ""
+    return f"each learning rate is the best of {n} by validation; " if tried else ""
 
 
 def caption(study):
