@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from common import fail, write_whole
+from common import check_ordinary, fail, write_whole
 from model import apply_method, is_head, trained_tensors
 from settings import Settings
 
@@ -74,6 +74,7 @@ def save(path, model, about):
 
 def read(path, get):
     """Return get(file) of an open safetensors file, or exit with one line."""
+    check_ordinary(path)
     try:
         with safe_open(path, "pt") as file:
             return get(file)

@@ -16,7 +16,17 @@ from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 
-from common import QUESTIONS, SPLITS, TABLES, data_files, fail, list_folder, some_of, warn
+from common import (
+    QUESTIONS,
+    SPLITS,
+    TABLES,
+    check_ordinary,
+    data_files,
+    fail,
+    list_folder,
+    some_of,
+    warn,
+)
 
 STDIN = Path("-")
 SECOND = "sentence2"  # the column of the second sentence
@@ -73,7 +83,9 @@ def check_surrogates(path, where, text):
 def read_fields(file, path, needed):
     """Yield the rows of an open .csv or .tsv file, as read_table."""
     csv.field_size_limit(2**31 - 1)
-    style = {"strict": True}
+    # some programs write a space between a comma and the quote that opens a field
+    style = {"strict": True, "skipinitialspace": bool(re.search(', +"', file.read(2**16)))}
+    file.seek(0)
     if path.suffix == ".tsv":
         style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(file, **style)
@@ -119,6 +131,8 @@ def read_table(path, needed=()):
     """Yield (line where it starts, {column: value}) of every row of a table: .csv, .tsv (GLUE's
     layout: no quoting), .jsonl (one object per line), .txt (one text per line), or stdin. Exit with
     the line of a row that does not fit, and if a column that is `needed` is not there."""
+    if path != STDIN:
+        check_ordinary(path)
     try:
         if path == STDIN and sys.stdin is None:
             fail("stdin is closed")

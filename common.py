@@ -4,7 +4,9 @@ or not at all, and which files of a user's folder are read. Imports nothing slow
 Imported before anything that may import bitsandbytes.
 """
 import atexit
+import contextlib
 import csv
+import fcntl
 import functools
 import hashlib
 import json
@@ -14,6 +16,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 if os.environ.get("RANK", "0") != "0":
@@ -22,6 +25,8 @@ if os.environ.get("RANK", "0") != "0":
 # `kernels` and runs it. None is Python's way to say that there is no such package.
 sys.modules.setdefault("kernels", None)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# where a package that torch no longer uses is installed, it says so in every process
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
 # What the file of a split may be called, and of which kinds it may be.
@@ -119,10 +124,11 @@ def command():
 
 def usual_mode(path):
     """Let others read a file or folder as they may read every new one: tempfile and safetensors
-    make theirs for their owner alone."""
+    make theirs for their owner alone. Some network and cloud mounts have no modes to set."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    with contextlib.suppress(OSError):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_whole(path, write):
@@ -166,19 +172,39 @@ def write_csv(path, rows):
     write_whole(path, write)
 
 
-def read_json(path):
-    """Read a JSON file that this project wrote."""
+@contextlib.contextmanager
+def alone(folder):
+    """Let one program at a time read and rewrite the files of a folder. Where the file system has
+    no locks it waits for nobody."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)  # closing is unlocking
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def read_json(path, *keys):
+    """Read a JSON object that this project wrote, which has these keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         fail(f"{path} is damaged ({e}); delete it")
+    if not isinstance(content, dict) or (lost := [key for key in keys if key not in content]):
+        fail(f"{path} is damaged or of an earlier version "
+             f"({'no ' + lost[0] if isinstance(content, dict) else 'not an object'}); delete it, "
+             "and what made it makes it anew")
+    return content
 
 
 def check_writable(folder, flag="--output"):
-    """Exit now, not after the training, if no file can be made in `folder`, which `flag` named."""
+    """Exit now, not after the training, if no file can be made and renamed in `folder`, which
+    `flag` named."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            Path(made, "part").write_text("as write_whole does it")
+            os.replace(Path(made, "part"), Path(made, "whole"))
     except OSError as e:
         fail(f"cannot write into {folder}: {e.strerror}; choose another {flag}")
 
@@ -210,6 +236,13 @@ def list_folder(folder):
         return sorted(os.listdir(folder))
     except OSError as e:
         fail(f"cannot read {folder}: {e.strerror}")
+
+
+def check_ordinary(path):
+    """Exit if a path is a named pipe or a device: it can be read once or never ends, and here files
+    are read more than once."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        fail(f"{path} is no ordinary file; write what it gives to one")
 
 
 def some_of(names):
@@ -264,6 +297,7 @@ def fingerprint(files):
     digest = hashlib.sha256()
     try:
         for path in sorted(files):
+            check_ordinary(path)
             digest.update(os.fsencode(path.name) + b"\0")  # some names are not UTF-8
             with open(path, "rb") as file:  # in pieces: it may be larger than the memory
                 while piece := file.read(2**20):

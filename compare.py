@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import fail, read_json, start, write_csv, write_json
+from common import fail, start, write_csv, write_json
 from methods import CASES, FOLD_STUDY, STUDY, row_of
 from rates import TRAIN, best_rate, first_rates, plan, search, trained
 from settings import (
@@ -34,6 +34,7 @@ from settings import (
     make_parser,
     number,
     read_flags,
+    read_result,
     read_settings,
     settings_of,
 )
@@ -46,9 +47,10 @@ RUNS, FOLD_RUNS = ({name: CASES[name].flags for name in names} for names in (STU
 # --- flags of a study ----------------------------------------------------------------------------
 
 def explain(program, argv):
-    """Answer --help of a program, whose other flags are train.py's, by its docstring."""
+    """Answer --help of a program, whose other flags are train.py's, by its docstring (that is gone
+    with python -OO)."""
     if {"-h", "--help"} & set(argv):
-        print(f"{program.strip()}\n\npython train.py --help explains the other flags.")
+        print(f"{(program or '').strip()}\n\npython train.py --help explains the other flags.")
         sys.exit()
 
 
@@ -97,7 +99,7 @@ def decide_amp(flags, held=()):
     if args.amp != "auto":
         return flags
     s, files = settings_of(args), (args.output / "metrics" / "runs").glob("*.json")
-    made = [run["settings"] for run in (*held, *map(read_json, files))]
+    made = [run["settings"] for run in (*held, *map(read_result, files))]
     same = "task", "data_sha256", "model", "model_sha256"
     amps = {own["amp"] for own in made if all(own.get(key) == getattr(s, key) for key in same)}
     if amps and s.amp not in amps:

@@ -68,7 +68,7 @@ def pip_download(requirement, sha256, *flags):
         files = list(into.iterdir())
         if done.returncode or len(files) != 1:
             errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
-            reason = (errors or ["no reason given"])[-1]
+            reason = (errors or done.stderr.splitlines() or ["no reason given"])[-1]
             fail(f"pip could not download {requirement} ({reason.strip()}). Check the network, or "
                  "train on your own files with --model FOLDER --data PATH.")
         return files[0].read_bytes()

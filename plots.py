@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.font_manager import findfont, fontManager, get_font
+from matplotlib.text import Text
 
 from common import fail, read_json, start, write_text
 from methods import CASES, label_of
@@ -33,8 +35,27 @@ def name_rows(ax, names):
     ax.grid(axis="y", visible=False)
 
 
+def show_as_written(text):
+    """Let a text of a figure be read as it is: no formula between two dollars, and a font that has
+    its characters, or where none has them, their numbers."""
+    words = text.get_text()
+    if not words or "\\mathdefault" in words:  # the second are matplotlib's own powers of ten
+        return
+    text.set_parse_math(False)
+    usual = get_font(findfont(text.get_fontproperties())).get_charmap()
+    if missing := {ord(c) for c in words if c.isprintable()} - set(usual):
+        fonts = (font for font in fontManager.ttflist if not font.name.startswith("Last Resort")
+                 and missing <= set(get_font(font.fname).get_charmap()))
+        if other := next(fonts, None):
+            text.set_fontfamily([*text.get_fontfamily(), other.name])
+        else:
+            text.set_text("".join(ascii(c)[1:-1] if ord(c) in missing else c for c in words))
+
+
 def save_figure(fig, path):
     """Write a figure, and its folder."""
+    for text in fig.findobj(Text):
+        show_as_written(text)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)
     plt.close(fig)
@@ -275,10 +296,7 @@ def loss_against_full(entries, names, what, path):
 
 def read_study(path):
     """Read a comparison.json or crossvalidation.json."""
-    study = read_json(path)
-    if not isinstance(study, dict) or not {"entries", "floor"} <= study.keys():
-        fail(f"{path} is damaged or of an earlier version; bash run_all.sh makes it anew")
-    return study
+    return read_json(path, "entries", "floor")
 
 
 def draw_comparison(output):

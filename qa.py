@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from checks import check_surrogates, files_to_read
-from common import fail
+from common import check_ordinary, fail
 from data import Encoded, Task, from_hub, load_sentences
 from fetch import synthetic_folder
 from settings import SPLIT_SEED, is_synthetic
@@ -67,13 +67,17 @@ def read_squad(path):
             check_surrogates(path, f": {key!r} in {where}", owner[key])
         return owner[key]
 
+    check_ordinary(path)
     try:
-        root = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        root = json.loads(text)
     except UnicodeDecodeError as e:
         fail(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} ({e.reason}); save it as UTF-8")
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror}")
     except (ValueError, RecursionError) as e:
+        if len(lines := text.split("\n", 1)) == 2 and lines[0].strip().endswith("}"):
+            fail(f"{path} holds a JSON object in every line; call it {path.stem}.jsonl")
         fail(f"cannot read {path}: {e}")
 
     questions = []

@@ -19,9 +19,17 @@ import sys
 import time
 from pathlib import Path
 
-from common import fail, read_json, start, warned
+from common import fail, start, warned
 from methods import label_of
-from settings import asked_settings, given, make_parser, read_flags, read_settings, short
+from settings import (
+    asked_settings,
+    given,
+    make_parser,
+    read_flags,
+    read_result,
+    read_settings,
+    short,
+)
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -115,7 +123,7 @@ def trained(flags, progress=None):
             progress.times.append(time.perf_counter() - begin)
     if progress:
         progress.done += 1
-    return read_json(run.result)
+    return read_result(run.result)
 
 
 def score_name(s):

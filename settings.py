@@ -166,7 +166,7 @@ class Run:
         """Exit with status 0 if the result is there; exit with one line if it could not be
         written."""
         if self.result.exists():
-            made = read_json(self.result)["environment"]
+            made = read_result(self.result)["environment"]
             print(f"finished already: {self.result} ({made['device']}, amp {made['amp']}; delete "
                   "it to run again)")
             sys.exit()
@@ -357,6 +357,11 @@ def read_flags(argv=None):
     s = settings_of(args)
     is_default = not args.lr and not has_searched_rates(s)
     return Run(s, args.data, model_of(args), args.output, is_default)
+
+
+def read_result(path):
+    """Read the JSON that a finished run left."""
+    return read_json(path, "settings", "environment", "history")
 
 
 def read_settings(result):

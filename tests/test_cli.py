@@ -581,6 +581,15 @@ def test_nothing_of_a_damaged_package_runs(tmp_path):
     assert not trace.exists() and not (tmp_path / "downloads").exists()
 
 
+def test_a_python_without_pip_is_said(tmp_path):
+    for name in "fetch.py", "common.py":
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "pip.py").write_text("raise SystemExit('No module named pip')")
+    done = run(sys.executable, "-c", "import fetch; fetch.model_folder()", cwd=tmp_path,
+               env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    one_line_error(done, "No module named pip")
+
+
 def test_damaged_file_in_downloads(tmp_path):
     for name in "fetch.py", "common.py":
         shutil.copy(ROOT / name, tmp_path)

@@ -5,9 +5,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, program, run, save_small_bert
+from conftest import ROOT, one_line_exit, program, run, save_small_bert
 
+import checkpoint
+import checks
 import common
+import plots
+import qa
 
 OPS = """
 import logging
@@ -208,3 +212,82 @@ def test_a_written_file_is_as_readable_as_any_new_one(tmp_path):
     (tmp_path / "usual").touch()
     common.write_text(tmp_path / "written", "text")
     assert (tmp_path / "written").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+# --- file systems and files of other kinds -------------------------------------------------------
+
+def refuse(*args, **settings):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_mount_without_modes_or_locks_holds_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Path, "chmod", refuse)
+    monkeypatch.setattr(common.fcntl, "flock", refuse)
+    with common.alone(tmp_path), common.alone(tmp_path / "not there"):
+        common.write_json(tmp_path / "a.json", {"a": 1})
+    assert common.read_json(tmp_path / "a.json", "a") == {"a": 1}
+
+
+def test_a_folder_in_which_nothing_can_be_renamed_is_refused_at_once(tmp_path, monkeypatch):
+    common.check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(common.os, "replace", refuse)
+    one_line_exit(lambda: common.check_writable(tmp_path), "cannot write into", "--output")
+
+
+def test_two_programs_that_rewrite_a_file_lose_nothing(tmp_path):
+    file = tmp_path / "n"
+    file.write_text("0")
+    children = []
+    for _ in range(2):
+        if not (child := os.fork()):
+            for _ in range(200):
+                with common.alone(tmp_path):
+                    file.write_text(str(int(file.read_text()) + 1))
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert file.read_text() == "400"
+
+
+@pytest.mark.parametrize("content", ["3", "[]", "{", '{"b": 1}'])
+def test_a_file_with_other_json_in_it_is_one_line(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    one_line_exit(lambda: common.read_json(tmp_path / "a.json", "a"), "a.json is damaged", "delete")
+
+
+@pytest.mark.parametrize("read", [
+    lambda path: list(checks.read_table(path)), qa.read_squad, checkpoint.read_about,
+    lambda path: common.fingerprint([path])])
+def test_a_named_pipe_is_refused_and_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "train.csv")
+    one_line_exit(lambda: read(tmp_path / "train.csv"), "no ordinary file")
+
+
+def test_what_torch_warns_of_for_the_future_is_not_repeated_by_every_process():
+    warn = ("import warnings; "
+            "warnings.warn_explicit('a', FutureWarning, 'f', 1, module='torch.cuda')")
+    assert "FutureWarning" in run(sys.executable, "-c", warn).stderr
+    done = run(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import common; "
+               + warn)
+    assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.parametrize("flags, env", [(["-OO"], {}), ([], {"PYTHONSAFEPATH": "1"})])
+def test_unusual_ways_to_start_python(flags, env):
+    command = (["bash", ROOT / "run_all.sh"] if env else
+               [sys.executable, *flags, ROOT / "compare.py"])
+    done = run(*command, "--help", env={**os.environ, **env})
+    assert done.returncode == 0 and "train.py --help" in done.stdout, done.stderr
+
+
+def test_a_figure_shows_names_as_they_are_written(tmp_path, monkeypatch):
+    usual = [font for font in plots.fontManager.ttflist if "DejaVu" in font.name]
+    monkeypatch.setattr(plots.fontManager, "ttflist", usual)  # they have no Chinese characters
+    figure, ax = plots.plt.subplots()
+    ax.set(xscale="log", xlim=(1, 1000), title=r"$\foo$")  # as a formula it is an error
+    title = figure.suptitle("prices $5 to $10, \u4e2d")
+    plots.save_figure(figure, tmp_path / "a.png")
+    assert title.get_text() == "prices $5 to $10, \\u4e2d" and not title.get_parse_math()
+    assert "$\\mathdefault{10^{2}}$" in [tick.get_text() for tick in ax.get_xticklabels()]
+    assert all(tick.get_parse_math() for tick in ax.get_xticklabels())

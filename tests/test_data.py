@@ -15,6 +15,7 @@ from conftest import (
 )
 
 import data
+import qa
 import tools.predict as predict
 import train
 
@@ -32,6 +33,20 @@ def tsv(*rows):
 
 
 TRAIN = tsv(*[(f"sentence {i}", ["no", "yes"][i % 2]) for i in range(60)])
+
+
+@pytest.mark.parametrize("text", [
+    'sentence, label\n"a film, a good one", "yes"\n"he said ""no""", "no"\n',
+    'label, sentence\n"yes", "a film, a good one"\n"no", "he said ""no"""\n'])
+def test_a_space_before_a_quote_is_no_text(text, tmp_path):
+    (tmp_path / "train.csv").write_text(text)
+    rows = data.read_file(tmp_path / "train.csv")
+    assert rows.sentences == ["a film, a good one", 'he said "no"'] and rows.labels == ["yes", "no"]
+
+
+def test_json_lines_called_json_are_said_to_be_lines(tmp_path):
+    (tmp_path / "train.json").write_text('{"sentence": "a", "label": "b"}\n' * 3)
+    one_line_exit(lambda: qa.read_squad(tmp_path / "train.json"), "call it train.jsonl")
 
 
 def test_movies_splits_are_fixed_stratified_and_disjoint():

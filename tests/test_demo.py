@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -118,7 +119,49 @@ def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(ser
         with socket.socket() as s:
             s.settimeout(2)
             assert s.connect_ex((other, port)) != 0
-    one_line_exit(lambda: demo.launch(demo.make_page(ROOT / "nothing"), port), "is taken", "--port")
+    one_line_exit(lambda: demo.launch(demo.make_page(ROOT / "nothing"), port),
+                  "Address already in use", "--port")
+
+
+@pytest.mark.parametrize("path, headers", [
+    ("", {"Host": "evil.example"}), ("config", {"Host": "evil.example:7860"}),
+    ("gradio_api/call/ask", {"Origin": "http://evil.example"}),
+    ("gradio_api/upload", {"Origin": "http://127.0.0.1"}), ("gradio_api/upload", {})])
+def test_other_hosts_origins_and_uploads_are_refused(path, headers, served):
+    body = (b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\na\r\n'
+            b"--x--\r\n") if "upload" in path else None
+    asked = urllib.request.Request(f"{served[0]}/{path}", body, {
+        "Content-Type": "multipart/form-data; boundary=x", **headers})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked)
+    assert refused.value.code in (400, 403)
+
+
+def test_half_a_character_is_a_line(client):
+    for api, texts in ("/ask", ["bad \ud83d film"]), ("/ask_passage", ["who?", "bad \ud83d"]):
+        here = demo.Answerers.__new__(demo.Answerers)
+        here.missing, here.files = "", {"a": 1}
+        one_line_exit(lambda: demo.check_asked(here, texts, ["a"]), "surrogate", "no character")
+
+
+def test_a_proxy_is_not_asked_for_the_page(study, monkeypatch):
+    for name in "http_proxy", "HTTPS_PROXY", "ALL_PROXY":
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    page, port = demo.make_page(study[0]), free_port()
+    demo.launch(page, port)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{port}") as answer:
+        assert answer.status == 200
+    page.close()
+    assert demo.os.environ["ALL_PROXY"] == "socks5://127.0.0.1:9"
+
+
+def test_a_port_that_may_not_be_used_is_not_called_taken(study, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(demo.socket.socket, "bind", refuse)
+    one_line_exit(lambda: demo.launch(None, 80), "port 80", "Permission denied", "--port")
 
 
 def test_a_checkpoint_that_goes_while_the_page_is_open_is_a_line(study, tmp_path):
@@ -175,7 +218,7 @@ def test_an_output_without_results_ends_in_one_line(tmp_path):
 
 
 def test_without_gradio_one_line_says_how_to_install_it(tmp_path):
-    (tmp_path / "gradio.py").write_text("raise ImportError")
+    (tmp_path / "gradio.py").write_text("import nothing_of_this_name")
     done = run(sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, "
                f"{str(ROOT)!r}]; import tools.demo")
     line, = done.stderr.splitlines()

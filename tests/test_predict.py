@@ -17,6 +17,7 @@ from conftest import ROOT, default_tokenizer, one_line_exit, program, settings, 
 from transformers import BertForQuestionAnswering
 
 import tools.predict as predict
+from checkpoint import read_about
 from compare import RUNS
 from qa import Question
 from settings import checkpoint_path, read_settings
@@ -340,6 +341,18 @@ def test_a_second_sentence_that_is_not_read_is_said(tmp_path, act, capsys):
     (tmp_path / "in.csv").write_text("sentence,sentence2\na film,another\n")
     act("--input", tmp_path / "in.csv", "--to", tmp_path / "o.csv", "--method", "lora_r8")
     assert "sentence2 is not read" in capsys.readouterr().err
+
+
+def test_two_columns_of_one_name_are_refused(study, tmp_path, act):
+    files = predict.find(study[0])
+    (tmp_path / "in.csv").write_text("text\nA film.\n")
+    name, label = "lora", read_about(files["lora_r8"])["label_names"][0]
+    for own, path in (name, files["lora_r8"]), (f"{name} {label}", files["lora_r16"]):
+        shutil.copy(path, tmp_path / f"{own}.safetensors")
+    one_line_exit(lambda: act("--checkpoint", tmp_path / f"{name}.safetensors",
+                              "--checkpoint", tmp_path / f"{name} {label}.safetensors",
+                              "--input", tmp_path / "in.csv", "--to", tmp_path / "out.csv"),
+                  "two columns", f"{name} {label}")
 
 
 def test_a_lone_carriage_return_stays_in_its_row(tmp_path, act):

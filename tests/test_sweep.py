@@ -1,7 +1,9 @@
 """Parts of the training rows, whole sentences held out, and the sweep over rates and sizes."""
 import csv
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -279,6 +281,23 @@ def test_a_sweep_goes_on_in_one_precision(swept, monkeypatch):
             assert asked.pop()[-4:] == ["--amp", amp, "--method", "head"]
         else:
             assert not asked and f"--amp {own} goes on" in ended.value.code
+
+
+def test_a_sweep_that_adds_its_row_is_alone(swept, monkeypatch):
+    flags, output = swept
+    held, add_entry = [], sweep.add_entry
+
+    def watched(*args):
+        lock = os.open(output / "metrics", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(lock)
+        held.append(args)
+        return add_entry(*args)
+
+    monkeypatch.setattr(sweep, "add_entry", watched)
+    sweep.main([*flags, "--methods", "full"])
+    assert len(held) == 1
 
 
 def test_redraw_draws_again_what_is_there(swept, capsys):

@@ -127,6 +127,30 @@ def test_a_run_that_was_cut_is_named_and_another_study_does_not_go_over_it(folde
         one_line_exit(lambda: main("--trainer", folder, "--output", tmp_path / "own"), word)
 
 
+def test_fractions_are_percent_and_nan_is_no_score(folder, capsys):
+    path = folder / "lora-epoch-2_lr_2e-4" / "trainer_state.json"
+    path.write_text(state([(0.70, 0.55), (float("nan"), 0.60), (0.85, 0.6), (0.8, 0.5)]))
+    results, _ = grid.trainer_runs(folder)
+    run = results["lora_epoch-2_lr_2e-4"]
+    assert (run["f1"], run["exact_match"], run["best_epoch"], run["f1_last"]) == (85, 60, 3, 80)
+    assert "taken as fractions" in capsys.readouterr().err
+    assert results["full_epoch-2_lr_2e-4"]["f1"] == 80
+
+
+@pytest.mark.parametrize("name", ["eval_results.json", "all_results.json"])
+def test_scores_that_run_qa_wrote_after_its_state(name, folder):
+    for own in state([]), None:
+        path = folder / "qlora_epoch-2_lr_2e-4" / "trainer_state.json"
+        path.write_text(own) if own else path.unlink()
+        (path.parent / name).write_text(json.dumps({
+            "epoch": 2.0, "eval_exact_match": 61.0, "eval_f1": 73.5, "eval_samples": 100,
+            **({"train_runtime": 30.0} if name == "all_results.json" else {})}))
+        results, missing = grid.trainer_runs(folder)
+        result = results["qlora_epoch-2_lr_2e-4"]
+        assert (result["f1"], result["exact_match"], result["best_epoch"]) == (73.5, 61, 2)
+        assert result["train_time_s"] == (30 if name == "all_results.json" else None)
+
+
 def test_file_dates_do_not_count(folder):
     for path in folder.rglob("trainer_state.json"):
         os.utime(path, (1, 1))

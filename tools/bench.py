@@ -510,7 +510,7 @@ def growth_markdown(growth):
 def draw_growth(path):
     """Draw what a metrics/growth_MODEL.json holds into figures/, and print the table: the time per
     row against its length, and the time that its matrix products alone would take."""
-    growth, figure = read_json(path), path.parents[1] / "figures" / f"{path.stem}.png"
+    growth, figure = read_json(path, "grid"), path.parents[1] / "figures" / f"{path.stem}.png"
     sizes = sorted({point["batch_size"] for point in growth["grid"]})
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
 

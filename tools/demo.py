@@ -10,11 +10,14 @@ it works without a network.
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.demo")
 
+import contextlib
 import html
 import io
 import os
+import socket
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from common import fail, start
 from settings import Parser, number
@@ -41,16 +44,32 @@ def parse_args(argv=None):
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@contextlib.contextmanager
+def without_proxies():
+    """Hide the environment's proxies: gradio would ask one for its own page on 127.0.0.1. A base on
+    the hub is loaded through them."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ)
+              if name.lower().endswith("_proxy")}
+    yield
+    os.environ.update(hidden)
+
+
 try:
-    import gradio
-except ImportError:
-    fail("gradio is not installed: .venv/bin/python -m pip install -r requirements-demo.txt")
+    with without_proxies():
+        import gradio
+except ModuleNotFoundError as e:
+    fail(f"{e.name} is not installed: .venv/bin/python -m pip install -r requirements-demo.txt")
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 
 from checkpoint import attach, check_tokenizer, read_about
+from checks import check_surrogates
 from methods import CASES
 from plots import entry_label, memory_key, read_study, study_of
 from tools import predict
@@ -62,6 +81,7 @@ PASSAGE = ("Laura Nolan spent the early years in Zurich. She is on the staff of 
 MAX_SENTENCES, MAX_CHARACTERS = 50, 20_000  # that the page takes at a time
 COSTS = {"trainable parameters": "log", "memory (GB)": "linear", "seconds per epoch": "linear",
          "trained file (MB)": "log"}  # columns of the table, and the scales of their axes
+HOSTS = ["127.0.0.1", "localhost"]  # the names of the server that it answers to
 # what the page may load: nothing from elsewhere
 POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
           "connect-src 'self' ws://127.0.0.1:* http://127.0.0.1:* data: blob:")
@@ -115,13 +135,16 @@ class Answerers:
 
 
 def check_asked(answerers, texts, names):
-    """Exit if nothing can be answered: there is no method, none is ticked, or a text is empty."""
+    """Exit if nothing can be answered: there is no method, none is ticked, or a text is empty or
+    holds what is no character."""
     if answerers.missing:
         fail(answerers.missing)
     if not names or set(names) - set(answerers.files):
         fail("Tick at least one method.")
     if not all((text or "").strip() for text in texts):
         fail("There is nothing to read: write a text first.")
+    for text in texts:
+        check_surrogates("The text", "", text)
 
 
 def note(text):
@@ -311,7 +334,11 @@ def make_page(output, model=None, checkpoints=()):
 
 
 async def with_policy(request, answer):
-    """Send the POLICY with every answer of the server."""
+    """Answer to this machine's own pages alone, and take no files; send the POLICY with every
+    answer of the server."""
+    origin = urlsplit(request.headers.get("origin", "//localhost")).hostname
+    if origin not in HOSTS or "upload" in request.url.path:
+        return PlainTextResponse("not allowed", 403)
     response = await answer(request)
     response.headers["content-security-policy"] = POLICY
     return response
@@ -320,13 +347,18 @@ async def with_policy(request, answer):
 def launch(page, port):
     """Serve the page on 127.0.0.1, in threads of its own."""
     try:
+        with socket.socket() as tried:  # gradio does not say what is wrong with a port
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((HOSTS[0], port))
+    except OSError as e:
+        fail(f"port {port} of 127.0.0.1: {e.strerror}; --port N chooses another")
+    with without_proxies():
         return page.launch(
-            server_name="127.0.0.1", server_port=port, share=False, quiet=True, footer_links=[],
+            server_name=HOSTS[0], server_port=port, share=False, quiet=True, footer_links=[],
             css=CSS, ssr_mode=False, prevent_thread_lock=True,
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, dispatch=with_policy)]})
-    except OSError:
-        fail(f"port {port} of 127.0.0.1 is taken; --port N chooses another")
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS),
+                                       Middleware(BaseHTTPMiddleware, dispatch=with_policy)]})
 
 
 def main(args):

@@ -48,6 +48,7 @@ from settings import (
     is_synthetic,
     make_parser,
     read_flags,
+    read_result,
     read_settings,
     run_name,
     short,
@@ -200,18 +201,36 @@ def seconds_of_events(folder):
     return seconds or None
 
 
+def in_percent(path, evaluations):
+    """Return Trainer's evaluations with F1 and exact match in percent: some metrics give
+    fractions, and no trained model has an F1 of 1 percent."""
+    keys = "eval_f1", "eval_exact_match"
+    if max(e[key] for e in evaluations for key in keys) > 1:
+        return evaluations
+    warn(f"{path}: F1 and exact match are taken as fractions of 1, not as percent")
+    return [e | {key: 100 * e[key] for key in keys} for e in evaluations]
+
+
 def trainer_run(folder):
     """Read a run's folder as a result of the grid, but for its settings; None if there is no
     evaluation yet."""
-    path = find_state(folder)
-    if not path:
+    # run_qa.py evaluates after it has written the state, into files of their own
+    ends = [folder / "eval_results.json", folder / "all_results.json"]
+    paths = [path for path in (find_state(folder), *ends) if path and path.exists()]
+    if not paths:
         return None
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        evaluations = [entry for entry in state["log_history"] if "eval_f1" in entry]
-        times = [e["train_runtime"] for e in state["log_history"] if "train_runtime" in e]
-        if not evaluations:
+        for path in paths:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            state = state if "log_history" in state else {"log_history": [{"epoch": 0.0, **state}]}
+            evaluations = [entry for entry in state["log_history"]
+                           if math.isfinite(entry.get("eval_f1", math.nan))]
+            if evaluations:
+                break
+        else:
             return None
+        evaluations = in_percent(path, evaluations)
+        times = [e["train_runtime"] for e in state["log_history"] if "train_runtime" in e]
         best, last = max(evaluations, key=lambda e: e["eval_f1"]), evaluations[-1]
         if state.get("global_step", 0) < state.get("max_steps", 0):
             warn(f"{path} ends at step {state['global_step']:,} of {state['max_steps']:,}: what "
@@ -504,7 +523,7 @@ def gather_runs(run, runs, made_by):
     """Gather the finished ones of `runs`, {run: flags of train.py}; made_by: the command."""
     # a result of other settings is never taken: its file is named after its settings
     paths = {name: read_flags(own).result for name, own in runs.items()}
-    results = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    results = {name: read_result(path) for name, path in paths.items() if path.exists()}
     if not results:
         fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
     add_scores(results)

@@ -238,7 +238,7 @@ def multitask_markdown(study):
 def redraw(output):
     """Draw output/metrics/multitask.json into output/figures/, and print its tables."""
     from plots import plt, save_figure, write_table
-    study = read_json(output / "metrics" / "multitask.json")
+    study = read_json(output / "metrics" / "multitask.json", "tasks", "methods")
     tasks, methods, figures = list(study["tasks"]), study["methods"], output / "figures"
     fig, (scores, memory, disk) = plt.subplots(1, 3, figsize=(13, 4.2))
     every = np.arange(1, TASK_COUNTS[-1] + 1)

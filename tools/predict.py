@@ -384,6 +384,8 @@ def predict_rows(methods, tokenizer, args):
     trained = [method.about["settings"].text_column for method in methods]
     columns, texts, n_rows = check_input(args.input, args.column, trained, has_pairs)
     added, counts = label_columns(methods), Counter()
+    if twice := [name for name in added if added.count(name) > 1]:
+        fail(f"two columns would be called {twice[0]!r}; ask these methods one at a time")
     if both := [name for name in added if name in columns]:
         fail(f"{args.input} has a column {both[0]!r} already, which a method is called")
 

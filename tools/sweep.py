@@ -25,7 +25,7 @@ import textwrap
 
 import numpy as np
 
-from common import command, fail, read_json, start, warn, write_csv, write_json
+from common import alone, command, fail, read_json, start, warn, write_csv, write_json
 from compare import decide_amp, explain, mixed_hardware, refuse, split_seeds
 from methods import CASES, FOLD_STUDY, label_of, named
 from rates import best_rate, beyond, probe, score_name, search, steps_of, trained, validation_of
@@ -169,20 +169,12 @@ def is_done(entry, seeds, rates_from, s):
     return is_same_method and has_seeds and entry["rates_from"] == rates_from
 
 
-def read_sweep(path):
-    """Read the JSON of a sweep."""
-    sweep = read_json(path)
-    if not isinstance(sweep, dict) or "entries" not in sweep:
-        fail(f"{path} is damaged (not a sweep); delete it")
-    return sweep
-
-
 def held(path, s):
     """Return ({name: entry}, {column: answers}) of the sweep at `path`, to which a run with the
     settings `s` would be added. Exit if they are of another task, model or setting."""
     if not path.exists():
         return {}, {}
-    entries = read_sweep(path)["entries"]
+    entries = read_json(path, "entries")["entries"]
     common = vars(s).keys() - FREE
     if s.amp == "auto":
         common -= {"amp"}  # another machine may have taken it for something else
@@ -303,7 +295,7 @@ def draw_sweep(path):
     """Draw the sweep at `path` into figures/, scores and differences to full fine-tuning against
     the number of training rows, and print its table."""
     from plots import plt, save_figure, write_table
-    sweep = read_sweep(path)
+    sweep = read_json(path, "entries", "floor")
     entries = sweep["entries"].values()
     style = {case_label(name): case for name, case in CASES.items()}
     labels = list(dict.fromkeys(e["label"] for e in entries))
@@ -370,8 +362,10 @@ def main(argv):
             results, tried = run_method([*rest, *flags], args.seeds, rows, tried_on,
                                         steps_of(s, size["examples"]))
             entry = entry_of(results, tried, args.rates_from)
-            entries = add_entry(path, args.settings, name, entry, results)
-    compare_entries(path, args.settings)
+            with alone(path.parent):
+                entries = add_entry(path, args.settings, name, entry, results)
+    with alone(path.parent):
+        compare_entries(path, args.settings)
     draw_sweep(path)
 
 
