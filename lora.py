@@ -76,10 +76,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self):
-        """Compute the one weight (out, in) that does the same: W0 + s B A, in fp32 whatever
-        autocast says."""
+        """Compute the one weight (out, in) that does the same: W0 + s B A, in the precision of A
+        and B, fp32, whatever autocast says."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            w0 = frozen_weight(self.base).float()
+            w0 = frozen_weight(self.base).to(self.lora_A.dtype)
             return torch.addmm(w0, self.lora_B, self.lora_A, alpha=self.scaling)
 
     def merged(self):

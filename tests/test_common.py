@@ -241,10 +241,13 @@ def test_two_programs_that_rewrite_a_file_lose_nothing(tmp_path):
     children = []
     for _ in range(2):
         if not (child := os.fork()):
-            for _ in range(200):
-                with common.alone(tmp_path):
-                    file.write_text(str(int(file.read_text()) + 1))
-            os._exit(0)
+            try:
+                for _ in range(200):
+                    with common.alone(tmp_path):
+                        file.write_text(str(int(file.read_text()) + 1))
+                os._exit(0)
+            finally:  # no second pytest goes on from here
+                os._exit(1)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert file.read_text() == "400"
