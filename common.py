@@ -19,8 +19,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-if os.environ.get("RANK", "0") != "0":
-    os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows its progress
+if os.environ.get("RANK", "0") != "0" or not (sys.stderr and sys.stderr.isatty()):
+    os.environ["TQDM_DISABLE"] = "1"  # one of several processes shows a bar, and only to a person
 # On some CPUs bitsandbytes, while it is imported, asks a hub for code through the package
 # `kernels` and runs it. None is Python's way to say that there is no such package.
 sys.modules.setdefault("kernels", None)

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import fail, start, write_csv, write_json
+from common import fail, start, write_csv, write_json, write_whole
 from methods import CASES, FOLD_STUDY, STUDY, row_of
 from rates import TRAIN, best_rate, first_rates, plan, search, trained
 from settings import (
     Parser,
     any_seed,
     asked_settings,
+    case_label,
     checkpoint_path,
     given,
     has_searched_rates,
@@ -216,6 +217,13 @@ def prediction_rows(runs, n_folds=None):
     return rows
 
 
+def so_far(runs):
+    """Write the mean test score of each method that has runs, {name: results}, as one line."""
+    scores = [f"{case_label(name)} {np.mean([r['f1_macro'] for r in own]):.4f} (n = {len(own)})"
+              for name, own in runs.items() if own]
+    return f"test macro-F1 so far: {', '.join(scores)}"
+
+
 def print_next(output, lines, results, model, kind=".csv"):
     """Print what one can do with the trained models of a study, as commands to copy. lines: the
     verdict's; results: {method: result}; model: a base's folder, or None; kind: of the files that
@@ -241,18 +249,23 @@ def print_next(output, lines, results, model, kind=".csv"):
 
 
 def write_study(output, model, command, runs, tried, folds):
-    """Write what a study found, its runs {method: results}: JSON, predictions, tables, figures; and
-    say what one can do with it. model: a base's folder, or None."""
+    """Write what a study found, its runs {method: results}: JSON, predictions, probabilities,
+    tables, figures; and say what one can do with it. model: a base's folder, or None."""
     full, metrics = runs["full"], output / "metrics"
     entries = {name: combine_folds(own, full, folds, tried.get(name)) if folds else
                combine(own, full, tried.get(name)) for name, own in runs.items()}
     rows = prediction_rows(runs, folds)
     name, predictions = (("crossvalidation", "crossvalidation_predictions") if folds else
                          ("comparison", "predictions"))
+    # of each method (seeds, sentences, labels), in the order of the predictions
+    likely = {method: joined(own, folds or 1, "test_probabilities").astype(np.float32)
+              for method, own in runs.items()}
     write_json(metrics / f"{name}.json", {
         "command": command, "floor": largest_class([row["label"] for row in rows]),
         "entries": entries})
     write_csv(metrics / f"{predictions}.csv", rows)
+    write_whole(metrics / f"{name}_probabilities.npz",
+                lambda part: np.savez_compressed(part.open("wb"), **likely))
     from plots import draw_comparison, draw_folds, lines_of  # matplotlib is slow to import
     (draw_folds if folds else draw_comparison)(output)
     print_next(output, lines_of(entries), {name: own[0] for name, own in runs.items()}, model)
@@ -286,19 +299,22 @@ def main(argv):
                     for lr in first_rates([*flags, *own.split()], steps)]
         print_commands(jobs)
         return
-    if searches:
-        tried = {name: search([*flags, *parts[0], *own.split()], steps, progress)
-                 for name, own in study.items()}
 
     runs = {name: [] for name in study}
     for part in parts:
         for name, own in study.items():
-            rate = ["--lr", f"{best_rate(tried[name])['lr']:g}"] if tried else []
+            rate, is_first = [], part is parts[0]
+            if searches:
+                if is_first:
+                    tried[name] = search([*flags, *part, *own.split()], steps, progress)
+                rate = ["--lr", f"{best_rate(tried[name])['lr']:g}"]
             # the search has counted the runs of the first part
-            own_progress = None if tried and part is parts[0] else progress
+            own_progress = None if searches and is_first else progress
             if not (result := trained([*flags, *part, *own.split(), *rate], own_progress)):
                 sys.exit(1)
             runs[name].append(result | {"checkpoint_mb": checkpoint_mb(args.output, result)})
+            if progress:
+                print(so_far(runs), flush=True)
     if line := mixed_hardware([run for name in runs for run in runs[name]]):
         fail(line)
     model = args.model if s.model_sha256 else None

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from transformers import (
 
 import fast
 from adapters import put_houlsby, put_pfeiffer
-from checks import check_config, check_loading, fit_tokenizer
+from checks import check_config, check_length, check_loading, fit_tokenizer
 from common import fail, warn
 from fetch import model_folder
 from lora import put_dora, put_lora
@@ -153,6 +154,7 @@ def place(model, device, without=()):
 def build(model, s, device, dtype=None, quantize=None, without=()):
     """Turn a fresh model into the method of the settings `s`, on its device, ready to train. dtype:
     autocast's, or None; without: tricks to leave out (tools.bench)."""
+    check_length(s, model.config)
     apply_method(model, s, dtype or torch.float32, quantize, "half_weights" not in without)
     if RANK > 0:
         # dropout masks of its own; mixed, as torch on a CPU reads only the low 32 bits of a seed
@@ -222,13 +224,20 @@ def git_commit():
     return git.stdout.strip() or None
 
 
-def peak_memory(device):
+def forget_peak(device):
+    """Begin a new peak of GPU memory. That of evaluation, in larger batches, is not training's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device, before):
     """Return the peaks of the largest process, in units of 1e9 bytes: of GPU memory that torch
-    allocated, or None, and of resident memory."""
-    vram = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
+    allocated since forget_peak, or None, and of resident memory. `before`: what this returned for
+    earlier epochs; the larger peak counts."""
+    vram = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
     vram, rss = map(max, zip(*gather((vram, rss))))
-    return {"peak_vram_gb": vram or None, "peak_rss_gb": rss}
+    return {"peak_vram_gb": max(vram, before.get("peak_vram_gb") or 0) or None, "peak_rss_gb": rss}
 
 
 def environment(device, dtype):
@@ -247,19 +256,23 @@ def environment(device, dtype):
 # --- several processes ---------------------------------------------------------------------------
 # Data parallelism by torchrun. Each process holds the whole model and computes its share of every
 # batch; the gradients are added up before every step, so that all copies stay equal and take the
-# steps that one process would take. In one process join_processes chooses the device, and the other
-# functions change nothing.
+# steps that one process would take. Nothing is sent at the start: all read the same file, draw from
+# the same seed, and quantise on the CPU, before place() moves the model. In one process
+# join_processes chooses the device, and the other functions change nothing.
 
 def join_processes():
     """Meet the other processes, over NCCL between GPUs and Gloo between CPUs. Return the
-    torch.device of this one."""
+    torch.device of this one. They may wait for hours, while one of them downloads."""
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if LOCAL_RANK >= (n := torch.cuda.device_count()):
             fail(f"there are {n} GPUs here; torchrun --nproc-per-node {n} starts as many processes")
         torch.cuda.set_device(device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # with device_id the first barrier opens no context on another GPU (torch's documentation)
+        own_gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=4),
+                                device_id=own_gpu)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     return device

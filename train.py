@@ -17,11 +17,10 @@ import time
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-from checks import check_length, warmup_steps
+from checks import warmup_steps
 from data import encode_splits
 from model import (
     add_up,
@@ -30,6 +29,7 @@ from model import (
     count_params,
     environment,
     first_process_first,
+    forget_peak,
     gather,
     join_processes,
     leave_processes,
@@ -61,7 +61,7 @@ def step(model, optimizer, split, rows, device, amp, scaler, accumulation=1):
             batch_loss += loss.detach()
     add_up(batch_loss, trained)
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+    torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -102,14 +102,13 @@ def main(argv=None):
     run.exit_if_finished()
     s: Settings = run.settings
     device, dtype = join_processes(), amp_dtype(s.amp)
-    torch.manual_seed(s.seed)  # the same head in every method
+    torch.manual_seed(s.seed)  # one head for all; CUDA may differ in bits (torch, Reproducibility)
 
     # --- data and model --------------------------------------------------------------------------
     with first_process_first():
         task = load_task(s, run.data)
         tokenizer, model = load_pretrained(run.model, task.label_names)
     about = checkpoint.describe(model, s, task, tokenizer)
-    check_length(s, model.config)
     model = build(model, s, device, dtype)
     params, trained = count_params(model), list(trained_tensors(model).values())
     print(f"{s.method}: {say_params(params)}, {device.type}, {run.said}")
@@ -127,18 +126,19 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     rng = np.random.default_rng(s.seed)  # the data order's own: no method can shift it
 
-    history, best_score = [], -math.inf
+    history, peaks, best_score = [], {}, -math.inf
     for epoch in range(1, math.ceil(total_steps / steps_per_epoch) + 1):
         # --- train -------------------------------------------------------------------------------
         model.train()
+        forget_peak(device)
         batches = train.batches(s.batch_size, rng)[:total_steps - (epoch - 1) * steps_per_epoch]
         total_loss, begin = 0.0, time.perf_counter()
         for batch in tqdm(batches, f"epoch {epoch}/{s.epochs}", unit="step", mininterval=1):
             loss = step(model, optimizer, train, batch, device, amp, scaler, s.accumulation)
             total_loss += len(batch) * loss
-            schedule.step()
+            schedule.step()  # also where fp16's scaler left a step out, so that all rates end at 0
         train_loss = total_loss.item() / sum(map(len, batches))  # .item() waits for the GPU
-        seconds = time.perf_counter() - begin
+        seconds, peaks = time.perf_counter() - begin, peak_memory(device, peaks)
 
         # --- validate ----------------------------------------------------------------------------
         scores, _ = evaluate(model, validation, device, amp)
@@ -158,7 +158,6 @@ def main(argv=None):
     checkpoint.load(run.checkpoint, model, about)
     scores, outcome = evaluate(model, test, device, amp)
     del scores["loss"]  # it means nothing where an answer's place is unknown
-    peaks = peak_memory(device)
     leave_processes()
     seconds = [h["seconds"] for h in history]
     write_json(run.result, {  # last: the file says that the run is finished

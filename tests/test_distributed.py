@@ -11,6 +11,8 @@ import torch
 from conftest import ROOT, program, save_small_bert, train, write_splits
 from safetensors.torch import load_file
 
+import model
+
 FORKED = """
 import os, runpy, signal, sys
 
@@ -161,3 +163,36 @@ def test_all_copies_stay_equal(states, case):
         for other in others:
             for name, tensor in first[case].items():
                 assert torch.equal(other[case][name], tensor), name
+
+
+# --- on GPUs, with a stand-in for them -----------------------------------------------------------
+
+def test_a_process_is_bound_to_its_gpu_before_the_first_barrier(monkeypatch):
+    asked = []
+    monkeypatch.setattr(model.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(model.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(model.torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(model.dist, "init_process_group",
+                        lambda *args, **more: asked.append((args, more)))
+    monkeypatch.setattr(model, "WORLD", 2)
+    monkeypatch.setattr(model, "LOCAL_RANK", 1)
+    own = model.join_processes()
+    bound, ((backend,), more) = asked
+    assert str(own) == "cuda:1" == str(bound) and backend == "nccl" and more["device_id"] == own
+    assert more["timeout"].total_seconds() > 3600  # while another process downloads
+
+
+def test_the_peak_of_gpu_memory_is_that_of_training_alone(monkeypatch):
+    gpu, state = torch.device("cuda", 0), {"now": 0}
+    monkeypatch.setattr(model.torch.cuda, "max_memory_allocated", lambda device: state["now"])
+    monkeypatch.setattr(model.torch.cuda, "reset_peak_memory_stats",
+                        lambda device: state.update(now=0))
+    peaks = {}
+    for training, evaluation in (2e9, 9e9), (3e9, 9e9), (1e9, 9e9):
+        model.forget_peak(gpu)
+        state["now"] = max(state["now"], training)
+        peaks = model.peak_memory(gpu, peaks)
+        state["now"] = max(state["now"], evaluation)
+    assert peaks["peak_vram_gb"] == 3
+    cpu = model.peak_memory(torch.device("cpu"), {})
+    assert cpu["peak_vram_gb"] is None and cpu["peak_rss_gb"] > 0.1

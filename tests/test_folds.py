@@ -24,6 +24,7 @@ import rates
 from compare import FOLD_RUNS
 from settings import make_parser, read_flags
 from spread import corrected_interval, ece
+from tools import recompute
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +171,9 @@ def study_flags(folder):
     return ["--folds", str(N_FOLDS), "--seeds", *map(str, SEEDS), "--output", str(folder)]
 
 
-def test_made_up_folds_are_pooled_and_compared(made_up):
+def test_made_up_folds_are_pooled_and_compared(made_up, capsys, monkeypatch):
     folder, paths = made_up
+    monkeypatch.setattr(recompute, "start", lambda: None)
     done = program("compare.py", *study_flags(folder))
     assert done.returncode == 0 and "==" not in done.stdout, done.stderr
     study = json.loads((folder / "metrics" / "crossvalidation.json").read_text())
@@ -204,11 +206,16 @@ def test_made_up_folds_are_pooled_and_compared(made_up):
                for k in range(1, N_FOLDS + 1)]
     assert entries["head"]["vs_full_new_rows"] == pytest.approx(
         corrected_interval(by_fold, 40, 70))
-    for figure in "pareto.png", "crossvalidation.png":
+    for figure in "glance.png", "crossvalidation.png":
         assert (folder / "figures" / figure).stat().st_size > 10_000
     table = (folder / "figures" / "crossvalidation.md").read_text()
     assert table in done.stdout and f"made by `{command}`" in table
     assert "3 folds, each 70 training" in table and "(n = 6)" in table
+    recompute.main(["--output", str(folder)])
+    said = capsys.readouterr().out
+    assert said.count(", NLL and ECE: ") == 8 and "22 results came out as published" in said
+    answer = (folder / "figures" / "answer.md").read_text()
+    assert answer in done.stdout and "| method | % of all |" in answer and "**Lost.**" in answer
 
     with open(folder / "metrics" / "crossvalidation_predictions.csv") as file:
         rows = list(csv.DictReader(file))
@@ -217,13 +224,6 @@ def test_made_up_folds_are_pooled_and_compared(made_up):
         predicted = [int(row[f"bitfit_seed{seed}"]) for row in rows]
         assert predicted == [p for k in (1, 2, 3)
                              for _, p in results["bitfit", seed, k]["test_predictions"]]
-
-
-def test_the_frontier_is_what_nothing_beats_in_both():
-    # cheap to dear: the best; beaten by it; better; as dear and worse; as good and dearer; better
-    costs, scores = [1, 2, 3, 3, 4, 5], [0.6, 0.5, 0.7, 0.65, 0.7, 0.8]
-    assert plots.frontier(costs, scores) == [(1, 0.6), (3, 0.7), (5, 0.8)]
-    assert plots.frontier([5, 1], [0.5, 0.9]) == [(1, 0.9)]
 
 
 def test_a_missing_fold_is_trained_and_no_other(made_up, monkeypatch):

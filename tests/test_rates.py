@@ -2,6 +2,7 @@
 with it."""
 import json
 import math
+import re
 import shlex
 import subprocess
 from types import SimpleNamespace
@@ -125,6 +126,10 @@ def test_a_study_finds_each_method_s_rate_by_validation_and_uses_it(made_up, tmp
     for words in ("29 epochs, 203 steps", "tries 3 to 6", "[1 of 15, ", "15 to 30 trainings",
                   "LoRA r=8: 4e-3 validates best", "- **Lost.**", "What next", "--method full"):
         assert words in said, words
+    # after each method there is a line of all that have a result
+    so_far = re.findall("^test macro-F1 so far: (.*)$", said, flags=re.M)
+    assert [line.count("(n = 1)") for line in so_far] == [1, 2, 3, 4, 5]
+    assert "full fine-tuning 0.99" in so_far[0] and "adapter Houlsby 64" in so_far[4]
     lines = said[said.index("What next"):].splitlines()[1:4]
     ask, export, page = (shlex.split(line, comments=True) for line in lines)
     assert ask[1:3] == ["-m", "tools.predict"] and page[2] == "tools.demo"

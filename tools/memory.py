@@ -110,7 +110,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import fast
 from lora import replace_modules
-from model import build, trained_tensors
+from model import build, git_commit, trained_tensors
 from plots import markdown_table, name_rows, plt, save_figure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -361,7 +361,8 @@ def main(args):
                for name, case in CASES.items()}
     write_json(args.output / "metrics" / "memory.json", {
         "command": command(), "model": args.model, "batch_size": args.batch_size,
-        "max_length": args.max_length, "amp": args.amp, "device": DEVICE, "methods": methods})
+        "max_length": args.max_length, "amp": args.amp, "device": DEVICE,
+        "git_commit": git_commit(), "methods": methods})
     redraw(args.output)
     if args.measure:
         print_measured(config, batch, methods)

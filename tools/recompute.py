@@ -1,0 +1,104 @@
+"""Compute the published intervals again, from the answers in metrics/ and without a training; NLL
+and ECE, too, where the probabilities are there.
+
+    python -m tools.recompute                    of the project's own results; some minutes
+    python -m tools.recompute --output DIR       of the study in this folder
+
+Prints every difference to full fine-tuning of comparison.json, crossvalidation.json and the sweeps
+as it is published and as it comes out again. The answers behind grid.json and multitask.json are
+not kept.
+"""
+if not __package__:
+    raise SystemExit("error: run this from the project's folder: python -m tools.recompute")
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from common import fail, read_json, start
+from settings import Parser, read_settings
+from spread import corrected_interval, ece, macro_f1, nll, paired_bootstrap
+from tools import sweep
+from verdict import points
+
+TOLERANCE = 1e-3  # points; tables have a tenth
+
+
+def study_intervals(path, answers):
+    """Yield (method, what, published, again) of a comparison.json or crossvalidation.json, whose
+    predictions are the CSV file `answers`."""
+    study = read_json(path, "entries")
+    try:
+        with open(answers, newline="", encoding="utf-8") as file:
+            head, *rows = csv.reader(file)
+        columns = {name: np.array(own, dtype=int) for name, own in zip(head, zip(*rows))}
+        labels, fold, full = columns["label"], columns.get("fold"), study["entries"]["full"]
+        probabilities = path.with_name(f"{path.stem}_probabilities.npz")
+        likely = np.load(probabilities) if probabilities.exists() else None
+        for name, entry in study["entries"].items():
+            if likely is not None:
+                yield (name, ", NLL and ECE", {key: entry[key] for key in ("nll", "ece")},
+                       {"nll": np.mean([nll(labels, own) for own in likely[name]]),
+                        "ece": np.mean([ece(labels, own) for own in likely[name]])})
+            if name == "full":
+                continue
+            method, baseline = (np.stack([columns[f"{who}_seed{seed}"] for seed in entry["seeds"]])
+                                for who in (name, "full"))  # (seeds, sentences)
+            yield name, "", entry["vs_full"], paired_bootstrap(labels, method, baseline, fold)
+            if fold is not None:
+                differences = [100 * np.mean([macro_f1(labels[own], m[own])
+                                              - macro_f1(labels[own], b[own])
+                                              for m, b in zip(method, baseline)])
+                               for own in (fold == k for k in np.unique(fold))]
+                rows = full["runs"][0]["rows"]
+                yield (name, ", for new rows", entry["vs_full_new_rows"],
+                       corrected_interval(differences, rows["test"], rows["train"]))
+    except (OSError, ValueError, KeyError) as e:
+        fail(f"{answers} does not hold the answers behind {path} ({type(e).__name__}: {e})")
+
+
+def sweep_intervals(path):
+    """Yield the same of a sweep."""
+    first = next(iter(read_json(path, "entries")["entries"].values()))["runs"][0]
+    entries, answers = sweep.held(path, read_settings(first))
+    for name, entry in entries.items():
+        if entry["vs_full"]:
+            full = f"full, {sweep.method_and_rows(name)[1]}"
+            own, baseline = (sweep.columns_of(who, sweep.seeds_of(entry)) for who in (name, full))
+            yield name, "", entry["vs_full"], sweep.difference(answers, own, baseline)
+
+
+def parse_args(argv):
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="DIR",
+                        help="train.py's --output (default: the project's folder)")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    start()
+    metrics = parse_args(argv).output / "metrics"
+    found = {}
+    for name, answers in (("comparison", "predictions"),
+                          ("crossvalidation", "crossvalidation_predictions")):
+        if (metrics / f"{name}.json").exists():
+            found[name] = study_intervals(metrics / f"{name}.json", metrics / f"{answers}.csv")
+    found |= {path.stem: sweep_intervals(path) for path in sorted(metrics.glob("sweep_*.json"))}
+    if not found:
+        fail(f"{metrics} holds no study; bash run_all.sh makes one")
+    n = 0
+    for file, intervals in found.items():
+        for method, what, *both in intervals:
+            published, again = (points(own) if "points" in own else
+                                "{nll:.3f}, {ece:.3f}".format(**own) for own in both)
+            print(f"{file}: {method}{what}: {published}, again {again}", flush=True)
+            if max(abs(both[0][key] - both[1][key]) for key in both[0]) > TOLERANCE:
+                fail(f"{file}.json does not follow from its answers: {method}{what}")
+            n += 1
+    print(f"{n} results came out as published")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
