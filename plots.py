@@ -24,6 +24,8 @@ plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
                      "axes.spines.top": False, "axes.spines.right": False,
                      "axes.axisbelow": True, "figure.constrained_layout.use": True})
 FROZEN = "#DDDDDD"
+ANSWER = ("method", "% of all", "macro-F1", "vs full (points)", "s per epoch", "trained file (MB)")
+FAR = 8  # points of loss that a figure shows as an arrow
 
 
 # --- what all figures and tables share -----------------------------------------------------------
@@ -140,12 +142,12 @@ def study_verdict(study, what_varies):
                    (LARGEST, 100 * study["floor"]["f1_macro"]), what_varies=what_varies)
 
 
-def page(study, header, rows, caption, what_varies):
-    """Make table, caption and verdict of a study, as Markdown."""
+def captioned(study, header, rows, caption):
+    """Make table and caption of a study, as Markdown."""
     f1, accuracy = (f"{study['floor'][key]:.4f}" for key in ("f1_macro", "accuracy"))
     cells = {"trainable": "0", "macro-F1": f1, "test macro-F1": f1, "accuracy": accuracy}
     return (markdown_table(header, [*rows, floor_row(header, LARGEST, cells)])
-            + f"\n{caption}.\n\n" + study_verdict(study, what_varies))
+            + f"\n{caption}.\n")
 
 
 def said_search(entries):
@@ -189,7 +191,8 @@ def table(entries):
 
 def markdown(study):
     """Make table, caption and verdict of a comparison.json, as Markdown."""
-    return page(study, *table(study["entries"]), caption(study), "seed")
+    return (captioned(study, *table(study["entries"]), caption(study))
+            + "\n" + study_verdict(study, "seed"))
 
 
 def fold_caption(study):
@@ -226,8 +229,19 @@ def fold_table(entries):
 
 
 def fold_markdown(study):
-    """Make table, caption and verdict of a crossvalidation.json, as Markdown."""
-    return page(study, *fold_table(study["entries"]), fold_caption(study), "fold")
+    """Make the whole table of a crossvalidation.json, and its caption, as Markdown."""
+    return captioned(study, *fold_table(study["entries"]), fold_caption(study))
+
+
+def answer_markdown(study):
+    """Make the answer of a crossvalidation.json, as Markdown: six columns of its table, and the
+    verdict."""
+    header, rows = fold_table(study["entries"])
+    kept = [header.index(column) for column in ANSWER]
+    short = (f"{study_of(study['entries'])}; ± is the standard deviation over the folds, [ ] a "
+             "95 % interval of the difference")
+    header, *rows = ([cells[i] for i in kept] for cells in (header, *rows))
+    return captioned(study, header, rows, short) + "\n" + study_verdict(study, "fold")
 
 
 # --- figures of the sentence study ---------------------------------------------------------------
@@ -246,29 +260,13 @@ def curves(entries, path):
             ax.plot(epochs, mean, color=color, marker=marker, label=entry_label(entry))
             ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12,
                             linewidth=0)
-        ax.set(title=title, xlabel="epoch", xticks=epochs)
+        ax.set(title=title, xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
 
     axes[0].legend(fontsize=9)
     band = ("; mean over the seeds, band from the lowest to the highest"
             if entries["full"]["n"] > 1 else "")
     fig.suptitle(study_of(entries) + band, fontsize=9)
-    save_figure(fig, path)
-
-
-def bars(entries, values, errors, digits, xlabel, path):
-    """Draw one horizontal bar per method: values and errors (None: no error bar) in the unit that
-    xlabel names."""
-    fig, ax = plt.subplots(figsize=(8, 3.2))
-    names, errors = list(entries), [error or 0 for error in errors]
-    ax.barh(range(len(names)), values, xerr=errors if any(errors) else None,
-            color=[CASES[n].color for n in names], ecolor="#888888", capsize=4, height=0.65)
-    for y, (value, error) in enumerate(zip(values, errors)):
-        ax.annotate(f"{value:.{digits}f}", (value + error, y), xytext=(6, 0),
-                    textcoords="offset points", va="center")
-    name_rows(ax, [entry_label(entries[n]) for n in names])
-    ax.margins(x=0.12)
-    ax.set_xlabel(xlabel)
-    fig.suptitle(study_of(entries), fontsize=8)
     save_figure(fig, path)
 
 
@@ -308,70 +306,63 @@ def draw_comparison(output):
     curves(entries, figures / "curves.png")
     loss_against_full(entries, [name for name in entries if name != "full"], "seed",
                       figures / "loss_against_full.png")
-    for key, xlabel, digits, file in (
-            (*memory_key(entries), 2, "memory.png"),
-            ("epoch_time_s", "training time per epoch (s)", 1, "epoch_time.png")):
-        means, stds = zip(*((entry[key], entry[f"{key}_std"]) for entry in entries.values()))
-        over = "epochs" if "time" in key else "seeds"
-        spread = f", ± standard deviation over the {over}" if any(stds) else ""
-        bars(entries, means, stds, digits, xlabel + spread, figures / file)
-
+    glance(entries, figures / "summary.png")
     write_table(figures / "summary.md", markdown(study))
 
 
-def frontier(costs, scores):
-    """Return the Pareto frontier: [(cost, score)] of the points that no other beats in both, from
-    cheap to dear."""
-    best = []
-    for cost, score in sorted(zip(costs, scores), key=lambda point: (point[0], -point[1])):
-        if not best or score > best[-1][1]:
-            best.append((cost, score))
-    return best
+def size_of(mb):
+    """Write the size of a trained file, given in units of 1e6 bytes."""
+    return "–" if mb is None else f"{mb:.1f} MB" if mb >= 0.1 else f"{1000 * mb:.0f} kB"
 
 
-def pareto(entries, path):
-    """Draw macro-F1 against three costs. The axis of macro-F1 is cut between the floor, which
-    trains the head alone, and the rest."""
-    memory, memory_label = memory_key(entries)
-    costs = {"trainable_params": "trained parameters", memory: memory_label,
-             "epoch_time_s": "training time per epoch (s)"}
-    full, floor = entries["full"]["f1_macro"], entries["head"]["f1_macro"]
-    ends = {name: [full + entry["vs_full"][end] / 100 for end in ("low", "high")]
-            if entry["vs_full"] else [full, full] for name, entry in entries.items()}
-    above = [y for name, pair in ends.items() if name != "head" for y in pair]
-    fig, axes = plt.subplots(2, 3, figsize=(13, 5.6), sharex="col", sharey="row",
-                             height_ratios=[4, 1])
+def glance(entries, path):
+    """Draw what each method loses and what it gains, full fine-tuning on top, then the least loss
+    first. A loss of more than FAR points is an arrow."""
+    others = sorted((name for name in entries if name != "full"),
+                    key=lambda name: -entries[name]["vs_full"]["points"])
+    names, key = ["full", *others], memory_key(entries)[0]
+    fig, (lost, seconds, memory, disk) = plt.subplots(
+        1, 4, figsize=(11, 0.42 * len(names) + 1.1), sharey=True, width_ratios=[9, 4, 4, 2])
+    near = [entries[name]["vs_full"] for name in others
+            if entries[name]["vs_full"]["points"] >= -FAR]
+    left, right = min([-2, *(vs["low"] for vs in near)]), max([1, *(vs["high"] for vs in near)])
 
-    for (cost, label), top, bottom in zip(costs.items(), *axes):
-        for ax in top, bottom:
-            ax.axhline(full, color=CASES["full"].color, linewidth=1, linestyle="--")
-            ax.axhline(floor, color=CASES["head"].color, linewidth=1, linestyle="--")
-            x, y = zip(*frontier([e[cost] for e in entries.values()],
-                                 [e["f1_macro"] for e in entries.values()]))
-            dearest = max(e[cost] for e in entries.values())
-            ax.step([x[0], *x, dearest], [0, *y, y[-1]], where="post", color="#BBBBBB",
-                    linewidth=3, zorder=1)
-            for name, entry in entries.items():
-                _, color, marker = CASES[name]
-                ax.plot([entry[cost]] * 2, ends[name], color=color, linewidth=1.5)
-                ax.plot(entry[cost], entry["f1_macro"], marker, color=color, markersize=9,
-                        label=entry_label(entry))
-            ax.set(xscale="log" if cost == "trainable_params" else "linear")
-        top.spines["bottom"].set_visible(False)
-        top.tick_params(axis="x", which="both", length=0)
-        bottom.set_xlabel(label)
+    lost.axvline(0, color=CASES["full"].color, linewidth=1)
+    for y, name in enumerate(names):
+        entry, (_, color, marker) = entries[name], CASES[name]
+        vs, said = entry["vs_full"], f"F1 {entry['f1_macro']:.3f}"
+        if vs and vs["points"] >= -FAR:
+            lost.plot([vs["low"], vs["high"]], [y, y], color=color, linewidth=4, alpha=0.5,
+                      solid_capstyle="butt")
+        elif vs:
+            lost.annotate("", (left - 0.3, y), (left + 0.7, y),
+                          arrowprops={"arrowstyle": "->", "color": color, "linewidth": 2})
+        if not vs or vs["points"] >= -FAR:
+            lost.plot(vs["points"] if vs else 0, y, marker, color=color, markersize=8)
+        if vs:
+            said = f"{vs['points']:+.1f}"
+        lost.text(right + 0.2, y, said, va="center")
+        for ax, value, form in ((seconds, entry["epoch_time_s"], "{:.0f} s"),
+                                (memory, entry[key], "{:.2f} GB")):
+            ax.barh(y, value, color=color, height=0.6)
+            ax.annotate(form.format(value), (value, y), xytext=(4, 0),
+                        textcoords="offset points", va="center")
+        disk.text(0, y, size_of(entry["checkpoint_mb"]), va="center")
 
-    room = max(0.1 * (max(above) - min(above)), 0.002)
-    axes[0, 0].set(ylim=(min(above) - room, max(above) + room), ylabel="macro-F1")
-    low, high = ends["head"]
-    axes[1, 0].set(ylim=(min(low, floor - 0.02) - 0.005, max(high, floor + 0.02) + 0.005),
-                   yticks=[round(floor, 3)])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(entries), fontsize=9,
-               columnspacing=1.2, handletextpad=0.3)
-    fig.suptitle(f"{study_of(entries)}\nbars: 95 % interval of the difference to full fine-tuning; "
-                 "grey: what nothing beats in both; dashed: full fine-tuning, and the head alone",
-                 fontsize=9)
+    name_rows(lost, [entry_label(entries[name]) for name in names])
+    lost.set(title="LOST: points of macro-F1", xlim=(left - 0.5, right + 0.2 * (right - left) + 1),
+             xlabel="bar: 95 % interval; if it contains 0, no loss is shown")
+    for ax, title in ((seconds, "GAINED: epoch time"), (memory, "peak memory"),
+                      (disk, "trained file")):
+        ax.set(title=title, xticks=[])
+        ax.margins(x=0.35)
+        ax.grid(visible=False)
+        ax.spines[["left", "bottom"]].set_visible(False)
+        ax.tick_params(left=False)
+    for ax in lost, seconds, memory, disk:
+        ax.title.set(fontsize=11, ha="left", x=0)
+    disk.set_xlim(0, 1)
+    fig.suptitle(study_of(entries), fontsize=8)
     save_figure(fig, path)
 
 
@@ -381,55 +372,61 @@ def draw_folds(output):
     figures = output / "figures"
     study = read_study(output / "metrics" / "crossvalidation.json")
     entries = study["entries"]
-    pareto(entries, figures / "pareto.png")
+    glance(entries, figures / "glance.png")
     # the interval of "head", the floor, lies far to the left of all others
     names = [name for name in entries if name not in ("full", "head")]
     loss_against_full(entries, names, "fold", figures / "crossvalidation.png")
     write_table(figures / "crossvalidation.md", fold_markdown(study))
+    write_table(figures / "answer.md", answer_markdown(study))
 
 
 def draw_layers(path):
-    """Draw where the methods sit: grey boxes are frozen, coloured ones train. Boxes are (name, x,
-    y, text, colour)."""
-    lora_color, adapter_color = CASES["lora_r8"].color, CASES["adapter"].color
-    low_rank = [("x", 0, 2, "x", "white"), ("A", 2.6, 1, "A\n(r, in)", lora_color),
-                ("B", 4, 1, "s B\n(out, r)", lora_color), ("+", 5, 2, "+", "white")]
+    """Draw one BERT layer, its input on top, and what each method adds to it or trains."""
+    lora, dora, qlora, houlsby, pfeiffer, bitfit, head = (CASES[name].color for name in (
+        "lora_r8", "dora", "qlora", "adapter", "pfeiffer", "bitfit", "head"))
+    fig, ax = plt.subplots(figsize=(8, 7.2))
 
-    pictures = [
-        ("LoRA: query and value\nh = W0 x + b + s B A dropout(x)",
-         [*low_rank, ("W0", 2, 3, "W0 x + b", FROZEN), ("drop", 1.2, 1, "dropout", "white"),
-          ("h", 6, 2, "h", "white")],
-         [("x", "W0"), ("x", "drop"), ("drop", "A"), ("A", "B"), ("W0", "+"), ("B", "+"),
-          ("+", "h")]),
-        ("DoRA, without dropout: query and value\nh = m (W0 + s B A) x / ||W0 + s B A|| + b",
-         [*low_rank, ("W0", 2, 3, "W0 x", FROZEN), ("m", 6.1, 2, "m / ||.||", CASES["dora"].color),
-          ("b", 7.3, 2, "+ b", FROZEN), ("h", 8.1, 2, "h", "white")],
-         [("x", "W0"), ("x", "A"), ("A", "B"), ("W0", "+"), ("B", "+"), ("+", "m"), ("m", "b"),
-          ("b", "h")]),
-        ("Houlsby adapter: after attention and FFN\n"
-         "y = LN(h + Adapter(h) + a),  h = dropout(dense(.))",
-         [("h", 0, 2, "h", "white"), ("down", 1.3, 1, "W_down\n+ b_down", adapter_color),
-          ("gelu", 2.8, 1, "GELU", "white"), ("up", 4.1, 1, "W_up\n+ b_up", adapter_color),
-          ("a", 4.1, 3, "a: what came in", "white"), ("+", 5.1, 2, "+", "white"),
-          ("LN", 6, 2, "LN", adapter_color), ("y", 6.9, 2, "y", "white")],
-         [("h", "+"), ("h", "down"), ("down", "gelu"), ("gelu", "up"), ("up", "+"), ("a", "+"),
-          ("+", "LN"), ("LN", "y")]),
-    ]
+    def box(x, y, width, height, text, color=FROZEN, edge="#555555", **look):
+        ax.add_patch(plt.Rectangle((x - width / 2, y - height / 2), width, height, zorder=2,
+                                   facecolor=color, edgecolor=edge, **look))
+        ax.text(x, y, text, ha="center", va="center", color="white" if color == bitfit else "black")
 
-    fig, axes = plt.subplots(1, 3, figsize=(14, 3))
-    for ax, (title, boxes, arrows) in zip(axes, pictures):
-        drawn = {name: ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=3,
-                               bbox={"boxstyle": "round,pad=0.35", "facecolor": color,
-                                     "edgecolor": "#555555"})
-                 for name, x, y, text, color in boxes}
-        at = {name: (x, y) for name, x, y, *_ in boxes}
-        for tail, head in arrows:
-            ax.annotate("", at[head], at[tail], arrowprops={
-                "arrowstyle": "->", "color": "#555555", "patchA": drawn[tail].get_bbox_patch(),
-                "patchB": drawn[head].get_bbox_patch()})
-        ax.set(title=title, xlim=(-0.5, 8.5), ylim=(0.3, 3.6))
-        ax.title.set_fontsize(10)
-        ax.axis("off")
+    def arrow(*points):  # what of it is behind a box is not seen
+        look = {"arrowstyle": "->", "color": "#555555", "shrinkA": 0, "shrinkB": 0}
+        ax.plot(*zip(*points[:-1]), color="#555555", linewidth=1, zorder=1)
+        ax.annotate("", points[-1], points[-2], arrowprops=look, zorder=1)
+
+    for x, y, w, h, text in (
+            (3.8, 1.8, 0.9, 0.9, "query"), (5, 1.8, 0.9, 0.9, "key"), (6.2, 1.8, 0.9, 0.9, "value"),
+            (5, 3.65, 3.4, 0.55, "output"), (5, 5.65, 3.4, 0.55, "FFN up"),
+            (5, 7.1, 3.4, 0.55, "FFN down"), (5, 4.85, 3.4, 0.55, "add & LayerNorm"),
+            (5, 8.3, 3.4, 0.55, "add & LayerNorm")):
+        edge = (houlsby, "-") if "Norm" in text else (qlora, "--")
+        box(x, y, w, h, text, edge=edge[0], linestyle=edge[1], linewidth=2.5)
+        box(x + w / 2 - 0.18, y + h / 2 - 0.16, 0.28, 0.28, "b", bitfit)
+    for x, side in (3.8, -1), (6.2, 1):
+        box(x, 1.17, 0.9, 0.26, "A", lora)
+        box(x + 0.63 * side, 1.8, 0.26, 0.9, "B", lora)
+        box(x + 0.95 * side, 1.8, 0.26, 0.9, "m", dora)
+        arrow((5, 0.7), (x, 0.7), (x, 2.62))
+    for x, y, text, color in (
+            (5, 0.3, "a vector for every token", "white"), (5, 2.85, "attention", "white"),
+            (5, 6.4, "GELU", "white"), (8.4, 4.25, "Houlsby: adapter", houlsby),
+            (8.4, 7.7, "Houlsby: adapter", houlsby), (8.4, 8.9, "Pfeiffer: adapter", pfeiffer),
+            (5, 9.55, "after all layers: head,\ntrains with every method", head),
+            (1.1, 1.1, "LoRA: A, B", lora), (1.1, 1.65, "DoRA: A, B, m", dora),
+            (1.1, 2.35, "QLoRA: A, B,\ndashed in 4 bits", qlora),
+            (1.1, 4.85, "Houlsby:\nLayerNorms", houlsby), (1.1, 5.65, "BitFit: every b", bitfit)):
+        box(x, y, {5: 3.4, 8.4: 2.4, 1.1: 2}[x], 0.72 if "\n" in text else 0.45, text, color)
+    for tip in 1.35, 2.62, 3.37, 4.57, 5.37, 6.17, 6.82, 8.02, 9.19:
+        arrow((5, tip - 1), (5, tip))
+    for top, end in (0.7, 4.85), (5.24, 8.3):  # what is added
+        arrow((5, top), (2.4, top), (2.4, end), (3.3, end))
+    for y, end in (4.25, 4.85), (7.7, 8.2), (8.9, 8.4):
+        arrow((5, y), (8.4, y), (8.4, end), (6.7, end))
+    ax.text(5, 10.3, "LoRA: h = W0 x + b + s B A dropout(x)", ha="center")
+    ax.set(xlim=(0, 9.7), ylim=(10.3, 0), title="A BERT layer: light grey is frozen, colours train")
+    ax.axis("off")
     save_figure(fig, path)
 
 

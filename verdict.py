@@ -16,6 +16,7 @@ from spread import macro_f1, paired_bootstrap
 CLOSE = 2  # points below the best that a method may be to be taken for its time, memory or file
 LARGEST = "always the largest class"  # the floors of sentences and of questions
 RANDOM = "a random piece of the passage"
+UNSEEN = 3  # of n rows: what befalls 3 in n may befall none of n tested ones (the rule of three)
 LEARNED = 0.95  # of the loss of an answer that knows no more than the classes' shares
 
 
@@ -80,28 +81,37 @@ def several(items):
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def quality(full, others, unit):
-    """Say what is lost, and whether that is shown."""
-    out = f"- **Lost.** Full fine-tuning reaches a {unit} of {full.score:.1f} %. In points,"
-    kinds = {"a loss is shown for": lambda vs: vs["high"] < 0,
-             "a gain is shown for": lambda vs: vs["low"] > 0,
-             "nothing is shown, and all values in [ ] remain possible, for":
-                 lambda vs: vs["low"] <= 0 <= vs["high"]}
-    said_of = [f"{what} " + several([f"{o.label} {points(o.vs)}" for o in others if holds(o.vs)])
-               for what, holds in kinds.items() if any(holds(o.vs) for o in others)]
-    return f"{out} {'; '.join(said_of)}."
+def quality(full, others, unit, rows):
+    """Say what is lost on so many test rows, and whether that is shown."""
+    said = [f"- **Lost.** Full fine-tuning reaches a {unit} of {full.score:.1f} %."]
+    lost = sorted((o for o in others if o.vs["high"] < 0), key=lambda o: -o.vs["points"])
+    gained = [o for o in others if o.vs["low"] > 0]
+    unclear = [o for o in others if o.vs["low"] <= 0 <= o.vs["high"]]
+    if lost:
+        least, most = lost[0], lost[-1]
+        size = f"{-least.vs['points']:.1f} points"
+        if most is not least:
+            size = f"from {size} ({least.label}) to {-most.vs['points']:.1f} ({most.label})"
+        said.append(f"A loss is shown for {several([o.label for o in lost])}: {size}.")
+    if gained:
+        said.append("A gain is shown for "
+                    + several([f"{o.label} ({o.vs['points']:+.1f} points)" for o in gained]) + ".")
+    if unclear:
+        most = max(100 * UNSEEN / rows, *(-o.vs["low"] for o in unclear))
+        said.append(f"No difference is shown for {several([o.label for o in unclear])}: up to "
+                    f"{most:.1f} points may be lost.")
+    return " ".join(said)
 
 
 def saved(full, others, key, what, unit):
-    """Say how many methods need less of something than full fine-tuning, and how much they need;
+    """Say how many methods need less of something than full fine-tuning, and how little they need;
     None if that is not known."""
     values, base = [getattr(line, key) for line in others], getattr(full, key)
     if base is None or None in values:
         return None
-    less = sorted(value for value in values if value < base)
-    needed = "" if not less else f", {less[0]:.3g} to {less[-1]:.3g} {unit}"
-    return (f"{len(less)} of {len(values)} methods need less {what}{needed} (full fine-tuning: "
-            f"{base:.3g} {unit})")
+    n = sum(value < base for value in values)
+    at_best = f" (at best {min(values):.3g} {unit} instead of {base:.3g})" if n else ""
+    return f"{n or 'none'} need{'s' * (n < 2)} less {what}{at_best}"
 
 
 def choices(full, others):
@@ -109,28 +119,29 @@ def choices(full, others):
     ranked = sorted([full, *others], key=lambda line: -line.score)
     best = ranked[0]
     if best is full:
-        near = ranked[1]
-        why = f"{full.score:.1f} %; {near.label} comes nearest, {points(near.vs)}"
+        why = f"{ranked[1].label} comes nearest, {points(ranked[1].vs)} points"
     else:
-        shown = "" if best.vs["low"] > 0 else ", a lead that is not shown"
-        why = f"{best.score:.1f} %, full fine-tuning {full.score:.1f} %: {points(best.vs)}{shown}"
+        shown = "" if best.vs["low"] > 0 else ", a lead on these test rows that is not shown"
+        why = f"{points(best.vs)} points{shown}"
     rows = [["quality", best.label, why]]
     close = [line for line in ranked if line.score >= best.score - CLOSE]
-    for what, key, write in (("time", "seconds", lambda v: f"{v:.1f} s an epoch"),
-                             ("memory", "gb", lambda v: f"{v:.2f} GB"),
-                             ("many tasks", "mb", lambda v: f"{v:.2g} MB a task" if v < 1 else
-                              f"{v:.1f} MB a task")):
+    for what, key, unit, write in (
+            ("time", "seconds", "s an epoch", "{:.1f}".format),
+            ("memory", "gb", "GB", "{:.2f}".format),
+            ("many tasks", "mb", "MB a task",
+             lambda v: f"{v:.2g}" if v < 1 else f"{v:.1f}")):
         if None in [getattr(line, key) for line in ranked]:
             continue
         take = min(close, key=lambda line: getattr(line, key))
         cheapest = min(ranked, key=lambda line: getattr(line, key))
-        why = [write(getattr(take, key)) + (f" for {points(take.vs)} points" if take.vs else "")]
+        why = f"{write(getattr(take, key))} {unit}"
         if take is not full:
-            why.append(f"full fine-tuning {write(getattr(full, key))}")
+            why = (f"{write(getattr(take, key))} instead of {write(getattr(full, key))} {unit}, "
+                   f"for {take.vs['points']:+.1f} points")
         if cheapest is not take:
-            loss = points(cheapest.vs) if cheapest.vs else "0"
-            why.append(f"{cheapest.label} {write(getattr(cheapest, key))}, but {loss}")
-        rows.append([what, take.label, "; ".join(why)])
+            why += (f"; {cheapest.label} needs {write(getattr(cheapest, key))}, but is "
+                    f"{best.score - cheapest.score:.1f} points below the best")
+        rows.append([what, take.label, why])
     return rows
 
 
@@ -150,8 +161,9 @@ def verdict(lines, unit, rows, n, floor, what_varies="seed"):
         gains = [saved(full, others, *about) for about in
                  (("seconds", "time an epoch", "s"), ("gb", "memory", "GB"),
                   ("mb", "disk for a trained file", "MB"))]
-        out = [quality(full, others, unit), "- **Gained.** Compared with full fine-tuning, "
-               + "; ".join(gain for gain in gains if gain) + "."]
+        out = [quality(full, others, unit, rows),
+               f"- **Gained.** Of the {len(others)} other methods, "
+               + several([gain for gain in gains if gain]) + "."]
     elif not full:
         out.append("- **No answer.** No run of full fine-tuning is finished, so that there is "
                    "nothing to compare the other methods with.")
@@ -169,10 +181,13 @@ def verdict(lines, unit, rows, n, floor, what_varies="seed"):
     unknown = []
     if ranks:
         half = statistics.median((o.vs["high"] - o.vs["low"]) / 2 for o in others)
+        half = max(half, 100 * UNSEEN / rows)
         unknown.append(f"On {rows:,} test rows a difference of less than about {half:.1f} points "
                        "stays unseen.")
-    unknown.append("Each method was trained once, so that another seed may change the order."
-                   if n == 1 else
+        if half > CLOSE and what_varies == "seed" and unit == "macro-F1":
+            unknown.append("With `--folds 5` every row is tested, which tells more.")
+    unknown.append("Each method was trained once: the intervals are over test rows alone, and "
+                   "another seed may change the order, another hour the times." if n == 1 else
                    f"Each method was trained {n} times; other {what_varies}s may change the order.")
     if floor:
         unknown.append(f"Without training, {floor[0]} scores {floor[1]:.1f} %.")

@@ -508,28 +508,33 @@ def growth_markdown(growth):
 
 
 def draw_growth(path):
-    """Draw what a metrics/growth_MODEL.json holds into figures/, and print the table: the time per
-    row against its length, and the time that its matrix products alone would take."""
+    """Draw what a metrics/growth_MODEL.json holds into figures/, and print the table: how many
+    times as fast as full fine-tuning LoRA trains, by the length and number of the rows."""
     growth, figure = read_json(path, "grid"), path.parents[1] / "figures" / f"{path.stem}.png"
-    sizes = sorted({point["batch_size"] for point in growth["grid"]})
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    where = growth["environment"]
+    full, lora = ({(p["batch_size"], p["length"]): p for p in growth["grid"] if p["method"] == name}
+                  for name in GROWN)
+    sizes, lengths = (sorted({key[i] for key in full}) for i in (0, 1))
+    fig, ax = plt.subplots(figsize=(8, 4.2))
 
-    for ax, method in zip(axes, GROWN):
-        points = [point for point in growth["grid"] if point["method"] == method]
-        for i, n in enumerate(sizes):
-            own = [point for point in points if point["batch_size"] == n]
-            lengths, ms = ([point[key] for point in own] for key in ("length", "ms_per_sentence"))
-            ends = np.array([point["ms_per_sentence_rounds"] for point in own]).T
-            ax.errorbar(lengths, ms, [ms - ends.min(0), ends.max(0) - ms], color=f"C{i}",
-                        marker="os^"[i % 3], capsize=3, label=f"batches of {n}")
-        bound = {point["length"]: point["bound_ms"] for point in points}
-        ax.plot(list(bound), list(bound.values()), "k--", label="its matrix products alone")
-        ax.set(title=case_label(method), xlabel="tokens in a row", xscale="log", yscale="log")
-        ax.set_xticks(list(bound), list(map(str, bound)))
-        ax.minorticks_off()
-    axes[0].set_ylabel("training time per row (ms)")
-    axes[0].legend(fontsize=9)
-    fig.suptitle(growth_caption(growth), fontsize=9)
+    for i, n in enumerate(sizes):
+        own = [length for length in lengths if (n, length) in full]
+        middle, low, high = np.transpose([speedup(*(points[n, length]["ms_per_sentence_rounds"]
+                                                    for points in (full, lora))) for length in own])
+        at = np.array(own) * 1.06 ** (i - 1)  # beside one another
+        ax.errorbar(at, middle, [middle - low, high - middle], marker="os^"[i % 3], markersize=8,
+                    capsize=3, color=plt.cm.Blues(0.4 + 0.6 * i / max(1, len(sizes) - 1)),
+                    label=f"batches of {n}")
+    bound = {key[1]: point["bound_ms"] / lora[key]["bound_ms"] for key, point in full.items()}
+    ax.errorbar(list(bound), list(bound.values()), fmt="k--", label="by counted matrix products")
+    ax.axhline(1, color=CASES["full"].color, linewidth=1)
+    ax.set(title=f"{case_label(GROWN[1])} trains how many times as fast as full fine-tuning",
+           xlabel="tokens in a row", xscale="log")
+    ax.set_xticks(lengths, list(map(str, lengths)))
+    ax.minorticks_off()
+    ax.legend(fontsize=10)
+    fig.suptitle(f"{growth['model']}, random weights and tokens, {where['device']}, amp "
+                 f"{where['amp']}; median and range of the rounds", fontsize=9)
     save_figure(fig, figure)
     write_table(figure.with_suffix(".md"), growth_markdown(growth))
 

@@ -237,34 +237,26 @@ def multitask_markdown(study):
 
 def redraw(output):
     """Draw output/metrics/multitask.json into output/figures/, and print its tables."""
-    from plots import plt, save_figure, write_table
+    from plots import name_rows, plt, save_figure, write_table
     study = read_json(output / "metrics" / "multitask.json", "tasks", "methods")
     tasks, methods, figures = list(study["tasks"]), study["methods"], output / "figures"
-    fig, (scores, memory, disk) = plt.subplots(1, 3, figsize=(13, 4.2))
-    every = np.arange(1, TASK_COUNTS[-1] + 1)
+    fig, (scores, memory) = plt.subplots(1, 2, figsize=(9, 1.2 + len(tasks) * len(methods) / 4))
 
     for i, (name, method) in enumerate(methods.items()):
         _, color, marker = CASES[name]
-        look = {"color": color, "marker": marker, "linestyle": "", "label": method["label"]}
         f1 = [study["tasks"][task][name]["f1_macro"] for task in tasks]
-        at = np.arange(len(tasks)) + 0.54 / len(methods) * (i - (len(methods) - 1) / 2)
-        scores.plot(at, f1, markersize=8, **look)
+        at = np.arange(len(tasks)) + 0.8 / len(methods) * (i - (len(methods) - 1) / 2)
+        bars = scores.barh(at, f1, 0.7 / len(methods), color=color)
+        scores.bar_label(bars, fmt="%.3f", padding=3, fontsize=10)
         counts, measured = np.array(method["memory"]).T
-        memory.plot(every, bytes_of(study, name, every, "trained_bytes") / 1e9, "--", color=color,
-                    linewidth=1)
-        memory.plot(counts, measured / 1e9, **look)
-        disk.plot(every, bytes_of(study, name, every, "file_bytes") / 1e9, "--", color=color)
+        memory.plot(counts, measured / 1e9, color=color, marker=marker, markersize=7,
+                    label=f"{method['label']}: {measured[-1] / 1e9:.2f} GB for {counts[-1]}")
 
-    scores.set(title="test macro-F1", xticks=range(len(tasks)), xticklabels=tasks)
-    scores.margins(x=0.1)
-    scores.legend(fontsize=9, loc="upper left")
-    memory.set(title="resident memory (GB)", xlabel="tasks held at once", yscale="log")
-    disk.set(title="on disk, computed, the base included (GB)", xlabel="tasks", yscale="log")
-    for ax in memory, disk:
-        ax.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
-        ax.minorticks_off()
-    fig.suptitle(f"{multitask_caption(study)}; markers: measured, dashed: computed from the sizes "
-                 "of the tensors and files", fontsize=9)
+    name_rows(scores, tasks)
+    scores.set(title="test macro-F1", xlim=(0, 1.15), xticks=[0, 0.5, 1])
+    memory.set(title="resident memory (GB)", xlabel="tasks held at once")
+    memory.legend(fontsize=9, loc="upper left")
+    fig.suptitle(multitask_caption(study), fontsize=9)
     save_figure(fig, figures / "multitask.png")
     write_table(figures / "multitask.md", multitask_markdown(study))
 

@@ -21,7 +21,6 @@ if not __package__:
 import csv
 import shlex
 import sys
-import textwrap
 
 import numpy as np
 
@@ -247,24 +246,21 @@ def chosen_rate(entry):
 
 
 def sweep_caption(sweep):
-    """Say what the table and the figure of a sweep show."""
+    """Say what the table of a sweep shows; up to the semicolon, what was run."""
     entries = sweep["entries"].values()
     runs = [run for entry in entries for run in entry["runs"]]
     s, seeds = read_settings(runs[0]), sorted({seed for e in entries for seed in seeds_of(e)})
     # parts of a sweep may be from different machines
     where = sorted({"{device}, amp {amp}".format(**run["environment"]) for run in runs})
-    n_tried = sorted({sum(tried["validation"] is not None for tried in entry["tried"])
-                      for entry in entries})
+    n_tried = sorted({sum(t["validation"] is not None for t in e["tried"]) for e in entries})
     tried_on = [f"{n:,} rows" if n else "as many rows"
                 for n in sorted({entry["rates_from"] or 0 for entry in entries})]
-    plural, spread, drawn = "", "", "test rows"
-    if len(seeds) > 1:
-        plural, spread = "s", "± is the standard deviation over the seeds; "
-        drawn = "test rows and seeds"
-    return (f"{s.model} on {s.task}, {s.epochs} epochs, seed{plural} {', '.join(map(str, seeds))}, "
-            f"{' or '.join(where)}; each learning rate is the best of "
-            f"{' or '.join(map(str, n_tried))} by validation, of runs on {' or on '.join(tried_on)}"
-            f"; {spread}[ ] is a 95 % interval, by a paired bootstrap over {drawn}")
+    many = len(seeds) > 1
+    return (f"{s.model} on {s.task}, {s.epochs} epoch{'s' * (s.epochs > 1)}, seed{'s' * many} "
+            f"{', '.join(map(str, seeds))}, {' or '.join(where)}; each learning rate is the best "
+            f"of {' or '.join(map(str, n_tried))} by validation, of runs on "
+            f"{' or on '.join(tried_on)}; {'± is the standard deviation over the seeds; ' * many}"
+            f"[ ] is a 95 % interval, by a paired bootstrap over test rows{' and seeds' * many}")
 
 
 def sweep_markdown(sweep):
@@ -292,38 +288,47 @@ def sweep_markdown(sweep):
 
 
 def draw_sweep(path):
-    """Draw the sweep at `path` into figures/, scores and differences to full fine-tuning against
-    the number of training rows, and print its table."""
-    from plots import plt, save_figure, write_table
-    sweep = read_json(path, "entries", "floor")
-    entries = sweep["entries"].values()
-    style = {case_label(name): case for name, case in CASES.items()}
-    labels = list(dict.fromkeys(e["label"] for e in entries))
-    fig, (scores, differences) = plt.subplots(1, 2, figsize=(12, 4.5))
+    """Draw the sweep at `path` into figures/, a row or a line per method, and print its table."""
+    from plots import FAR, name_rows, plt, plus_minus, save_figure, write_table
+    sweep, figures = read_json(path, "entries", "floor"), path.parents[1] / "figures"
+    entries = sorted(sweep["entries"].values(), key=lambda e: e["rows"]["train"])
+    ranked = sorted(entries, key=lambda e: (e["label"] != case_label("full"), -e["test"]))
+    far = [e for e in entries if e["label"] == case_label("head") and e["vs_full"]
+           and e["vs_full"]["points"] < -FAR]  # it would press all others together
+    labels = list(dict.fromkeys(e["label"] for e in ranked if e not in far))
+    looks = {case_label(name): {"color": c, "marker": m} for name, (_, c, m) in CASES.items()}
+    sizes = sorted({e["rows"]["train"] for e in entries})
+    is_one = len(sizes) == 1
+    fig, axes = plt.subplots(1, 2, figsize=(9, 1.2 + 0.4 * len(labels) if is_one else 4.2),
+                             sharey=is_one, subplot_kw={"xmargin": 0.1, "ymargin": 0.12})
 
     for i, label in enumerate(labels):
-        own = sorted((e for e in entries if e["label"] == label), key=lambda e: e["rows"]["train"])
-        _, color, marker = style.get(label, ("", "#777777", "*"))
+        own = [e for e in entries if e["label"] == label]
+        test, std, points, low, high = np.array([(e["test"], e["test_std"], *map(
+            (e["vs_full"] or {}).get, ("points", "low", "high"))) for e in own], float).T
+        look = looks.get(label, {"color": "#777777", "marker": "*"}) | {"ms": 8, "capsize": 3}
         # beside one another, not on one another
-        x = np.array([e["rows"]["train"] for e in own]) * 1.04 ** (i - (len(labels) - 1) / 2)
-        look = {"color": color, "marker": marker, "capsize": 3, "linewidth": 1.2, "label": label}
-        scores.errorbar(x, [e["test"] for e in own], [e["test_std"] or 0 for e in own], **look)
-        if vs := [(at, e["vs_full"]) for at, e in zip(x, own) if e["vs_full"]]:
-            y = np.array([[v["points"], v["low"], v["high"]] for _, v in vs]).T
-            differences.errorbar([at for at, _ in vs], y[0], [y[0] - y[1], y[2] - y[0]], **look)
-
-    differences.axhline(0, color=CASES["full"].color, linewidth=1)
-    sizes = sorted({e["rows"]["train"] for e in entries})
-    for ax in scores, differences:
-        # a single size is in the middle
-        ax.set(xscale="log", xlim=(sizes[0] / 1.3, sizes[-1] * 1.3), xlabel="training rows")
-        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
-        ax.minorticks_off()
-    scores.set_ylabel("test F1, ± standard deviation over seeds")
-    differences.set_ylabel("against full fine-tuning (points), 95 % interval")
-    scores.legend(fontsize=9)
-    fig.suptitle(textwrap.fill(sweep_caption(sweep), 150), fontsize=9)
-    figures = path.parent.parent / "figures"
+        at = np.log([e["rows"]["train"] for e in own]) + 0.1 * (i - (len(labels) - 1) / 2)
+        for ax, x, ends, said in (
+                (axes[0], test, [std], plus_minus(own[0], "test", 1 if test[0] > 1 else 3)),
+                (axes[1], points, [points - low, high - points], f"{points[0]:+.1f}")):
+            ax.errorbar(*((x, [i], None, ends) if is_one else (at, x, ends)), label=label, **look)
+            if is_one and not np.isnan(x[0]):
+                ax.annotate(said, (x[0], i), (0, 7), textcoords="offset points", ha="center",
+                            bbox={"color": "white", "pad": 0})
+    (axes[1].axvline if is_one else axes[1].axhline)(0, color="black", linewidth=1)
+    axes[0].set_title("test F1" + ", bar: std over seeds" * any(e["n"] > 1 for e in entries))
+    axes[1].set_title("points against full, bar: 95 % interval")
+    if is_one:
+        name_rows(axes[0], labels)
+    else:
+        axes[0].legend(fontsize=9)
+        plt.setp(axes, xticks=np.log(sizes), xticklabels=[f"{n:,}" for n in sizes])
+    note = f"{sizes[0]:,} training rows" if is_one else "training rows"
+    for e in far[-1:]:
+        note += f"; {e['label']} is below the scale: {e['test']:.3g} on {e['rows']['train']:,}"
+    fig.supxlabel(note, fontsize=11)
+    fig.suptitle(sweep_caption(sweep).partition(";")[0], fontsize=9)
     save_figure(fig, figures / f"{path.stem}.png")
     write_table(figures / f"{path.stem}.md", sweep_markdown(sweep))
 
