@@ -2,6 +2,7 @@
 and nothing else."""
 import csv
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -10,21 +11,23 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT, settings
+from conftest import ROOT, one_line_exit, settings
 from sklearn.metrics import f1_score
 from test_house import PAPERS
 
 import compare
 import plots
+import spread
 from settings import read_settings
-from tools import bench, grid, memory, multitask, sweep
+from tools import bench, grid, memory, multitask, recompute, sweep
 
-# the committed tables of figures/, and where they are shown
-SHOWN = {"crossvalidation": "README.md", "summary": "docs/measuring.md",
-         "grid": "docs/questions.md",
-         "sweep_synthetic": "docs/questions.md", "sweep_squad_en": "docs/questions.md",
-         "sweep_sst2": "docs/full-size.md", "multitask": "docs/use.md",
-         "growth_all-MiniLM-L6-v2": "docs/speed.md", "growth_bert-base-uncased": "docs/speed.md"}
+# the committed tables of figures/: where they are shown, and where they are linked
+SHOWN = {"answer": "README.md", "sweep_squad_en": "docs/questions.md",
+         "sweep_sst2": "docs/how-much-data.md"}
+LINKED = {"crossvalidation": "docs/measuring.md", "summary": "docs/measuring.md",
+          "grid": "docs/questions.md", "sweep_synthetic": "docs/questions.md",
+          "multitask": "docs/use.md", "growth_all-MiniLM-L6-v2": "docs/speed.md",
+          "growth_bert-base-uncased": "docs/speed.md"}
 
 
 def committed_bytes(path):
@@ -119,10 +122,12 @@ def redrawn(tmp_path_factory):
 
 def test_every_committed_table_is_redrawn(redrawn):
     tables = {path.stem for path in ROOT.glob("figures/*.md")}
-    assert tables == set(SHOWN) == {path.stem for path in redrawn.glob("*.md")}
-    for name, paper in SHOWN.items():
+    assert tables == {*SHOWN, *LINKED} == {path.stem for path in redrawn.glob("*.md")}
+    for name, paper in (SHOWN | LINKED).items():
         table = (redrawn / f"{name}.md").read_text(encoding="utf-8")
-        assert committed(f"figures/{name}.md") == table and table in committed(paper), name
+        assert committed(f"figures/{name}.md") == table, name
+        shown = table if name in SHOWN else f"](../figures/{name}.md)"
+        assert shown in committed(paper), name
 
 
 def test_every_committed_figure_is_redrawn(redrawn):
@@ -160,6 +165,28 @@ def test_committed_answers_of_a_sweep_give_its_scores_and_intervals(path):
         assert sweep.difference(answers, own, full) == pytest.approx(entry["vs_full"], abs=1e-3)
 
 
+def test_published_intervals_come_out_again_and_a_changed_answer_is_seen(tmp_path, monkeypatch):
+    # the whole command takes minutes
+    first = recompute.study_intervals(ROOT / "metrics" / "crossvalidation.json",
+                                      ROOT / "metrics" / "crossvalidation_predictions.csv")
+    for method, _, published, again in (next(first), next(first)):
+        assert method == "lora_r8" and again == pytest.approx(published, abs=1e-3)
+    (tmp_path / "metrics").mkdir()
+    shutil.copy(ROOT / "metrics" / "comparison.json", tmp_path / "metrics")
+    text = (ROOT / "metrics" / "predictions.csv").read_text().splitlines()
+    flipped = [text[0], *(line[:-1] + str(1 - int(line[-1])) for line in text[1:20]), *text[20:]]
+    few = functools.partial(spread.paired_bootstrap, replicates=1000)
+    monkeypatch.setattr(recompute, "paired_bootstrap", few)
+    monkeypatch.setattr(recompute, "start", lambda: None)
+    monkeypatch.setattr(recompute, "TOLERANCE", 0.4)
+    for lines, words in ((text, None), (flipped, ["does not follow", "adapter"]),
+                         (text[:1], ["answers behind"])):
+        (tmp_path / "metrics" / "predictions.csv").write_text("\n".join(lines) + "\n")
+        act = functools.partial(recompute.main, ["--output", str(tmp_path)])
+        one_line_exit(act, *words) if words else act()
+    one_line_exit(lambda: recompute.main(["--output", str(tmp_path / "none")]), "holds no study")
+
+
 def test_tables_that_are_only_in_docs_are_those_of_the_results():
     ledger = read("memory")
     assert (ledger["model"], ledger["batch_size"], ledger["max_length"]) == (
@@ -174,12 +201,12 @@ def test_tables_that_are_only_in_docs_are_those_of_the_results():
 # Not measured, but counted or chosen: the tests of the counts, the settings or the equations pin
 # them, or they are another project's, with its name beside them.
 ELSEWHERE = {
-    "README.md": {"10,000", "2014", "3.11"},  # resamples; a year
-    "docs/choices.md": {"0.10001", "2019", "2021", "2022", "2023", "2024", "2025",
-                        "102,912", "102,144", "9,216"},
+    "README.md": {"2014", "3.11"},  # a year; a version
+    "docs/choices.md": {"0.10001", "2019", "2021", "2022", "2023", "2024", "2025", "102,912"},
     "docs/full-size.md": {"2019", "1810.04805", "1.75", "7,600", "87,000", "119,000"},
     "docs/measuring.md": {"10,000", "2003", "2017", "109,483,778", "294,912", "1,538", "589,824",
                           "313,344", "2,379,264", "38,400"},
+    "docs/memory.md": {"3,367", "1,929"},  # measured once, of which no file was kept
     # what did not pay: one interleaved run, of which no file was kept
     "docs/speed.md": {"0.99", "1.05", "1.02", "0.95", "2,048"},
     "docs/use.md": {"8888", "29400", "7860", "2,048"},
@@ -199,7 +226,7 @@ def leaves(value):
 
 def generated():
     """The tables that are made by code, and compared as a whole above."""
-    return [*(committed(f"figures/{name}.md") for name in SHOWN),
+    return [*(committed(f"figures/{name}.md") for name in SHOWN | LINKED),
             bench.bench_markdown(read("bench")), bench.tricks_markdown(read("bench_tricks")),
             memory.ledger_markdown(read("memory"))]
 
@@ -231,3 +258,19 @@ def test_every_number_stands_in_a_file_of_metrics(paper):
         text = text.replace(table.strip(), "")
     assert not unknown_numbers(paper, text, values)
     assert unknown_numbers(paper, "F1 is 0.98765 of 12,345,678.", values)  # it can fail
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+def words(text):
+    return sum(bool(re.search("[A-Za-z0-9]", word)) for word in text.split())
+
+
+def test_readme_and_docs_are_short():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 130 and words(readme) <= 1500
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", readme, flags=re.S)
+    # not those in names, as in r=16
+    assert len(re.findall(r"(?<![\w=.,-])[-+]?\d[\d,.]*(?![\w-])", prose)) <= 150
+    docs = {path.name: words(path.read_text(encoding="utf-8")) for path in ROOT.glob("docs/*.md")}
+    assert sum(docs.values()) <= 9000, docs
