@@ -101,12 +101,6 @@ def test_the_answer_is_marked_where_it_stands(monkeypatch):
     one_line_exit(lambda: demo.ask_passage(here, "where?", "x" * 20_001, ["lora"]), "too many")
 
 
-def test_the_picture_has_every_cost(client):
-    pictures = {cost: client.predict(cost, api_name="/draw") for cost in demo.COSTS}
-    assert all("<svg" in svg and "LoRA r=8" in svg for svg in pictures.values())
-    assert len(set(pictures.values())) == len(demo.COSTS)
-
-
 def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(served):
     address, page = served
     with urllib.request.urlopen(address) as answer:
@@ -204,8 +198,24 @@ def test_a_checkpoint_that_does_not_fit_is_said_at_the_start(study, tmp_path):
     assert "half.safetensors was trained on another base" in said
 
 
+def test_a_fresh_clone_shows_the_answer_and_its_examples_can_be_asked(tmp_path, monkeypatch):
+    for name in "metrics", "figures", "examples":
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("runs"))
+    monkeypatch.setattr(demo, "EXAMPLES", tmp_path / "examples")
+    page, port = demo.make_page(tmp_path), free_port()
+    demo.launch(page, port)
+    answers = Client(f"http://127.0.0.1:{port}", verbose=False).predict(
+        "A wonderful film.\nA waste of time.", ["lora_r8", "bitfit"], api_name="/ask")
+    assert answers.count(">positive ") == 2 and answers.count(">negative ") == 2
+    config = str(page.config)
+    page.close()
+    assert "**Lost.**" in config and "data:image/png;base64" in config
+    with pytest.raises(SystemExit):  # another folder's study is not answered by them
+        demo.files_to_ask(tmp_path / "metrics", False)
+
+
 def test_columns_without_a_number_are_left_out(study):
-    entries = demo.load_entries(study[0])
+    entries = demo.load_study(study[0])[0]["entries"]
     header, rows = demo.table_of(entries)
     assert {len(row) for row in rows} == {len(header)} and header[0] == "method"
     assert all(any(row[j] is not None for row in rows) for j in range(len(header)))
@@ -307,7 +317,7 @@ def test_typing_ticking_and_reading_in_a_browser(width, browser, served, tmp_pat
     # nothing is wider than the window
     assert browser.js("return document.documentElement.scrollWidth") <= width
     browser.js("[...document.querySelectorAll('button[role=tab]')].at(-1).click()")
-    browser.wait("!!document.querySelector('#picture svg') && "
+    browser.wait("!!document.querySelector('#glance img') && "
                  "document.querySelector('#results').innerText.includes('LoRA r=8')")
     asked = [json.loads(entry["message"])["message"] for entry in
              browser.send("/se/log", {"type": "performance"})]

@@ -3,16 +3,16 @@
     python -m pip install -r requirements-demo.txt
     python -m tools.demo                  then open http://127.0.0.1:7860
 
-The page asks the methods of run_all.sh and run_grid.sh, as tools.predict does, and shows the
-results in metrics/. The server listens on 127.0.0.1 only. The page loads nothing from elsewhere, so
-it works without a network.
+The page asks the methods of run_all.sh and run_grid.sh, as tools.predict does, or where none are
+trained yet the small ones of examples/. It shows the results in metrics/. The server listens on
+127.0.0.1 only. The page loads nothing from elsewhere, so it works without a network.
 """
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.demo")
 
+import base64
 import contextlib
 import html
-import io
 import os
 import socket
 import time
@@ -61,8 +61,6 @@ try:
         import gradio
 except ModuleNotFoundError as e:
     fail(f"{e.name} is not installed: .venv/bin/python -m pip install -r requirements-demo.txt")
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -70,17 +68,15 @@ from starlette.responses import PlainTextResponse
 
 from checkpoint import attach, check_tokenizer, read_about
 from checks import check_surrogates
-from methods import CASES
-from plots import entry_label, memory_key, read_study, study_of
+from plots import entry_label, memory_key, read_study, study_of, study_verdict
 from tools import predict
 from tools.export import load_base, name_files
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 QUESTION = "Which company does Laura Nolan work for?"
 PASSAGE = ("Laura Nolan spent the early years in Zurich. She is on the staff of Atlas Pictures. "
            "The staff of Cedar Records includes Simon Lopez. He spent the early years in Porto.")
 MAX_SENTENCES, MAX_CHARACTERS = 50, 20_000  # that the page takes at a time
-COSTS = {"trainable parameters": "log", "memory (GB)": "linear", "seconds per epoch": "linear",
-         "trained file (MB)": "log"}  # columns of the table, and the scales of their axes
 HOSTS = ["127.0.0.1", "localhost"]  # the names of the server that it answers to
 # what the page may load: nothing from elsewhere
 POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
@@ -96,8 +92,6 @@ CSS = """
 .note { overflow-wrap: anywhere; }
 .answers td.differs { font-weight: 700; background: #E69F004D; }
 .answers mark { background: #56B4E973; color: inherit; padding: 0 0.15em; border-radius: 3px; }
-.picture svg { width: 100%; height: auto; max-width: 36rem; }
-.dark .picture { --indigo: #9a8cf0; --wine: #cc6699; }
 """
 
 
@@ -115,7 +109,7 @@ class Answerers:
         self.missing = ""
         try:
             if not given:
-                self.files = predict.find(output, is_qa)
+                self.files = files_to_ask(output, is_qa)
             if not self.files:
                 fail(f"no --checkpoint was trained on {'questions' if is_qa else 'sentences'}")
             predict.check_kinds(self.files, is_qa, False)
@@ -132,6 +126,18 @@ class Answerers:
         begin = time.perf_counter()
         model, about = attach(self.base, self.base_hash, self.files[name])
         return predict.Trained(name, model, about, 0, 1000 * (time.perf_counter() - begin))
+
+
+def files_to_ask(output, is_qa):
+    """Return {name: checkpoint} of the study in `output`; of the project's own folder, without
+    trained methods, those of examples/, which answer about sentences."""
+    try:
+        return predict.find(output, is_qa)
+    except SystemExit:
+        examples = sorted(EXAMPLES.glob("*.safetensors"))
+        if is_qa or not examples or output.resolve() != EXAMPLES.parent:
+            raise
+        return name_files(examples)
 
 
 def check_asked(answerers, texts, names):
@@ -208,13 +214,15 @@ def ask_passage(answerers, question, passage, names):
 
 # --- the results ---------------------------------------------------------------------------------
 
-def load_entries(output):
-    """Return the entries of the cross-validation, else of the comparison, else {}."""
-    for name in "crossvalidation.json", "comparison.json":
-        path = output / "metrics" / name
+def load_study(output):
+    """Return (what is there of the cross-validation, else of the comparison, its picture and what
+    varies between the runs of a method); None if there is neither."""
+    for name, picture, varies in (("crossvalidation", "glance", "fold"),
+                                  ("comparison", "summary", "seed")):
+        path = output / "metrics" / f"{name}.json"
         if path.exists():
-            return read_study(path)["entries"]
-    return {}
+            return read_study(path), output / "figures" / f"{picture}.png", varies
+    return None
 
 
 def numbers_of(entry):
@@ -245,34 +253,6 @@ def table_of(entries):
     return header, [[row[name] for name in header] for row in rows]
 
 
-def draw_cost(entries, cost):
-    """Draw macro-F1 against one of COSTS, as SVG. Bars are the 95 % interval of the difference to
-    full fine-tuning. Black becomes the colour of the page's text, which may be white."""
-    figure = Figure(figsize=(5, 5))
-    figure.patch.set_alpha(0)
-    ax = figure.add_subplot(facecolor="none")
-    full = entries["full"]["f1_macro"]
-    for name, entry in entries.items():
-        _, color, marker = CASES[name]
-        x = numbers_of(entry)[cost]
-        if x is None:
-            continue
-        if vs := entry["vs_full"]:
-            ax.plot([x, x], [full + vs[end] / 100 for end in ("low", "high")], color=color)
-        ax.plot(x, entry["f1_macro"], marker, color=color, markersize=8, label=entry_label(entry))
-    ax.set(xlabel=cost, ylabel="macro-F1", xscale=COSTS[cost])
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    file = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):
-        figure.savefig(file, format="svg")
-    svg = file.getvalue()[file.getvalue().index("<svg"):]
-    svg = svg.replace("#000000", "currentColor").replace("<text ", '<text fill="currentColor" ')
-    # two colours are too dark on a dark page
-    for color, name in ("#332288", "indigo"), ("#882255", "wine"):
-        svg = svg.replace(color, f"var(--{name}, {color})")
-    return f'<div class="picture">{svg}</div>'
-
-
 # --- the page and its server ---------------------------------------------------------------------
 
 def show_asking(answerers, inputs, label, ask, name):
@@ -294,27 +274,29 @@ def show_asking(answerers, inputs, label, ask, name):
     button.click(answer, [*inputs, ticked], answers, api_name=name)
 
 
-def show_results(entries):
-    """Put the results on the page: what was compared, the table, and a figure for every cost."""
-    if not entries:
+def show_results(found):
+    """Put load_study's results on the page: the picture, the verdict and the table."""
+    if not found:
         gradio.HTML(note("no results: bash run_all.sh makes them"))
         return
+    study, picture, what_varies = found
+    entries = study["entries"]
+    if picture.exists():
+        png = base64.b64encode(picture.read_bytes()).decode()
+        gradio.HTML(f'<img src="data:image/png;base64,{png}" alt="What each method loses and gains"'
+                    ' style="max-width: 100%">', elem_id="glance")
+    gradio.Markdown(study_verdict(study, what_varies), elem_id="verdict")
     gradio.HTML(note(study_of(entries)))
     header, rows = table_of(entries)
     gradio.Dataframe(rows, headers=header, interactive=False, wrap=True,
                      datatype=["str"] + ["number"] * (len(header) - 1), elem_id="results")
-    cost = gradio.Radio(list(COSTS), value="seconds per epoch", label="Cost", elem_id="cost")
-    picture = gradio.HTML(draw_cost(entries, cost.value), elem_id="picture")
-    gradio.HTML(note("Bars: the 95 % interval of the difference to full fine-tuning, which has "
-                     "none."))
-    cost.change(lambda cost: draw_cost(entries, cost), cost, picture, api_name="draw")
 
 
 def make_page(output, model=None, checkpoints=()):
     """Make the gradio.Blocks of the page. checkpoints: ask these, not those of `output`."""
     given = name_files(checkpoints)
     sentences, questions = (Answerers(output, is_qa, model, given) for is_qa in (False, True))
-    entries = load_entries(output)
+    found = load_study(output)
     with gradio.Blocks(title="What do I lose if I don't fine-tune all of BERT?",
                        analytics_enabled=False) as page:
         gradio.Markdown("# What do I lose, and what do I gain, if I don't fine-tune all of BERT?")
@@ -329,7 +311,7 @@ def make_page(output, model=None, checkpoints=()):
             show_asking(questions, [question, passage], "Find the answer", ask_passage,
                         "ask_passage")
         with gradio.Tab("Compare"):
-            show_results(entries)
+            show_results(found)
     return page
 
 
