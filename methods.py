@@ -101,7 +101,7 @@ CASES = {
     "dora": Case("--method dora --r 16", "#CC79A7", "P"),
     "qdora": Case("--method qdora --r 16", "#D55E00", "X"),
     "adapter": Case("--method adapter", "#009E73", "v"),
-    "pfeiffer": Case("--method adapter --placement pfeiffer", "#999999", "<"),
+    "pfeiffer": Case("--method adapter --placement pfeiffer", "#AA7744", "<"),
     "lora_r16_all": Case("--method lora --r 16 --targets all", "#332288", "p"),
     "bitfit": Case("--method bitfit", "#882255", "h"),
     "head": Case("--method head", "#999933", "d"),

@@ -101,7 +101,7 @@ def study(runs):
     if s.fold:
         n_folds = int(s.fold.split("/")[1])
         about = "" if all(r["rows"] == rows for r in runs) else "about "
-        size, n = f"{n_folds} folds, each {about}{size}", n * n_folds
+        size, n = f"{n_folds} folds, each {about}{size}", f"{n * n_folds} trainings"
     return (f"{s.model} on {task} ({size}), seed{'s' if len(seeds) > 1 else ''} {numbers} (n = "
             f"{n}), {devices}, amp {amps}")
 
@@ -238,8 +238,8 @@ def answer_markdown(study):
     verdict."""
     header, rows = fold_table(study["entries"])
     kept = [header.index(column) for column in ANSWER]
-    short = (f"{study_of(study['entries'])}; ± is the standard deviation over the folds, [ ] a "
-             "95 % interval of the difference")
+    short = (f"{study_of(study['entries'])}; ± is the standard deviation over the folds, for "
+             "the time over all epochs; [ ] is a 95 % interval of the difference")
     header, *rows = ([cells[i] for i in kept] for cells in (header, *rows))
     return captioned(study, header, rows, short) + "\n" + study_verdict(study, "fold")
 
@@ -352,7 +352,7 @@ def glance(entries, path):
     name_rows(lost, [entry_label(entries[name]) for name in names])
     lost.set(title="LOST: points of macro-F1", xlim=(left - 0.5, right + 0.2 * (right - left) + 1),
              xlabel="bar: 95 % interval; if it contains 0, no loss is shown")
-    for ax, title in ((seconds, "GAINED: epoch time"), (memory, "peak memory"),
+    for ax, title in ((seconds, "COST: epoch time"), (memory, "peak memory"),
                       (disk, "trained file")):
         ax.set(title=title, xticks=[])
         ax.margins(x=0.35)
@@ -412,7 +412,8 @@ def draw_layers(path):
     for x, y, text, color in (
             (5, 0.3, "a vector for every token", "white"), (5, 2.85, "attention", "white"),
             (5, 6.4, "GELU", "white"), (8.4, 4.25, "Houlsby: adapter", houlsby),
-            (8.4, 7.7, "Houlsby: adapter", houlsby), (8.4, 8.9, "Pfeiffer: adapter", pfeiffer),
+            (8.4, 7.7, "Houlsby: adapter", houlsby),
+            (8.4, 8.95, "Pfeiffer: adapter,\nthen LayerNorm", pfeiffer),
             (5, 9.55, "after all layers: head,\ntrains with every method", head),
             (1.1, 1.1, "LoRA: A, B", lora), (1.1, 1.65, "DoRA: A, B, m", dora),
             (1.1, 2.35, "QLoRA: A, B,\ndashed in 4 bits", qlora),
@@ -422,7 +423,7 @@ def draw_layers(path):
         arrow((5, tip - 1), (5, tip))
     for top, end in (0.7, 4.85), (5.24, 8.3):  # what is added
         arrow((5, top), (2.4, top), (2.4, end), (3.3, end))
-    for y, end in (4.25, 4.85), (7.7, 8.2), (8.9, 8.4):
+    for y, end in (4.25, 4.85), (7.7, 8.2), (8.95, 8.4):
         arrow((5, y), (8.4, y), (8.4, end), (6.7, end))
     ax.text(5, 10.3, "LoRA: h = W0 x + b + s B A dropout(x)", ha="center")
     ax.set(xlim=(0, 9.7), ylim=(10.3, 0), title="A BERT layer: light grey is frozen, colours train")

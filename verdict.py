@@ -81,8 +81,9 @@ def several(items):
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def quality(full, others, unit, rows):
-    """Say what is lost on so many test rows, and whether that is shown."""
+def quality(full, others, unit, rows, n):
+    """Say what is lost on so many test rows by n trainings of each method, and whether that is
+    shown."""
     said = [f"- **Lost.** Full fine-tuning reaches a {unit} of {full.score:.1f} %."]
     lost = sorted((o for o in others if o.vs["high"] < 0), key=lambda o: -o.vs["points"])
     gained = [o for o in others if o.vs["low"] > 0]
@@ -92,9 +93,11 @@ def quality(full, others, unit, rows):
         size = f"{-least.vs['points']:.1f} points"
         if most is not least:
             size = f"from {size} ({least.label}) to {-most.vs['points']:.1f} ({most.label})"
-        said.append(f"A loss is shown for {several([o.label for o in lost])}: {size}.")
+        shown = "A loss" if n > 1 else "On these test rows a lower score"
+        said.append(f"{shown} is shown for {several([o.label for o in lost])}: {size}.")
     if gained:
-        said.append("A gain is shown for "
+        shown = "A gain" if n > 1 else "On these test rows a higher score"
+        said.append(f"{shown} is shown for "
                     + several([f"{o.label} ({o.vs['points']:+.1f} points)" for o in gained]) + ".")
     if unclear:
         most = max(100 * UNSEEN / rows, *(-o.vs["low"] for o in unclear))
@@ -161,7 +164,7 @@ def verdict(lines, unit, rows, n, floor, what_varies="seed"):
         gains = [saved(full, others, *about) for about in
                  (("seconds", "time an epoch", "s"), ("gb", "memory", "GB"),
                   ("mb", "disk for a trained file", "MB"))]
-        out = [quality(full, others, unit, rows),
+        out = [quality(full, others, unit, rows, n),
                f"- **Gained.** Of the {len(others)} other methods, "
                + several([gain for gain in gains if gain]) + "."]
     elif not full:
@@ -183,7 +186,7 @@ def verdict(lines, unit, rows, n, floor, what_varies="seed"):
         half = statistics.median((o.vs["high"] - o.vs["low"]) / 2 for o in others)
         half = max(half, 100 * UNSEEN / rows)
         unknown.append(f"On {rows:,} test rows a difference of less than about {half:.1f} points "
-                       "stays unseen.")
+                       "often stays unseen.")
         if half > CLOSE and what_varies == "seed" and unit == "macro-F1":
             unknown.append("With `--folds 5` every row is tested, which tells more.")
     unknown.append("Each method was trained once: the intervals are over test rows alone, and "
@@ -195,7 +198,8 @@ def verdict(lines, unit, rows, n, floor, what_varies="seed"):
                "may give another order.")
     text = "\n".join(out) + "\n"
     if ranks:
-        table = [["If what counts is", "take", "because"], ["---"] * 3,
+        table = [["If what counts is", f"of those within {CLOSE} points of the best, take",
+                  "because"], ["---"] * 3,
                  *choices(full, others)]
         text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     return text

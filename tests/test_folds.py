@@ -210,7 +210,7 @@ def test_made_up_folds_are_pooled_and_compared(made_up, capsys, monkeypatch):
         assert (folder / "figures" / figure).stat().st_size > 10_000
     table = (folder / "figures" / "crossvalidation.md").read_text()
     assert table in done.stdout and f"made by `{command}`" in table
-    assert "3 folds, each 70 training" in table and "(n = 6)" in table
+    assert "3 folds, each 70 training" in table and "(n = 6 trainings)" in table
     recompute.main(["--output", str(folder)])
     said = capsys.readouterr().out
     assert said.count(", NLL and ECE: ") == 8 and "22 results came out as published" in said
