@@ -83,11 +83,11 @@ def check_surrogates(path, where, text):
 def read_fields(file, path, needed):
     """Yield the rows of an open .csv or .tsv file, as read_table."""
     csv.field_size_limit(2**31 - 1)
-    # some programs write a space between a comma and the quote that opens a field
-    style = {"strict": True, "skipinitialspace": bool(re.search(', +"', file.read(2**16)))}
-    file.seek(0)
     if path.suffix == ".tsv":
         style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    else:  # some programs write a space between a comma and the quote that opens a field
+        style = {"strict": True, "skipinitialspace": bool(re.search(', +"', file.read(2**16)))}
+        file.seek(0)
     reader = csv.reader(file, **style)
     start = 1
     try:

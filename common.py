@@ -172,6 +172,13 @@ def write_csv(path, rows):
     write_whole(path, write)
 
 
+def read_columns(path):
+    """Read what write_csv wrote, as {column: texts}. Raises OSError or ValueError."""
+    with open(path, newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    return dict(zip(head, zip(*rows)))
+
+
 @contextlib.contextmanager
 def alone(folder):
     """Let one program at a time read and rewrite the files of a folder. Where the file system has
@@ -190,10 +197,9 @@ def read_json(path, *keys):
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         fail(f"{path} is damaged ({e}); delete it")
-    if not isinstance(content, dict) or (lost := [key for key in keys if key not in content]):
-        fail(f"{path} is damaged or of an earlier version "
-             f"({'no ' + lost[0] if isinstance(content, dict) else 'not an object'}); delete it, "
-             "and what made it makes it anew")
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        fail(f"{path} is damaged or of an earlier version; delete it, and what made it makes it "
+             "anew")
     return content
 
 

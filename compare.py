@@ -217,6 +217,14 @@ def prediction_rows(runs, n_folds=None):
     return rows
 
 
+def write_arrays(path, arrays):
+    """Write {name: array} as a compressed .npz file."""
+    def write(part):
+        with open(part, "wb") as file:  # numpy would add its ending to a path
+            np.savez_compressed(file, **arrays)
+    write_whole(path, write)
+
+
 def so_far(runs):
     """Write the mean test score of each method that has runs, {name: results}, as one line."""
     scores = [f"{case_label(name)} {np.mean([r['f1_macro'] for r in own]):.4f} (n = {len(own)})"
@@ -264,8 +272,7 @@ def write_study(output, model, command, runs, tried, folds):
         "command": command, "floor": largest_class([row["label"] for row in rows]),
         "entries": entries})
     write_csv(metrics / f"{predictions}.csv", rows)
-    write_whole(metrics / f"{name}_probabilities.npz",
-                lambda part: np.savez_compressed(part.open("wb"), **likely))
+    write_arrays(metrics / f"{name}_probabilities.npz", likely)
     from plots import draw_comparison, draw_folds, lines_of  # matplotlib is slow to import
     (draw_folds if folds else draw_comparison)(output)
     print_next(output, lines_of(entries), {name: own[0] for name, own in runs.items()}, model)

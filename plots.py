@@ -44,8 +44,8 @@ def show_as_written(text):
     if not words or "\\mathdefault" in words:  # the second are matplotlib's own powers of ten
         return
     text.set_parse_math(False)
-    usual = get_font(findfont(text.get_fontproperties())).get_charmap()
-    if missing := {ord(c) for c in words if c.isprintable()} - set(usual):
+    rare = {ord(c) for c in words if c.isprintable() and not c.isascii()}
+    if missing := rare and rare - set(get_font(findfont(text.get_fontproperties())).get_charmap()):
         fonts = (font for font in fontManager.ttflist if not font.name.startswith("Last Resort")
                  and missing <= set(get_font(font.fname).get_charmap()))
         if other := next(fonts, None):

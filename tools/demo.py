@@ -52,8 +52,10 @@ def without_proxies():
     the hub is loaded through them."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ)
               if name.lower().endswith("_proxy")}
-    yield
-    os.environ.update(hidden)
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 try:

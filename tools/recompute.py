@@ -11,13 +11,12 @@ not kept.
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.recompute")
 
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from common import fail, read_json, start
+from common import fail, read_columns, read_json, start
 from settings import Parser, read_settings
 from spread import corrected_interval, ece, macro_f1, nll, paired_bootstrap
 from tools import sweep
@@ -31,9 +30,7 @@ def study_intervals(path, answers):
     predictions are the CSV file `answers`."""
     study = read_json(path, "entries")
     try:
-        with open(answers, newline="", encoding="utf-8") as file:
-            head, *rows = csv.reader(file)
-        columns = {name: np.array(own, dtype=int) for name, own in zip(head, zip(*rows))}
+        columns = {name: np.array(own, dtype=int) for name, own in read_columns(answers).items()}
         labels, fold, full = columns["label"], columns.get("fold"), study["entries"]["full"]
         probabilities = path.with_name(f"{path.stem}_probabilities.npz")
         likely = np.load(probabilities) if probabilities.exists() else None

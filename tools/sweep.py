@@ -18,13 +18,12 @@ machine ran it.
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.sweep")
 
-import csv
 import shlex
 import sys
 
 import numpy as np
 
-from common import alone, command, fail, read_json, start, warn, write_csv, write_json
+from common import alone, command, fail, read_columns, read_json, start, warn, write_csv, write_json
 from compare import decide_amp, explain, mixed_hardware, refuse, split_seeds
 from methods import CASES, FOLD_STUDY, label_of, named
 from rates import best_rate, beyond, probe, score_name, search, steps_of, trained, validation_of
@@ -184,10 +183,9 @@ def held(path, s):
                 fail(f"{path} holds results of another study ({key} {getattr(other, key)}, here "
                      f"{getattr(s, key)}); give this one an --output of its own")
     try:
-        with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
-            head, *rows = csv.reader(file)
-        kind = int if "label" in head else float
-        return entries, {name: list(map(kind, column)) for name, column in zip(head, zip(*rows))}
+        columns = read_columns(path.with_suffix(".csv"))
+        kind = int if "label" in columns else float
+        return entries, {name: list(map(kind, column)) for name, column in columns.items()}
     except (OSError, ValueError) as e:
         fail(f"{path.with_suffix('.csv')} is missing or damaged ({e}); delete {path}, too")
 
