@@ -5,6 +5,7 @@
 The loop is the same for every method: what differs is which tensors exist and which of them train.
 Under torchrun own_share, add_up and gather spread it over many processes (the end of model.py).
 """
+import sys; sys.path.insert(0, __file__.rpartition("/")[0])  # isort: skip (for PYTHONSAFEPATH=1)
 from common import command, fail, start, write_json
 from settings import Settings, read_flags
 

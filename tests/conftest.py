@@ -2,6 +2,7 @@ import fcntl
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -149,7 +150,7 @@ def program(name, *flags):
     file there, a whole path, or a module such as tools.predict. It starts as forks.py says."""
     words = [ROOT / name] if str(name).endswith(".py") else ["-m", name]
     command = [str(word) for word in (sys.executable, *words, *flags)]
-    with (open(os.devnull) as nothing, tempfile.TemporaryFile("w+") as stdout,
+    with (open(os.devnull) as nothing, tempfile.TemporaryFile("w+", errors="replace") as stdout,
           tempfile.TemporaryFile("w+") as stderr):
         streams = [file.fileno() for file in (nothing, stdout, stderr)]
         status = forks.ask(command, os.environ, ROOT, streams)
@@ -159,6 +160,14 @@ def program(name, *flags):
 
 def train(*flags):
     return program("train.py", *flags)
+
+
+def forked_environment(folder):
+    """The environment of a shell script whose Python starts as program() does."""
+    (folder / "venv" / "bin").mkdir(parents=True)
+    forks.make_python(folder / "venv" / "bin" / "python")
+    shutil.copy(ROOT / "requirements.txt", folder / "venv" / "installed.txt")
+    return os.environ | {"BERT_VENV": str(folder / "venv")}
 
 
 def one_line_error(done, *words):

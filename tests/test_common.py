@@ -124,13 +124,16 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(data_dir, tmp_path):
     done = program(tmp_path / "terminal.py", "ascii", ROOT / "train.py", *flags)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "donn\\xe9es \\u4e2d: splits as given" in done.stdout
+    listed = ["--list", "--lr", "1e-3", "--data", folder]
     for encoding in "ascii", "latin-1", "cp1252":
-        env = {**os.environ, "PYTHONIOENCODING": encoding}
-        done = run(sys.executable, ROOT / "train.py", *flags, env=env, errors="replace")
+        done = program(tmp_path / "terminal.py", encoding, ROOT / "train.py", *flags)
         assert done.returncode == 0 and done.stdout.startswith("finished already"), done.stderr
-        done = run(sys.executable, ROOT / "compare.py", "--list", "--lr", "1e-3", "--data",
-                   folder, env=env)
+        done = program(tmp_path / "terminal.py", encoding, ROOT / "compare.py", *listed)
         assert done.returncode == 0 and done.stdout.count(str(folder)) == 5, done.stderr
+    # a real process and the environment's own word
+    done = run(sys.executable, ROOT / "compare.py", *listed,
+               env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and done.stdout.count(str(folder)) == 5, done.stderr
 
 
 @pytest.mark.parametrize("name", ["train.py", "-m tools.predict", "-m tools.memory"])
@@ -276,12 +279,13 @@ def test_what_torch_warns_of_for_the_future_is_not_repeated_by_every_process():
     assert done.returncode == 0 and not done.stderr
 
 
-@pytest.mark.parametrize("flags, env", [(["-OO"], {}), ([], {"PYTHONSAFEPATH": "1"})])
-def test_unusual_ways_to_start_python(flags, env):
-    command = (["bash", ROOT / "run_all.sh"] if env else
-               [sys.executable, *flags, ROOT / "compare.py"])
-    done = run(*command, "--help", env={**os.environ, **env})
-    assert done.returncode == 0 and "train.py --help" in done.stdout, done.stderr
+@pytest.mark.parametrize("command", [
+    [sys.executable, "-OO", "compare.py"], ["env", "PYTHONSAFEPATH=1", "bash", "run_all.sh"],
+    ["env", "PYTHONSAFEPATH=1", sys.executable, "train.py"],
+    ["env", "-C", "/", "PYTHONSAFEPATH=1", sys.executable, ROOT / "train.py"]])
+def test_unusual_ways_to_start_python(command):
+    done = run(*command, "--help", cwd=ROOT)
+    assert done.returncode == 0 and "train.py" in done.stdout, done.stderr
 
 
 def test_a_figure_shows_names_as_they_are_written(tmp_path, monkeypatch):

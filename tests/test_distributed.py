@@ -6,6 +6,7 @@ Pythons. Once the real torchrun starts train.py here. Otherwise forks get the sa
 import json
 import socket
 
+import forks
 import pytest
 import torch
 from conftest import ROOT, program, save_small_bert, train, write_splits
@@ -52,8 +53,11 @@ def in_forks(n, folder, path, *flags):
     return program(folder / "forked.py", n, port, path, *flags)
 
 
-def under_torchrun(n, path, *flags):
-    return program("torch.distributed.run", "--standalone", "--nproc-per-node", n, path, *flags)
+def under_torchrun(n, folder, path, *flags):
+    """The same under the real torchrun. What it starts as a program are forks, too."""
+    python = forks.make_python(folder / "python")
+    return program("torch.distributed.run", "--standalone", "--nproc-per-node", n, "--no-python",
+                   python, path, *flags)
 
 
 @pytest.fixture
@@ -76,8 +80,7 @@ def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_pat
              "--dropout", 0, "--amp", "off", "--lr", "1e-3", *extra]
     one = train(*flags, "--output", tmp_path / "1")
     flags += ["--output", tmp_path / "2"]
-    two = (under_torchrun(2, ROOT / "train.py", *flags) if torchrun else
-           in_forks(2, tmp_path, ROOT / "train.py", *flags))
+    two = (under_torchrun if torchrun else in_forks)(2, tmp_path, ROOT / "train.py", *flags)
     results, tensors = [], []
     for n, done in (1, one), (2, two):
         assert done.returncode == 0, done.stderr

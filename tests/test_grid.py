@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT, one_line_exit, run, save_small_bert, settings
+from conftest import ROOT, forked_environment, one_line_exit, run, save_small_bert, settings
 
 import compare
 import tools.grid as grid
@@ -267,8 +267,9 @@ def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_
     blocked = tmp_path / "checkpoints" / f"{stem}.safetensors"
     blocked.mkdir(parents=True)
     command = ["bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path]
-    done = run(*command)
-    assert done.returncode == 1 and f"failed: {ROOT / '.venv/bin/python'}" in done.stderr
+    environment = forked_environment(tmp_path)
+    done = run(*command, env=environment)
+    assert done.returncode == 1 and f"failed: {tmp_path / 'venv/bin/python'}" in done.stderr
     assert "cannot write" in done.stderr and done.stdout.count("finished already") == 19
     assert f"1 of 20 runs are missing: {name}" in done.stdout
     assert list(read_grid(tmp_path)["runs"]) == others
@@ -277,7 +278,7 @@ def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_
     assert ([float(r["f1"]) for r in rows] == sorted((float(r["f1"]) for r in rows), reverse=True)
             and len(rows) == 19)
     blocked.rmdir()
-    done = run(*command)
+    done = run(*command, env=environment)
     assert (done.returncode == 0 and done.stdout.count("finished already") == 19
             and "missing" not in done.stdout and blocked.is_file())
     assert list(read_grid(tmp_path)["runs"]) == list(grid.GRID_RUNS)
