@@ -81,40 +81,44 @@ def several(items):
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def quality(full, others, unit, rows, n):
+def quality(others, rows, n):
     """Say what is lost on so many test rows by n trainings of each method, and whether that is
     shown."""
-    said = [f"- **Lost.** Full fine-tuning reaches a {unit} of {full.score:.1f} %."]
-    lost = sorted((o for o in others if o.vs["high"] < 0), key=lambda o: -o.vs["points"])
+    lost = [o for o in others if o.vs["high"] < 0]
     gained = [o for o in others if o.vs["low"] > 0]
     unclear = [o for o in others if o.vs["low"] <= 0 <= o.vs["high"]]
+    where = "" if n > 1 else " on these test rows"
+    said = []
     if lost:
-        least, most = lost[0], lost[-1]
+        least = max(lost, key=lambda o: o.vs["points"])
         size = f"{-least.vs['points']:.1f} points"
-        if most is not least:
-            size = f"from {size} ({least.label}) to {-most.vs['points']:.1f} ({most.label})"
-        shown = "A loss" if n > 1 else "On these test rows a lower score"
-        said.append(f"{shown} is shown for {several([o.label for o in lost])}: {size}.")
-    if gained:
-        shown = "A gain" if n > 1 else "On these test rows a higher score"
-        said.append(f"{shown} is shown for "
-                    + several([f"{o.label} ({o.vs['points']:+.1f} points)" for o in gained]) + ".")
+        said.append(f"- **Lost.** A lower score{where} is shown for "
+                    + several([o.label for o in lost])
+                    + (f": {size}." if len(lost) == 1 else f"; {least.label} loses least, {size}."))
     if unclear:
         most = max(100 * UNSEEN / rows, *(-o.vs["low"] for o in unclear))
-        said.append(f"No difference is shown for {several([o.label for o in unclear])}: up to "
-                    f"{most:.1f} points may be lost.")
-    return " ".join(said)
+        said.append(f"- **Perhaps lost.** No difference is shown for "
+                    f"{several([o.label for o in unclear])}, but up to {most:.1f} points may be "
+                    "lost.")
+    if gained:
+        said.append(f"- **Better.** A higher score{where} is shown for "
+                    f"{several([o.label for o in gained])}.")
+    return said
 
 
-def saved(full, others, key, what, unit):
-    """Say how many methods need less of something than full fine-tuning, and how little they need;
-    None if that is not known."""
-    values, base = [getattr(line, key) for line in others], getattr(full, key)
-    if base is None or None in values:
-        return None
-    n = sum(value < base for value in values)
-    at_best = f" (at best {min(values):.3g} {unit} instead of {base:.3g})" if n else ""
-    return f"{n or 'none'} need{'s' * (n < 2)} less {what}{at_best}"
+def saved(full, others, key, what):
+    """Say which methods need less of something than full fine-tuning, or nothing if that is not
+    known."""
+    if None in [getattr(line, key) for line in (full, *others)]:
+        return []
+    less, not_less = ([o.label for o in others if (getattr(o, key) < getattr(full, key)) is is_less]
+                      for is_less in (True, False))
+    if not less:
+        return [f"No other method needs less {what}."]
+    if len(less) > len(not_less):
+        but = f" but {several(not_less)}" if not_less else ""
+        return [f"Every other method{but} needs less {what}."]
+    return [f"{several(less)} need{'s' * (len(less) == 1)} less {what}."]
 
 
 def choices(full, others):
@@ -136,24 +140,19 @@ def choices(full, others):
         if None in [getattr(line, key) for line in ranked]:
             continue
         take = min(close, key=lambda line: getattr(line, key))
-        cheapest = min(ranked, key=lambda line: getattr(line, key))
         why = f"{write(getattr(take, key))} {unit}"
         if take is not full:
             why = (f"{write(getattr(take, key))} instead of {write(getattr(full, key))} {unit}, "
                    f"for {take.vs['points']:+.1f} points")
-        if cheapest is not take:
-            why += (f"; {cheapest.label} needs {write(getattr(cheapest, key))}, but is "
-                    f"{best.score - cheapest.score:.1f} points below the best")
         rows.append([what, take.label, why])
     return rows
 
 
-def verdict(lines, unit, rows, n, floor, what_varies="seed"):
+def verdict(lines, unit, rows, n, what_varies="seed"):
     """Write the verdict on a study, as Markdown.
 
     lines: one Line per method; unit: the score's name; rows: how many were tested; n: trainings of
-    each method; floor: (name, score in percent) of what needs no training, or None; what_varies
-    between the trainings of a method.
+    each method; what_varies between the trainings of a method.
     """
     full = next((line for line in lines if line.name == "full"), None)
     marked = [line for line in lines if line.marks]
@@ -161,12 +160,10 @@ def verdict(lines, unit, rows, n, floor, what_varies="seed"):
     ranks = full and not full.marks and others
     out = []
     if ranks:
-        gains = [saved(full, others, *about) for about in
-                 (("seconds", "time an epoch", "s"), ("gb", "memory", "GB"),
-                  ("mb", "disk for a trained file", "MB"))]
-        out = [quality(full, others, unit, rows, n),
-               f"- **Gained.** Of the {len(others)} other methods, "
-               + several([gain for gain in gains if gain]) + "."]
+        gains = [*saved(full, others, "seconds", "time an epoch"),
+                 *saved(full, others, "gb", "memory"),
+                 *saved(full, others, "mb", "disk for a trained file")]
+        out = [*quality(others, rows, n), f"- **Gained.** {' '.join(gains)}"]
     elif not full:
         out.append("- **No answer.** No run of full fine-tuning is finished, so that there is "
                    "nothing to compare the other methods with.")
@@ -185,17 +182,15 @@ def verdict(lines, unit, rows, n, floor, what_varies="seed"):
     if ranks:
         half = statistics.median((o.vs["high"] - o.vs["low"]) / 2 for o in others)
         half = max(half, 100 * UNSEEN / rows)
-        unknown.append(f"On {rows:,} test rows a difference of less than about {half:.1f} points "
-                       "often stays unseen.")
+        unknown.append(f"A difference of less than about {half:.1f} points often stays unseen.")
         if half > CLOSE and what_varies == "seed" and unit == "macro-F1":
             unknown.append("With `--folds 5` every row is tested, which tells more.")
-    unknown.append("Each method was trained once: the intervals are over test rows alone, and "
-                   "another seed may change the order, another hour the times." if n == 1 else
-                   f"Each method was trained {n} times; other {what_varies}s may change the order.")
-    if floor:
-        unknown.append(f"Without training, {floor[0]} scores {floor[1]:.1f} %.")
-    out.append("- **Not told.** " + " ".join(unknown) + " Other data, another model or more rows "
-               "may give another order.")
+    if n == 1:
+        unknown.append("Each method was trained once: the intervals are over test rows alone, and "
+                       "another seed may change the order, another hour the times.")
+    others_may = "Other" if n == 1 else f"Other {what_varies}s, other"
+    out.append("- **Not told.** " + " ".join(unknown) + f" {others_may} data, another model or "
+               "more rows may give another order.")
     text = "\n".join(out) + "\n"
     if ranks:
         table = [["If what counts is", f"of those within {CLOSE} points of the best, take",

@@ -444,7 +444,7 @@ def grid_markdown(content):
         "" if correlation is None else "\nPearson's correlation of F1 with exact match over the "
         f"{len(rows)} runs: {correlation:.3f}.\n",
         "" if kind != "test" else "\n" + verdict(
-            lines_of_grid(content), "F1", first["rows"]["test"], 1, floor)])
+            lines_of_grid(content), "F1", first["rows"]["test"], 1)])
 
 
 # --- figures --------------------------------------------------------------------------------------
