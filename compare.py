@@ -87,10 +87,8 @@ def split_folds(argv):
 def parts_of(seeds, folds):
     """Return the flags of each part of a study, in which every method runs once: a seed, or one
     fold of a seed."""
-    if not folds:
-        return [["--seed", str(seed)] for seed in seeds]
-    return [["--seed", str(seed), "--fold", f"{k}/{folds}"]
-            for seed in seeds for k in range(1, folds + 1)]
+    of_seed = [["--fold", f"{k}/{folds}"] for k in range(1, folds + 1)] if folds else [[]]
+    return [["--seed", str(seed), *fold] for seed in seeds for fold in of_seed]
 
 
 def decide_amp(flags, held=()):

@@ -150,19 +150,3 @@ def kind_of(name):
     if any(part in name for row in METHODS.values() for part in row.adds):
         return "method"
     return "layer_norm" if ".LayerNorm." in name else "base"
-
-
-def check_table():
-    """Raise AssertionError for a row that nothing measures, a case without its row, or two cases
-    with the same flags, colour or marker."""
-    measured = set()
-    for case in CASES.values():
-        flags = case.flags.split()
-        flags = dict(zip(flags[::2], flags[1::2]))
-        name = flags["--method"]
-        measured.add(flags.get("--placement", "houlsby") if name == "adapter" else name)
-    assert measured == set(METHODS), measured ^ set(METHODS)
-    assert {len({case[i] for case in CASES.values()}) for i in range(3)} == {len(CASES)}
-
-
-check_table()

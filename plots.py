@@ -269,28 +269,6 @@ def curves(entries, path):
     save_figure(fig, path)
 
 
-def loss_against_full(entries, names, what, path):
-    """Draw the macro-F1 of some methods minus that of full fine-tuning: the mean, its 95 %
-    interval, and the difference of every run, which is of one `what` (a seed, a fold)."""
-    fig, ax = plt.subplots(figsize=(8, 0.5 * len(names) + 1))
-    full = [run["f1_macro"] for run in entries["full"]["runs"]]
-
-    ax.axvline(0, color=CASES["full"].color, linewidth=1)
-    for y, name in enumerate(names):
-        _, color, marker = CASES[name]
-        vs = entries[name]["vs_full"]
-        ax.plot([vs["low"], vs["high"]], [y, y], color=color, linewidth=2)
-        ax.plot(vs["points"], y, marker, color=color, markersize=9)
-        for run, baseline in zip(entries[name]["runs"], full):
-            ax.plot(100 * (run["f1_macro"] - baseline), y + 0.25, "|", color=color, markersize=8)
-
-    name_rows(ax, [entry_label(entries[name]) for name in names])
-    ax.margins(y=0.15)
-    ax.set_xlabel(f"test macro-F1 against full fine-tuning (points), 95 % interval; |: one {what}")
-    fig.suptitle(study_of(entries), fontsize=8)
-    save_figure(fig, path)
-
-
 def read_study(path):
     """Read a comparison.json or crossvalidation.json."""
     return read_json(path, "entries", "floor")
@@ -303,9 +281,7 @@ def draw_comparison(output):
     study = read_study(output / "metrics" / "comparison.json")
     entries = study["entries"]
     curves(entries, figures / "curves.png")
-    loss_against_full(entries, [name for name in entries if name != "full"], "seed",
-                      figures / "loss_against_full.png")
-    glance(entries, figures / "summary.png")
+    glance(entries, "seed", figures / "summary.png")
     write_table(figures / "summary.md", markdown(study))
 
 
@@ -314,9 +290,10 @@ def size_of(mb):
     return "–" if mb is None else f"{mb:.1f} MB" if mb >= 0.1 else f"{1000 * mb:.0f} kB"
 
 
-def glance(entries, path):
+def glance(entries, what, path):
     """Draw what each method loses and what it gains, full fine-tuning on top, then the least loss
-    first. A loss of more than FAR points is an arrow."""
+    first. A loss of more than FAR points is an arrow. what: of which each method has a run, a seed
+    or a fold."""
     others = sorted((name for name in entries if name != "full"),
                     key=lambda name: -entries[name]["vs_full"]["points"])
     names, key = ["full", *others], memory_key(entries)[0]
@@ -333,6 +310,9 @@ def glance(entries, path):
         if vs and vs["points"] >= -FAR:
             lost.plot([vs["low"], vs["high"]], [y, y], color=color, linewidth=4, alpha=0.5,
                       solid_capstyle="butt")
+            each = [100 * (run["f1_macro"] - full["f1_macro"])
+                    for run, full in zip(entry["runs"], entries["full"]["runs"])]
+            lost.plot(each, [y + 0.3] * len(each), "|", color=color)
         elif vs:
             lost.annotate("", (left - 0.3, y), (left + 0.7, y),
                           arrowprops={"arrowstyle": "->", "color": color, "linewidth": 2})
@@ -350,7 +330,7 @@ def glance(entries, path):
 
     name_rows(lost, [entry_label(entries[name]) for name in names])
     lost.set(title="LOST: points of macro-F1", xlim=(left - 0.5, right + 0.2 * (right - left) + 1),
-             xlabel="bar: 95 % interval; if it contains 0, no loss is shown")
+             xlabel=f"bar: 95 % interval; if it contains 0, no loss is shown; |: one {what}")
     for ax, title in ((seconds, "COST: epoch time"), (memory, "peak memory"),
                       (disk, "trained file")):
         ax.set(title=title, xticks=[])
@@ -371,10 +351,7 @@ def draw_folds(output):
     figures = output / "figures"
     study = read_study(output / "metrics" / "crossvalidation.json")
     entries = study["entries"]
-    glance(entries, figures / "glance.png")
-    # the interval of "head", the floor, lies far to the left of all others
-    names = [name for name in entries if name not in ("full", "head")]
-    loss_against_full(entries, names, "fold", figures / "crossvalidation.png")
+    glance(entries, "fold", figures / "glance.png")
     write_table(figures / "crossvalidation.md", fold_markdown(study))
     write_table(figures / "answer.md", answer_markdown(study))
 

@@ -56,11 +56,13 @@ def first_rates(flags, steps):
 
 
 def best_rate(tried):
-    """Return the entry of `tried` with the best validation score; of equal scores the one with the
-    lower loss. None if no run worked. tried: a list of {lr, validation, loss}; a run that failed
-    has a score of None."""
+    """Return the entry of `tried` with the best validation score; of equal scores one with
+    neighbours on both sides, and then the one with the lower loss. None if no run worked. tried: a
+    list of {lr, validation, loss}; a run that failed has a score of None."""
+    rates = [entry["lr"] for entry in tried]
     done = [entry for entry in tried if entry["validation"] is not None]
-    return max(done, key=lambda e: (e["validation"], -e.get("loss", 0)), default=None)
+    return max(done, key=lambda e: (e["validation"], min(rates) < e["lr"] < max(rates),
+                                    -e.get("loss", 0)), default=None)
 
 
 def beyond(tried):

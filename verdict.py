@@ -54,7 +54,8 @@ def marks_of(labels, predicted, histories, tried=None, folds=None):
     shares = np.unique(labels, return_counts=True)[1] / len(labels)
     # H = -sum p log p, the loss of an answer that is the classes' shares
     entropy = -float(np.sum(shares * np.log(shares)))
-    if statistics.mean(history[-1]["train_loss"] for history in histories) > LEARNED * entropy:
+    least = [min(epoch["train_loss"] for epoch in history) for history in histories]
+    if statistics.mean(least) > LEARNED * entropy:
         marks.append("the training loss has hardly left its start, so that more epochs may help")
     return marks + edge_mark(tried)
 

@@ -201,7 +201,7 @@ def test_the_bytes_of_a_method_are_the_ledger_s(tiny, monkeypatch):
     config = BertConfig(**memory.MODELS["tiny"], num_labels=2)
     for name, case in bench.CASES.items():
         ledger = memory.predict_bytes(config, case.flags, 2, 12, None)
-        assert part["methods"][name]["bytes"] == sum(ledger[part] for part in memory.PARTS)
+        assert part["methods"][name]["bytes"] == ledger["peak"]
     assert part["methods"]["lora_r8"]["bytes"] < part["methods"]["full"]["bytes"]
 
 
@@ -215,8 +215,8 @@ def test_what_to_expect_of_a_model_is_a_table_and_a_figure(tmp_path, monkeypatch
 
     asked = []
     monkeypatch.setattr(bench, "time_in_turns", measured)
-    monkeypatch.setattr(memory, "predict_bytes", lambda config, flags, n, length, dtype: dict(
-        zip(memory.PARTS, (n, length, config.hidden_size, "full" in flags))))
+    monkeypatch.setattr(memory, "predict_bytes", lambda config, flags, n, length, dtype: {
+        "peak": n + length + config.hidden_size + ("full" in flags)})
     bench.main(bench.parse_args(["--growth", "--output", str(tmp_path)]))
     result = json.loads((tmp_path / "metrics" / "growth_all-MiniLM-L6-v2.json").read_text())
     assert asked == [(16, 32), (32, 32), (64, 32), (128, 32), (256, 8), (512, 8)]

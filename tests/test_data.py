@@ -489,7 +489,9 @@ def test_a_file_is_trained_on_and_its_columns_are_those_of_predict(tmp_path, cap
     model = save_small_bert(tmp_path / "model")
     train.main(["--method", "head", "--data", str(tmp_path / "tickets.csv"), "--model", str(model),
                 "--max-steps", "1", "--train-rows", "31", "--output", str(tmp_path / "out")])
-    said = capsys.readouterr().out.splitlines()
+    said, warned = capsys.readouterr()
+    assert warned.count("warning: the warm-up covers every step (1)") == 1
+    said = said.splitlines()
     line, = [line for line in said if line.startswith("3 classes: ")]
     assert line.endswith(" (training rows)") and all(f"{cat(i)} 1" in line for i in range(3))
     assert sorted(int(n) for n in re.findall(r"\d\d", line)) == [10, 10, 11]

@@ -68,6 +68,7 @@ def test_sentences_are_answered_as_by_predict(client, study):
 
 def test_disagreement_is_marked(monkeypatch):
     monkeypatch.setattr(predict, "classify", lambda method, tokenizer, s: (method.name[0], 0.5))
+    monkeypatch.setattr(predict, "probabilities", lambda *_, **__: ([], 0))
     here = demo.Answerers.__new__(demo.Answerers)
     here.missing, here.files, here.tokenizer = "", {"a": 1, "ab": 1, "c": 1}, None
     here.switch = lambda name: predict.Trained(name, None, {}, 0, 1.0)
@@ -84,6 +85,12 @@ def test_disagreement_is_marked(monkeypatch):
     ("word " * 3000, ["lora_r8"], "…"), ("\u200b\U0001f600 \x07", ["lora_r8"], "ms per")])
 def test_strange_texts_get_an_answer_or_a_line(text, names, words, client):
     assert words in client.predict(text, names, api_name="/ask")
+
+
+def test_a_cut_text_is_said(client):
+    for text, n in ("good\n" + "word " * 200, 1), ("good", 0):
+        said = client.predict(text, ["lora_r8", "adapter"], api_name="/ask")
+        assert said.count("1 of the texts were cut at the 128 tokens that training had") == n
 
 
 def test_without_trained_questions_it_is_said(client):

@@ -175,10 +175,9 @@ def test_every_row_is_tested_and_measured():
     assert set(PUT) == {name for name, row in methods.METHODS.items() if row.adds}
 
 
-def test_a_row_that_nothing_measures_is_an_error_at_import(monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "new", methods.METHODS["lora"])
-    with pytest.raises(AssertionError, match="new"):
-        methods.check_table()
+def test_no_two_cases_have_the_same_flags_colour_or_marker():
+    for values in zip(*methods.CASES.values()):
+        assert len(set(values)) == len(methods.CASES)
 
 
 @pytest.mark.parametrize("method", ["bitfit", "head"])

@@ -104,14 +104,19 @@ def with_foreign_tensors(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def with_nan(folder):
+def with_nan(folder, value=float("nan")):
     tensors = load_file(folder / "model.safetensors")
-    tensors["bert.encoder.layer.1.output.dense.bias"][3] = float("nan")
+    tensors["bert.encoder.layer.1.output.dense.bias"][3] = value
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_infinity(folder):
+    with_nan(folder, -float("inf"))
 
 
 @pytest.mark.parametrize("spoil, words", [
     (with_nan, ["1 tensors with NaN", "layer.1.output.dense.bias"]),
+    (with_infinity, ["1 tensors with NaN or infinity", "layer.1.output.dense.bias"]),
     (without_tokenizer, ["no tokenizer"]),
     (with_more_words, ["ids up to 30,522", "30,522 rows"]),
     (lambda folder: edit_json(folder / "config.json", position_embedding_type="relative_key"),
@@ -139,9 +144,11 @@ def test_a_base_as_other_tools_leave_it_is_loaded_saved_and_computed_with(folder
     (folder / "model.safetensors").unlink()
     torch.save({name: p.t().contiguous().t() if p.dim() == 2 else p
                 for name, p in tensors.items()}, folder / "pytorch_model.bin")
-    edit_json(folder / "config.json", return_dict=False, output_hidden_states=True)
+    edit_json(folder / "config.json", return_dict=False, output_hidden_states=True,
+              output_attentions=True)
     found, out = act()
-    assert found == expected and out.logits.shape == (1, len(LABELS)) and not out.hidden_states
+    assert found == expected and out.logits.shape == (1, len(LABELS))
+    assert not out.hidden_states and out.attentions is None
 
 
 def test_rows_without_a_word_are_refused(saved):

@@ -127,17 +127,20 @@ def test_a_folder_of_another_program_has_labels_without_names_and_any_base(tmp_p
     assert about["base"] is about["tokenizer"] is about["epoch"] is None
 
 
-@pytest.mark.parametrize("said, found", [(128, 128), (10**30, 512), (None, 512), ("x", 512)])
+@pytest.mark.parametrize("said, found", [
+    *[(f'{{"model_max_length": {n}}}', 512) for n in (10**30, "Infinity", "null", '"x"')],
+    ('{"model_max_length": 128}', 128), ("{}", 512), ("[]", 512)])
 def test_the_longest_input_is_what_the_folder_says_and_never_more_than_the_base_reads(
         said, found, tmp_path):
     head_class = BertForQuestionAnswering
     _, _, folder = saved(tmp_path, "lora", head_class)
     base, short = (tiny_bert(head_class=head_class) for _ in range(2))
-    short.config.max_position_embeddings = 100
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": said}))
+    (folder / "tokenizer_config.json").write_text(said)
     for _ in range(2):
-        s = attach(short, folder, checkpoint.hash_base(base))[1]["settings"]
-        assert (s.max_length, s.stride) == (100, 30)
+        for longest, stride in (100, 30), (60, 0):
+            short.config.max_position_embeddings = longest
+            s = attach(short, folder, checkpoint.hash_base(base))[1]["settings"]
+            assert (s.max_length, s.stride) == (longest, stride)
         foreign(folder)
     assert attach(base, folder)[1]["settings"].max_length == found
 

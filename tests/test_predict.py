@@ -285,6 +285,7 @@ def test_bad_tables_are_one_line_before_anything_is_answered(text, flags, words,
     ("in.csv", 'text\n"good' + 12 * "\nfine" + '"\n', ["opens at line 2", "closes at line 14"]),
     ("in.tsv", 'id\ttext\n1\t"a ""good"" film"\n', ["1 rows, line 2 first, look quoted"]),
     ("in.csv", 'id,text\n1,"good\nfine"\n', []), ("in.csv", "customer review\ngood\n", []),
+    ("in.csv", 'id,text\n1,"good, fine\nAnn"\n', []),
     ("in.csv", 'text\n"Hi!\n\nI liked it.\nAnn"\n', [])])
 def test_what_may_cost_rows_is_said_as_in_training(name, text, words, tmp_path, capsys):
     (tmp_path / name).write_text(text)

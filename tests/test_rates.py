@@ -47,10 +47,16 @@ def test_the_search_goes_on_beyond_an_edge_until_the_best_has_neighbours_or_six_
     assert rates.beyond(endless) == 256e-3 and rates.beyond(inside) is None
 
 
-def test_of_equal_scores_the_lower_loss_wins_and_nothing_won_where_all_failed():
-    equal = tried(**{"1e-3": .8, "2e-3": .8, "4e-3": .8})
-    equal[1]["loss"] = 0.1
-    assert rates.best_rate(equal)["lr"] == 2e-3
+def test_of_equal_scores_one_inside_and_then_the_lower_loss_wins():
+    equal = tried(**{"1e-3": .8, "2e-3": .8, "4e-3": .8, "8e-3": .8})
+    for entry, loss in zip(equal, (0.4, 0.3, 0.2, 0.1)):
+        entry["loss"] = loss
+    assert rates.best_rate(equal)["lr"] == 4e-3
+    # where all scores are 1, higher rates would have lower losses until one of them collapses
+    assert rates.next_rate(equal[:3], [1e-3, 2e-3, 4e-3]) is None
+
+
+def test_nothing_won_where_all_failed():
     assert rates.best_rate(tried(**{"1e-3": None})) is None
 
 

@@ -96,7 +96,7 @@ def test_the_study_is_made_from_the_runs(folder, tmp_path):
     assert "qlora_epoch-2_lr_2e-4" in missing and "dora_epoch-3_lr_2e-4" in missing
     assert "lora_epoch-2_lr_2e-4," not in missing.replace("qlora_epoch-2_lr_2e-4", "")
     text = (out / "figures" / "grid.md").read_text()
-    assert "3 runs of Hugging Face's Trainer" in text and "Pearson" in text and "Top five" in text
+    assert "3 runs of Hugging Face's Trainer" in text and "Top five" in text
     assert "bootstrap" not in text and "| lora_epoch-3_lr_4.25e-5 | 66.00 |" in text
     command = f"python -m tools.grid --trainer {folder} --output {out}"
     assert json.loads((out / "metrics" / "grid.json").read_text())["command"] == command
@@ -181,15 +181,14 @@ def test_a_folder_that_trainer_wrote_itself(tmp_path):
     rows = [{"input_ids": torch.tensor([1, 2, 3, i]), "labels": torch.tensor(i % 3)}
             for i in range(8)]
     scores = iter([55.0, 60.0])
-    has_board = importlib.util.find_spec("tensorboard") is not None
     args = TrainingArguments(
         str(tmp_path / "runs" / "dora_epoch-2_lr_2e-4"), num_train_epochs=2, logging_steps=1,
         per_device_train_batch_size=4, eval_strategy="epoch", save_strategy="epoch", use_cpu=True,
-        report_to="tensorboard" if has_board else "none", disable_tqdm=True)
+        report_to="none", disable_tqdm=True)
     Trainer(tiny_bert(), args, train_dataset=rows, eval_dataset=rows,
             compute_metrics=lambda _: {"f1": (f1 := next(scores)), "exact_match": f1 / 2}).train()
     results, missing = grid.trainer_runs(tmp_path / "runs")
     result = results["dora_epoch-2_lr_2e-4"]
     # without save_state only the checkpoints have a state, without a runtime
     assert (result["f1"], result["exact_match"], result["best_epoch"], missing) == (60, 30, 2, [])
-    assert (result["train_time_s"] or 0) > 0 if has_board else result["train_time_s"] is None
+    assert result["train_time_s"] is None

@@ -109,6 +109,11 @@ def test_what_has_not_learned_is_marked(wrong, loss, words):
     assert words in " ".join(marks) if words else not marks
 
 
+def test_a_loss_that_left_its_start_and_came_back_is_no_mark():
+    labels = np.array([0] * 80 + [1] * 20)
+    assert not marks_of(labels, labels[None], [[{"train_loss": 0.2}, {"train_loss": 0.7}]])
+
+
 def test_a_fold_that_predicts_one_class_is_marked():
     labels = np.array([0, 1] * 50)
     predicted, folds = labels.copy(), np.array([1] * 50 + [2] * 50)

@@ -456,7 +456,7 @@ def compare_methods(points, length, s):
     for name, case in CASES.items():
         ledger = memory.predict_bytes(config, case.flags, size, length, amp_dtype(s.amp))
         methods[name] = points[name, size] | {
-            "label": case_label(name), "bytes": sum(ledger[part] for part in memory.PARTS),
+            "label": case_label(name), "bytes": ledger["peak"],
             "vs_full": speedup(*(points[other, size]["ms_per_sentence_rounds"]
                                  for other in ("full", name)))}
     return {"batch_size": size, "methods": methods}
@@ -503,7 +503,7 @@ def growth_markdown(growth):
                 f"{part['methods'][name]['bytes'] / 1e9:.2f}")]
             for name, case in next(iter(parts.values()))["methods"].items()]
     return (markdown_table(header, rows) + f"\n{growth_caption(growth)}, in brackets the smallest "
-            "and the largest ratio within a round; memory by tools.memory's ledger; made by "
+            "and the largest ratio within a round; memory: the peak of tools.memory; made by "
             f"`{growth['command']}`.\n")
 
 

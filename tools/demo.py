@@ -179,9 +179,12 @@ def ask_sentences(answerers, text, names):
         fail(f"{len(sentences):,} sentences are too many for this page, which takes "
              f"{MAX_SENTENCES}; tools.predict --input reads files of any length.")
     columns, speeds, switches = [], ["ms per sentence"], ["ms to switch to it, from its file"]
+    abouts, n_cut = [], 0
     for name in names:
         method = answerers.switch(name)
-        predict.classify(method, answerers.tokenizer, sentences[0])  # to warm up
+        # this warms up, too
+        _, n = predict.probabilities(method, answerers.tokenizer, sentences, is_file=False)
+        abouts, n_cut = [*abouts, method.about], max(n_cut, n)
         begin = time.perf_counter()
         columns.append([predict.classify(method, answerers.tokenizer, s) for s in sentences])
         ms = 1000 * (time.perf_counter() - begin) / len(sentences)
@@ -194,8 +197,9 @@ def ask_sentences(answerers, text, names):
         rows.append([sentence if len(sentence) <= 300 else sentence[:299] + "…",
                      *(f"{label} {p:.2f}" for label, p in answers)])
         differs |= {(i, j) for j, (label, _) in enumerate(answers, 1) if label != usual}
-    legend = note("Marked: not what most of the ticked methods say.") if differs else ""
-    return html_table([*rows, speeds, switches], differs) + legend
+    notes = ["Marked: not what most of the ticked methods say."] if differs else []
+    notes += [predict.say_cut(abouts, n_cut)] if n_cut else []
+    return html_table([*rows, speeds, switches], differs) + "".join(map(note, notes))
 
 
 def ask_passage(answerers, question, passage, names):

@@ -16,8 +16,8 @@
 With --trainer, every folder in FOLDER whose name tells a method, a number of epochs and a learning
 rate is a run, however the name is written: 2_epochs_base_qa_2e-4 (base is full fine-tuning),
 lora-epoch-3_lr_4.25e-05, qdora_epoch-2_lr_2e-4. Its scores are those of the evaluation with the
-best eval_f1, and of the last one. Its time is Trainer's train_runtime, for a resumed training that
-of the last part, or else what tensorboard's files tell; both include evaluation.
+best eval_f1, and of the last one. Its time is Trainer's train_runtime, evaluation included, for a
+resumed training that of the last part.
 """
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.grid")
@@ -185,22 +185,6 @@ def find_state(folder):
     return checkpoints[max(checkpoints)] if checkpoints else None
 
 
-def seconds_of_events(folder):
-    """Add up the seconds between the first and the last scalar in each of tensorboard's files: a
-    training that was resumed has several. None without such files, or without tensorboard."""
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError:
-        return None
-    seconds = 0.0
-    for file in sorted(folder.rglob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file)).Reload()
-        times = [event.wall_time for tag in events.Tags()["scalars"]
-                 for event in events.Scalars(tag)]
-        seconds += max(times) - min(times) if times else 0.0
-    return seconds or None
-
-
 def in_percent(path, evaluations):
     """Return Trainer's evaluations with F1 and exact match in percent: some metrics give
     fractions, and no trained model has an F1 of 1 percent."""
@@ -239,7 +223,7 @@ def trainer_run(folder):
                 "f1_last": last["eval_f1"], "exact_match_last": last["eval_exact_match"],
                 "best_epoch": round(best["epoch"], 2),
                 "history": [{"validation_f1": e["eval_f1"]} for e in evaluations],
-                "train_time_s": times[-1] if times else seconds_of_events(folder),
+                "train_time_s": times[-1] if times else None,
                 "trainable_params": None, "peak_vram_gb": None, "peak_rss_gb": None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f"{path} is damaged ({type(e).__name__}: {e})")
@@ -347,13 +331,6 @@ def best_of(rows):
             for own in by_method(rows).values()]
 
 
-def correlation_of(rows):
-    """Compute Pearson's correlation of F1 with exact match over the runs; None where one of the two
-    never differs."""
-    values = [row["f1"] for row in rows], [row["exact_match"] for row in rows]
-    return statistics.correlation(*values) if min(len(set(own)) for own in values) > 1 else None
-
-
 # --- tables ---------------------------------------------------------------------------------------
 
 def title_of(runs):
@@ -412,7 +389,7 @@ def grid_markdown(content):
     rows, first = rows_of(runs), next(iter(runs.values()))
     title, kind = title_of(runs)
     vs_full = {name: points(run.get("vs_full")) for name, run in runs.items()}
-    levels, correlation = list(first.get("f1_by_level", {})), correlation_of(rows)
+    levels = list(first.get("f1_by_level", {}))
     missing = content.get("missing", [])
 
     header = ["run", "F1 (%)", "vs full (points)", "exact match (%)", "training (min)",
@@ -441,8 +418,6 @@ def grid_markdown(content):
         "; the last columns are the F1 of each level" if levels else "", ":\n\n",
         markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels], best),
         "\nTop five:\n\n", markdown_table(header, cells[:5]),
-        "" if correlation is None else "\nPearson's correlation of F1 with exact match over the "
-        f"{len(rows)} runs: {correlation:.3f}.\n",
         "" if kind != "test" else "\n" + verdict(
             lines_of_grid(content), "F1", first["rows"]["test"], 1)])
 

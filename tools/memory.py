@@ -3,9 +3,6 @@ nothing is allocated.
 
     python -m tools.memory --model bert-base-uncased --batch-size 32 --max-length 128
 
-    sum = weights + gradients + optimizer + kept for backward
-          in bytes; an MB is 1e6 and a GB 1e9 of them
-
 weights    all parameters and buffers, trained and frozen; a 4-bit weight with all its constants
 gradients  fp32, of every trained number
 optimizer  AdamW's two moments, fp32, of every trained number, without its step counters (4 bytes
@@ -13,9 +10,12 @@ optimizer  AdamW's two moments, fp32, of every trained number, without its step 
 kept       what autograd saves in the forward pass for the backward pass. Each storage counts once,
            however many views it has. Only the model's own parameters and buffers are left out:
            token ids count, and so do the bf16 copies that autocast makes of fp32 weights.
+peak       the most that is there at once during a step: weights, optimizer, and of the rest what is
+           alive, temporaries included. Gradients come while what was kept goes, so that full
+           fine-tuning's peak is lower than the sum of its parts.
 
-Temporaries, the CUDA context and what an allocator wastes come on top. Gradients come while what
-was kept goes, so the true peak can also be lower. Every row has full length.
+All in bytes; an MB is 1e6 and a GB 1e9 of them. The CUDA context and what an allocator wastes come
+on top. Every row has full length.
 
 Without CUDA this describes the CPU's modules (fast.py), with CUDA Hugging Face's, as train.py uses
 them. The CPU's batches are on the safe side for a GPU, where fused attention keeps no (tokens,
@@ -42,8 +42,7 @@ MODELS = {
                            "intermediate_size": 4096},
 }
 PARTS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer",
-         "kept": "kept for backward"}
-PART_COLORS = dict(zip(PARTS, ("#332288", "#88CCEE", "#44AA99", "#DDCC77")))
+         "kept": "kept for backward", "peak": "peak"}
 
 
 def fields_of(name):
@@ -100,12 +99,16 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import gc
 import math
+import weakref
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification
 
 import fast
@@ -119,12 +122,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # --- a model without numbers ---------------------------------------------------------------------
 
 class KeepNothing(torch.autograd.Function):
-    """Turn x (..., in) into (..., out), without numbers. No prediction gets as far as a backward
-    pass."""
+    """Turn x (..., in) into (..., out), and its gradient back, without numbers. `weight` is what
+    bitsandbytes dequantises for a moment, (out, in)."""
 
     @staticmethod
-    def forward(ctx, x, out_features):
-        return x.new_empty(*x.shape[:-1], out_features)
+    def forward(ctx, x, size):
+        ctx.size, weight = size, x.new_empty(size)
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight = gradient.new_empty(ctx.size)
+        return gradient.new_empty(*gradient.shape[:-1], weight.shape[1]), None
 
 
 class NF4StandIn(nn.Module):
@@ -148,7 +157,7 @@ class NF4StandIn(nn.Module):
                      else nn.Parameter(linear.bias.detach().to(compute_dtype)))
 
     def forward(self, x):
-        return KeepNothing.apply(x.to(self.compute_dtype), self.out_features)
+        return KeepNothing.apply(x.to(self.compute_dtype), (self.out_features, self.in_features))
 
     def dequantize(self):
         return self.packed.new_empty(self.out_features, self.in_features, dtype=torch.float32)
@@ -166,6 +175,31 @@ def bits_without_numbers(n):
 
 
 # --- counting ------------------------------------------------------------------------------------
+
+class Alive(TorchDispatchMode):
+    """Count the bytes that operations allocate and that are not freed yet, and their peak; `own`:
+    storages that do not count (stored's)."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.sizes, self.bytes, self.peak = dict.fromkeys(own, 0), 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def add(self, storage):
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            weakref.finalize(storage, self.free, storage._cdata)
+
+    def free(self, identity):
+        self.bytes -= self.sizes.pop(identity)
 
 def make_model(config, flags, dtype, quantize=None):
     """Make the model of one method as train.py does, in training mode. quantize: instead of
@@ -207,12 +241,20 @@ def count_kept(model, batch_size, max_length, dtype, **inputs):
     with (torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
           torch.autocast(DEVICE, dtype=dtype, enabled=dtype is not None)):
         loss = model(input_ids=ids, labels=labels, **inputs).loss
-    return loss, sum(storage.nbytes() for storage in kept.values())
+    n_bytes = sum(storage.nbytes() for storage in kept.values())
+    kept.clear()  # autograd holds `pack`, and with it the dict, to the end of the backward pass
+    return loss, n_bytes
+
+
+def backward(model, loss):
+    """Do what follows the forward pass in train.step; the optimizer, fused, allocates nothing."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(trained_tensors(model).values(), 1.0)
 
 
 def predict_bytes(config, flags, batch_size, max_length, dtype, gb=()):
-    """Predict the bytes of one method: {weights, gradients, optimizer, kept, fits: {GB: the largest
-    batch, None where this cannot tell}}. dtype: autocast's, or None; gb: memory sizes in 1e9 bytes.
+    """Predict the bytes of one method: {weights, gradients, optimizer, kept, peak, fits: {GB: the
+    largest batch}}. dtype: autocast's, or None; gb: memory sizes in 1e9 bytes.
 
     The tensors are fake ones: those have shape, type and device, but no memory.
     """
@@ -222,25 +264,35 @@ def predict_bytes(config, flags, batch_size, max_length, dtype, gb=()):
     with (mock.patch.object(fast, "random_bits", bits_without_numbers),
           FakeTensorMode(allow_non_fake_inputs=True)):  # the meta tensors, until they are replaced
         model.to_empty(device=DEVICE)
-        # Without an attention mask: Hugging Face drops one that is all ones, but cannot look into a
-        # fake one.
-        kept, kept_by_one_more = (count_kept(model, n, max_length, dtype)[1]
-                                  for n in (batch_size, batch_size + 1))
+        kept, peaks = {}, {}
+        for n in {1, batch_size, 16 * batch_size, 32 * batch_size} if gb else {batch_size}:
+            model.zero_grad()
+            with Alive(stored(model)) as alive:
+                # Without an attention mask: Hugging Face drops one that is all ones, but cannot
+                # look into a fake one.
+                loss, kept[n] = count_kept(model, n, max_length, dtype)
+                backward(model, loss)
+            peaks[n] = row["weights"] + row["optimizer"] + alive.peak
+    return {**row, "kept": kept[batch_size], "peak": peaks[batch_size],
+            "fits": {f"{x:g}": largest_batch(peaks, x * 1e9) for x in gb}}
 
-    # kept(n) = c + k n: k bytes per row, and c of bf16 copies. It is exact, so the largest n that
-    # fits needs no search.
-    k = kept_by_one_more - kept
-    room = {f"{x:g}": x * 1e9 - sum(row.values()) for x in gb}
-    fits = {x: max(0, batch_size + int((room[x] - kept) // k)) for x in room}
-    if k < 2 * max_length * config.hidden_size:
-        # less than the output of one layer: it is temporaries that bound the batch
-        fits = dict.fromkeys(room)
-    return {**row, "kept": kept, "fits": fits}
+
+def largest_batch(peaks, size):
+    """Return how many rows fit into `size` bytes, by {rows: peak} of a few batches.
+
+    A peak is the largest of the sums at some moments, and each of these is c + k n, for k bytes per
+    row. So the peak bends upwards, and a line between two batches is on the safe side.
+    """
+    ns = sorted(peaks)
+    at = next((i for i in range(1, len(ns) - 1) if size < peaks[ns[i]]), len(ns) - 1)
+    low, high = ns[at - 1], ns[at]
+    k = (peaks[high] - peaks[low]) / (high - low)
+    return max(0, low + math.floor((size - peaks[low]) / k))
 
 
 def measure_bytes(config, flags, batch_size, max_length, dtype):
-    """Count the same bytes in two real training steps on DEVICE, from random weights, and `peak`:
-    the most that CUDA's allocator had given out, None without CUDA."""
+    """Count the same bytes in two real training steps on DEVICE, from random weights; `peak` as the
+    allocator saw it: CUDA's own count, or on a CPU that of torch.profiler."""
     from train import make_optimizer  # slow to import
     gc.collect()  # what the last method left in reference cycles would count in the peak
     model = make_model(config, flags, dtype)
@@ -248,21 +300,34 @@ def measure_bytes(config, flags, batch_size, max_length, dtype):
     optimizer = make_optimizer(trained, 1e-5)
     mask = torch.ones(batch_size, max_length, dtype=torch.int64, device=DEVICE)
 
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    # the first step makes the optimizer's moments, so that only the second has the usual peak
-    for _ in range(2):
-        optimizer.zero_grad()
+    def train_step():
         loss, kept = count_kept(model, batch_size, max_length, dtype, attention_mask=mask)
-        loss.backward()
+        backward(model, loss)
         optimizer.step()
+        gradients = sum(p.grad.nbytes for p in trained)
+        optimizer.zero_grad()
+        return kept, gradients
 
-    moments = [t for state in optimizer.state.values()
-               for name, t in state.items() if name != "step"]
-    return {"weights": sum(stored(model).values()),
-            "gradients": sum(p.grad.nbytes for p in trained),
-            "optimizer": sum(t.nbytes for t in moments), "kept": kept,
-            "peak": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None}
+    # on a CPU numpy draws the bits, in memory that torch's profiler does not see
+    with mock.patch.object(fast, "random_bits", bits_without_numbers):
+        train_step()  # makes the optimizer's moments, so that only the second has the usual peak
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            kept, gradients = train_step()
+        else:
+            with profile(profile_memory=True) as profiled:
+                kept, gradients = train_step()
+    weights = sum(stored(model).values())
+    moments = sum(t.nbytes for state in optimizer.state.values()
+                  for name, t in state.items() if name != "step")
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        changes = [event.nbytes() for event in profiled.profiler.kineto_results.events()
+                   if event.name() == "[memory]"]
+        peak = weights + moments + int(np.cumsum(changes).max())
+    return {"weights": weights, "gradients": gradients, "optimizer": moments, "kept": kept,
+            "peak": peak}
 
 
 # --- table and figure ----------------------------------------------------------------------------
@@ -282,25 +347,27 @@ def mb(n):
 
 def ledger_markdown(ledger):
     """Make the table and caption of a memory.json, as Markdown."""
-    header = ["method", *(f"{name} (MB)" for name in PARTS.values()), "sum (MB)",
+    header = ["method", *(f"{name} (MB)" for name in PARTS.values()),
               *(f"largest batch in {x} GB" for x in ledger["methods"]["full"]["fits"])]
-    rows = [[row["label"], *(mb(row[part]) for part in PARTS), mb(sum(row[p] for p in PARTS)),
-             *("*" if n is None else f"{n:,}" if n else "–" for n in row["fits"].values())]
+    rows = [[row["label"], *(mb(row[part]) for part in PARTS),
+             *(f"{n:,}" if n else "–" for n in row["fits"].values())]
             for row in ledger["methods"].values()]
     return markdown_table(header, rows) + (
-        f"\n{ledger_caption(ledger)}. A batch fits if this sum does; temporaries and the CUDA "
-        "context come on top. – is not even one row, * is as many as the temporaries allow.\n")
+        f"\n{ledger_caption(ledger)}. A batch fits if its peak does; the CUDA context comes on "
+        "top. – is not even one row.\n")
 
 
 def draw_ledger(ledger, path):
-    """Draw the parts of each method's sum as one stacked bar."""
+    """Draw each method's peak as one stacked bar."""
     rows = ledger["methods"].values()
     fig, ax = plt.subplots(figsize=(9, 4))
     left = np.zeros(len(rows))
-
-    for part, name in PARTS.items():
-        gb = np.array([row[part] for row in rows]) / 1e9
-        ax.barh(range(len(rows)), gb, left=left, color=PART_COLORS[part], label=name, height=0.65)
+    weights, optimizer, peak = (np.array([row[part] for row in rows]) / 1e9
+                                for part in ("weights", "optimizer", "peak"))
+    for name, gb, color in (("weights", weights, "#332288"), ("optimizer", optimizer, "#44AA99"),
+                            ("activations, gradients and the like", peak - weights - optimizer,
+                             "#DDCC77")):
+        ax.barh(range(len(rows)), gb, left=left, color=color, label=name, height=0.65)
         left += gb
     for y, total in enumerate(left):
         ax.annotate(f"{total:.2f}", (total, y), xytext=(6, 0), textcoords="offset points",
@@ -308,7 +375,7 @@ def draw_ledger(ledger, path):
 
     name_rows(ax, [row["label"] for row in rows])
     ax.margins(x=0.08)
-    ax.set_xlabel("memory in training (GB)")
+    ax.set_xlabel("peak memory of a training step (GB)")
     ax.legend(fontsize=9, loc="center right")
     fig.suptitle(ledger_caption(ledger), fontsize=9)
     save_figure(fig, path)
@@ -326,9 +393,7 @@ def redraw(output):
 
 def print_measured(config, batch, predicted):
     """Train every method for two steps, and print the bytes beside those that were predicted."""
-    header = ["predicted / measured", *(f"{name} (MB)" for name in PARTS.values()),
-              "peak GPU memory (MB)"]
-    rows = []
+    header, rows = ["predicted / measured", *(f"{name} (MB)" for name in PARTS.values())], []
     for name, case in CASES.items():
         try:
             measured = measure_bytes(config, case.flags, *batch)
@@ -337,8 +402,7 @@ def print_measured(config, batch, predicted):
                 raise
             fail("there is not enough memory here for --measure; take a smaller --batch-size")
         rows.append([predicted[name]["label"],
-                     *(f"{mb(predicted[name][part])} / {mb(measured[part])}" for part in PARTS),
-                     mb(measured["peak"]) if DEVICE == "cuda" else "–"])
+                     *(f"{mb(predicted[name][part])} / {mb(measured[part])}" for part in PARTS)])
     print("\n" + markdown_table(header, rows), end="")
 
 

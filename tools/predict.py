@@ -225,12 +225,17 @@ def answer(method, tokenizer, question, context):
     return spans(method, tokenizer, asked, is_file=False)[0]
 
 
+def say_cut(abouts, n):
+    """Say that n texts were cut. abouts: the metadata of the methods."""
+    lengths = sorted({about["settings"].max_length for about in abouts})
+    return (f"{n:,} of the texts were cut at the {' or '.join(map(str, lengths))} tokens that "
+            "training had")
+
+
 def warn_cut(methods, n):
     """Warn that n texts were cut, if there are any."""
     if n:
-        lengths = sorted({method.about["settings"].max_length for method in methods})
-        warn(f"{n:,} of the texts were cut at the {' or '.join(map(str, lengths))} tokens that "
-             "training had")
+        warn(say_cut([method.about for method in methods], n))
 
 
 # --- single texts --------------------------------------------------------------------------------
