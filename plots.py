@@ -227,11 +227,6 @@ def fold_table(entries):
     return header, rows
 
 
-def fold_markdown(study):
-    """Make the whole table of a crossvalidation.json, and its caption, as Markdown."""
-    return captioned(study, *fold_table(study["entries"]), fold_caption(study))
-
-
 def answer_markdown(study):
     """Make the answer of a crossvalidation.json, as Markdown: six columns of its table, and the
     verdict."""
@@ -285,11 +280,6 @@ def draw_comparison(output):
     write_table(figures / "summary.md", markdown(study))
 
 
-def size_of(mb):
-    """Write the size of a trained file, given in units of 1e6 bytes."""
-    return "–" if mb is None else f"{mb:.1f} MB" if mb >= 0.1 else f"{1000 * mb:.0f} kB"
-
-
 def glance(entries, what, path):
     """Draw what each method loses and what it gains, full fine-tuning on top, then the least loss
     first. A loss of more than FAR points is an arrow. what: of which each method has a run, a seed
@@ -326,7 +316,9 @@ def glance(entries, what, path):
             ax.barh(y, value, color=color, height=0.6)
             ax.annotate(form.format(value), (value, y), xytext=(4, 0),
                         textcoords="offset points", va="center")
-        disk.text(0, y, size_of(entry["checkpoint_mb"]), va="center")
+        mb = entry["checkpoint_mb"]
+        disk.text(0, y, "–" if mb is None else f"{mb:.1f} MB" if mb >= 0.1 else
+                  f"{1000 * mb:.0f} kB", va="center")
 
     name_rows(lost, [entry_label(entries[name]) for name in names])
     lost.set(title="LOST: points of macro-F1", xlim=(left - 0.5, right + 0.2 * (right - left) + 1),
@@ -352,7 +344,8 @@ def draw_folds(output):
     study = read_study(output / "metrics" / "crossvalidation.json")
     entries = study["entries"]
     glance(entries, "fold", figures / "glance.png")
-    write_table(figures / "crossvalidation.md", fold_markdown(study))
+    write_table(figures / "crossvalidation.md",
+                captioned(study, *fold_table(entries), fold_caption(study)))
     write_table(figures / "answer.md", answer_markdown(study))
 
 

@@ -69,24 +69,23 @@ def macro_f1(labels, predictions):
     return float(resampled_f1(labels, predictions, np.ones((1, len(labels))))[0])
 
 
-def draw_sentences(rng, size, n, folds):
-    """Draw `size` resamples: how often each draws each of n sentences, (size, sentences).
+def draw_cells(rng, size, counts, folds):
+    """Draw `size` resamples of sentences: how many each has of every cell, (size, cells). counts,
+    folds (cells,): how many sentences a cell has, and their fold.
 
-    Without folds a resample is n sentences. With folds (sentences,), the number of each sentence's
-    fold, it is as many folds as there are, and of each as many sentences as it has.
+    A resample is as many folds as there are, and of each as many sentences as it has.
     """
-    if folds is None:
-        return rng.multinomial(n, np.full(n, 1 / n), size).astype(np.float64)
-    names, sizes = np.unique(folds, return_counts=True)
+    names = np.unique(folds)
     times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size)  # (size, folds)
-    drawn = np.empty((size, n))
-    for i, (name, own) in enumerate(zip(names, sizes)):
+    drawn = np.empty((size, len(counts)))
+    for i, name in enumerate(names):
+        own = counts[folds == name]
         # a fold drawn twice: twice as many of its sentences
-        drawn[:, folds == name] = rng.multinomial(times[:, i] * own, np.full(own, 1 / own))
+        drawn[:, folds == name] = rng.multinomial(times[:, i] * own.sum(), own / own.sum())
     return drawn
 
 
-def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES):
+def paired_bootstrap(labels, method, baseline, folds=None):
     """Subtract the macro-F1 of `baseline` from that of `method`, in points, over the same test
     sentences, the same seeds and the same folds.
 
@@ -104,22 +103,27 @@ def paired_bootstrap(labels, method, baseline, folds=None, replicates=REPLICATES
     share about two thirds of their training rows, so that they differ less than trainings on new
     rows would: see corrected_interval.
     """
-    labels, method, baseline = (np.asarray(x) for x in (labels, method, baseline))
-    n_seeds, n = method.shape
-    rng = np.random.default_rng(0)
+    n_seeds, rng = len(method), np.random.default_rng(0)
+    folds = np.zeros_like(labels) if folds is None else folds
+    # Sentences with one label, fold and answers are a cell. How many a resample has of each is all
+    # that matters, and there are far fewer cells than sentences.
+    cells, counts = np.unique(np.vstack([folds, labels, method, baseline]), axis=1,
+                              return_counts=True)
+    folds, labels = cells[:2]
+    method, baseline = cells[2:2 + n_seeds], cells[2 + n_seeds:]
 
-    def differences(weights):  # (replicates, sentences) -> (replicates, seeds), in points
+    def differences(weights):  # (replicates, cells) -> (replicates, seeds), in points
         return 100 * np.stack([resampled_f1(labels, m, weights) - resampled_f1(labels, b, weights)
                                for m, b in zip(method, baseline)], axis=1)
 
     drawn = []
-    for start in range(0, replicates, CHUNK):
-        size = min(CHUNK, replicates - start)
-        sentences = draw_sentences(rng, size, n, folds)  # (size, sentences)
+    for start in range(0, REPLICATES, CHUNK):
+        size = min(CHUNK, REPLICATES - start)
         seeds = rng.integers(n_seeds, size=(size, n_seeds))
-        drawn.append(np.take_along_axis(differences(sentences), seeds, axis=1).mean(1))
+        each = differences(draw_cells(rng, size, counts, folds))  # (size, seeds)
+        drawn.append(np.take_along_axis(each, seeds, axis=1).mean(1))
     low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
-    return {"points": float(differences(np.ones((1, n))).mean()), "low": float(low),
+    return {"points": float(differences(counts[None]).mean()), "low": float(low),
             "high": float(high)}
 
 
@@ -130,11 +134,12 @@ def mean_interval(differences):
     interval does not speak of other seeds; with few it is too narrow, as in paired_bootstrap."""
     differences, rng = np.atleast_2d(differences), np.random.default_rng(0)
     (n_seeds, n), means = differences.shape, []
+    cells, counts = np.unique(differences, axis=1, return_counts=True)  # as in paired_bootstrap
     for start in range(0, REPLICATES, CHUNK):
         size = min(CHUNK, REPLICATES - start)
-        times = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size)  # (size, seeds)
-        drawn = times @ differences / n_seeds  # (size, questions)
-        means.append(np.take_along_axis(drawn, rng.integers(n, size=(size, n)), axis=1).mean(1))
+        seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size)  # (size, seeds)
+        questions = rng.multinomial(n, counts / n, size)  # (size, cells)
+        means.append((seeds @ cells * questions).sum(1) / n_seeds / n)
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return {"points": float(differences.mean()), "low": float(low), "high": float(high)}
 

@@ -244,7 +244,7 @@ def data_dir(tmp_path):
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """One whole run_all.sh on a small folder of data: (output folder, its flags, the finished
-    process). It finds all trainings but the last finished, in forks that need not import torch."""
+    process). It finds all trainings but the last finished."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         # both workers have this one in common; the first to come runs run_all.sh
@@ -261,7 +261,7 @@ def study(tmp_path_factory):
                          f"a {'good' if i % 2 else 'bad'} {split} film {i}\t{i % 2}")
             for name in STUDY[:-1]:
                 train(*flags, *CASES[name].flags.split())
-            done = run("bash", ROOT / "run_all.sh", *flags)
+            done = run("bash", ROOT / "run_all.sh", *flags, env=forked_environment(base))
             (base / "done.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
     return (base / "out", flags,
             subprocess.CompletedProcess([], *json.loads((base / "done.json").read_text())))

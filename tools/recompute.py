@@ -1,7 +1,7 @@
 """Compute the published intervals again, from the answers in metrics/ and without a training; NLL
 and ECE, too, where the probabilities are there.
 
-    python -m tools.recompute                    of the project's own results; some minutes
+    python -m tools.recompute                    of the project's own results; some seconds
     python -m tools.recompute --output DIR       of the study in this folder
 
 Prints every difference to full fine-tuning of comparison.json, crossvalidation.json and the sweeps
