@@ -87,8 +87,7 @@ CHOICES = [name for name in METHODS if name not in PLACEMENTS] + ["adapter"]
 
 class Case(NamedTuple):
     flags: str  # of train.py
-    # in every figure; colour-blind safe: Okabe and Ito's, the last three Paul Tol's
-    color: str
+    color: str  # in figures; colour-blind safe: Okabe and Ito's, the last three Paul Tol's
     marker: str
 
 

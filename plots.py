@@ -24,7 +24,7 @@ plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
                      "axes.spines.top": False, "axes.spines.right": False,
                      "axes.axisbelow": True, "figure.constrained_layout.use": True})
 FROZEN = "#DDDDDD"
-ANSWER = ("method", "% of all", "macro-F1", "vs full (points)", "s per epoch", "trained file (MB)")
+ANSWER = ("method", "% trained", "macro-F1", "vs full (points)", "s per epoch", "trained file (MB)")
 FAR = 8  # points of loss that a figure shows as an arrow
 
 
@@ -170,7 +170,7 @@ def caption(study):
 def table(entries):
     """Make (header, rows) of the comparison, as strings."""
     key, what = memory_key(entries)
-    header = ["method", "lr", "trainable", "of which method / LayerNorm / head", "% of all", "n",
+    header = ["method", "lr", "trainable", "of which method / LayerNorm / head", "% trained", "n",
               "test macro-F1", "vs full (points)", "accuracy", "best epochs", "s per epoch",
               what, "trained file (MB)"]
 
@@ -210,7 +210,7 @@ def fold_caption(study):
 def fold_table(entries):
     """Make (header, rows) of a cross-validation, as strings."""
     key, what = memory_key(entries)
-    header = ["method", "lr", "trainable", "% of all", "n", "macro-F1", "vs full (points)",
+    header = ["method", "lr", "trainable", "% trained", "n", "macro-F1", "vs full (points)",
               "for new rows", "NLL", "ECE (%)", "s per epoch", what, "trained file (MB)"]
     rows = []
     for entry in entries.values():
@@ -232,8 +232,8 @@ def answer_markdown(study):
     verdict."""
     header, rows = fold_table(study["entries"])
     kept = [header.index(column) for column in ANSWER]
-    short = (f"{study_of(study['entries'])}; ± is the standard deviation over the folds, for "
-             "the time over all epochs; [ ] is a 95 % interval of the difference")
+    short = (f"{study_of(study['entries'])}; ± is the standard deviation over the folds (of "
+             "times: over all epochs); [ ] is a 95 % interval of the difference")
     header, *rows = ([cells[i] for i in kept] for cells in (header, *rows))
     return captioned(study, header, rows, short) + "\n" + study_verdict(study, "fold")
 
@@ -289,24 +289,25 @@ def glance(entries, what, path):
     names, key = ["full", *others], memory_key(entries)[0]
     fig, (lost, seconds, memory, disk) = plt.subplots(
         1, 4, figsize=(11, 0.42 * len(names) + 1.1), sharey=True, width_ratios=[9, 4, 4, 2])
-    near = [entries[name]["vs_full"] for name in others
-            if entries[name]["vs_full"]["points"] >= -FAR]
-    left, right = min([-2, *(vs["low"] for vs in near)]), max([1, *(vs["high"] for vs in near)])
+    full = [run["f1_macro"] for run in entries["full"]["runs"]]
+    each = {name: [100 * (run["f1_macro"] - f1) for run, f1 in zip(entries[name]["runs"], full)]
+            for name in others if entries[name]["vs_full"]["points"] >= -FAR}
+    shown = [x for name, own in each.items()
+             for x in (*own, *(entries[name]["vs_full"][end] for end in ("low", "high")))]
+    left, right = min([-2, *shown]), max([1, *shown])
 
     lost.axvline(0, color=CASES["full"].color, linewidth=1)
     for y, name in enumerate(names):
         entry, (_, color, marker) = entries[name], CASES[name]
         vs, said = entry["vs_full"], f"F1 {entry['f1_macro']:.3f}"
-        if vs and vs["points"] >= -FAR:
+        if name in each:
             lost.plot([vs["low"], vs["high"]], [y, y], color=color, linewidth=4, alpha=0.5,
                       solid_capstyle="butt")
-            each = [100 * (run["f1_macro"] - full["f1_macro"])
-                    for run, full in zip(entry["runs"], entries["full"]["runs"])]
-            lost.plot(each, [y + 0.3] * len(each), "|", color=color)
+            lost.plot(each[name], [y + 0.3] * len(each[name]), "|", color=color, zorder=3)
         elif vs:
             lost.annotate("", (left - 0.3, y), (left + 0.7, y),
                           arrowprops={"arrowstyle": "->", "color": color, "linewidth": 2})
-        if not vs or vs["points"] >= -FAR:
+        if not vs or name in each:
             lost.plot(vs["points"] if vs else 0, y, marker, color=color, markersize=8)
         if vs:
             said = f"{vs['points']:+.1f}"

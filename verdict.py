@@ -117,8 +117,8 @@ def saved(full, others, key, what):
     if not less:
         return [f"No other method needs less {what}."]
     if len(less) > len(not_less):
-        but = f" but {several(not_less)}" if not_less else ""
-        return [f"Every other method{but} needs less {what}."]
+        but = f" except {several(not_less)}" if not_less else ""
+        return [f"All other methods{but} need less {what}."]
     return [f"{several(less)} need{'s' * (len(less) == 1)} less {what}."]
 
 
@@ -194,9 +194,8 @@ def verdict(lines, unit, rows, n, what_varies="seed"):
                "more rows may give another order.")
     text = "\n".join(out) + "\n"
     if ranks:
-        table = [["If what counts is", f"of those within {CLOSE} points of the best, take",
-                  "because"], ["---"] * 3,
-                 *choices(full, others)]
+        header = ["If what counts is", f"take (within {CLOSE} points of the best)", "because"]
+        table = [header, ["---"] * 3, *choices(full, others)]
         text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     return text
 

@@ -64,12 +64,13 @@ def test_which_to_take_is_the_cheapest_of_those_within_two_points():
     assert taken(ahead)["quality"] == "method best"
     assert "a lead on these test rows that is not shown" in ahead
     assert taken(ahead)["time"] == "method best"  # far is 2.1 points below the best
-    assert "**Gained.** Every other method needs less time an epoch. Every" in ahead
+    assert "**Gained.** All other methods need less time an epoch. All" in ahead
     dear = said(line("a", 89.0, -1.0, 30.0, 3.0, 0.1), line("b", 89.0, -1.0, 30.0, 1.0),
                 line("c", 89.0, -1.0, 30.0, 1.0))
-    assert ("**Gained.** No other method needs less time an epoch. Every other method but method a "
-            "needs less memory. Every other method needs less disk for a trained file.") in dear
-    assert " method c needs less memory." in said(line("c", 89.0, -1.0), line("b", 89.0, -1., gb=9))
+    assert ("**Gained.** No other method needs less time an epoch. All other methods except method "
+            "a need less memory. All other methods need less disk for a trained file.") in dear
+    assert " method c needs less memory." in said(
+        line("c", 89.0, -1.0), line("b", 89.0, -1.0, gb=9))
     assert " method c and method d need less" in said(
         line("c", 89.0, -1.0), line("d", 89.0, -1.0), *[line("b", 89.0, -1.0, gb=9)] * 2)
 

@@ -382,8 +382,8 @@ def lines_of_grid(content):
 
 
 def grid_markdown(content):
-    """Make the four tables of a grid.json, as Markdown: all runs, the statistics of the methods,
-    the best run of each with its F1 by level, and the top five."""
+    """Make the three tables of a grid.json, as Markdown: all runs, the statistics of the methods,
+    and the best run of each with its F1 by level."""
     from plots import floor_row, markdown_table, points
     runs = content["runs"]
     rows, first = rows_of(runs), next(iter(runs.values()))
@@ -404,6 +404,7 @@ def grid_markdown(content):
              *(f"{row[f'f1_{level}']:.1f}" for level in levels)] for row in best_of(rows)]
     interval = ("; [ ] is a 95 % interval, by a paired bootstrap over test questions, of the "
                 "difference to full fine-tuning's run with the best validation F1"
+                + ", too narrow where questions are generated" * is_synthetic(read_settings(first))
                 if kind == "test" else "")
 
     return "".join([
@@ -417,7 +418,6 @@ def grid_markdown(content):
         "\nBest configuration of each method, by validation F1",
         "; the last columns are the F1 of each level" if levels else "", ":\n\n",
         markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels], best),
-        "\nTop five:\n\n", markdown_table(header, cells[:5]),
         "" if kind != "test" else "\n" + verdict(
             lines_of_grid(content), "F1", first["rows"]["test"], 1)])
 

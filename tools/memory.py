@@ -353,8 +353,8 @@ def ledger_markdown(ledger):
              *(f"{n:,}" if n else "–" for n in row["fits"].values())]
             for row in ledger["methods"].values()]
     return markdown_table(header, rows) + (
-        f"\n{ledger_caption(ledger)}. A batch fits if its peak does; the CUDA context comes on "
-        "top. – is not even one row.\n")
+        f"\n{ledger_caption(ledger)}. A batch fits if its peak fits; the CUDA context comes on "
+        "top. – means that not even one row fits.\n")
 
 
 def draw_ledger(ledger, path):

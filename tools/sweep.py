@@ -311,11 +311,14 @@ def draw_sweep(path):
                 (axes[0], test, [std], plus_minus(own[0], "test", 1 if test[0] > 1 else 3)),
                 (axes[1], points, [points - low, high - points], f"{points[0]:+.1f}")):
             ax.errorbar(*((x, [i], None, ends) if is_one else (at, x, ends)), label=label, **look)
+            hollow = [k for k, e in enumerate(own) if e["n"] == 1 and not is_one]
+            ax.plot(at[hollow], x[hollow], look["marker"], color="white", ms=4, zorder=5)
             if is_one and not np.isnan(x[0]):
                 ax.annotate(said, (x[0], i), (0, 7), textcoords="offset points", ha="center",
                             bbox={"color": "white", "pad": 0})
     (axes[1].axvline if is_one else axes[1].axhline)(0, color="black", linewidth=1)
-    axes[0].set_title("test F1" + ", bar: std over seeds" * any(e["n"] > 1 for e in entries))
+    axes[0].set_title("test F1" + ", bar: std over seeds" * any(e["n"] > 1 for e in entries)
+                      + "; hollow: one seed" * (not is_one))
     axes[1].set_title("points against full, bar: 95 % interval")
     if is_one:
         name_rows(axes[0], labels)
