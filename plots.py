@@ -334,7 +334,7 @@ def glance(entries, what, path):
     for ax in lost, seconds, memory, disk:
         ax.title.set(fontsize=11, ha="left", x=0)
     disk.set_xlim(0, 1)
-    fig.suptitle(study_of(entries), fontsize=8)
+    fig.suptitle(study_of(entries), fontsize=10)
     save_figure(fig, path)
 
 
@@ -395,8 +395,8 @@ def draw_layers(path):
         arrow((5, top), (2.4, top), (2.4, end), (3.3, end))
     for y, end in (4.25, 4.85), (7.7, 8.2), (8.95, 8.4):
         arrow((5, y), (8.4, y), (8.4, end), (6.7, end))
-    ax.text(5, 10.3, "LoRA: h = W0 x + b + s B A dropout(x)", ha="center")
-    ax.set(xlim=(0, 9.7), ylim=(10.3, 0), title="A BERT layer: light grey is frozen, colours train")
+    ax.text(5, 10.3, "LoRA: h = W0 x + b + s B A dropout(x), with s = alpha / r", ha="center")
+    ax.set(xlim=(0, 9.7), ylim=(10.3, 0), title="A BERT layer: grey is frozen, colours train")
     ax.axis("off")
     save_figure(fig, path)
 

@@ -529,7 +529,7 @@ def draw_growth(path):
     ax.errorbar(list(bound), list(bound.values()), fmt="k--", label="by counted matrix products")
     ax.axhline(1, color=CASES["full"].color, linewidth=1)
     ax.set(title=f"{case_label(GROWN[1])} trains how many times as fast as full fine-tuning",
-           xlabel="tokens in a row", xscale="log")
+           xlabel="tokens in a row", ylabel="times as fast", xscale="log")
     ax.set_xticks(lengths, list(map(str, lengths)))
     ax.minorticks_off()
     ax.legend(fontsize=10)
