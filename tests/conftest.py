@@ -43,17 +43,18 @@ WIDE = {f"{name} {targets}": [*METHODS[name], "--targets", targets]
         for targets in TARGETS if targets != DEFAULT_TARGETS}
 BUILDS = METHODS | WIDE
 
-# -I: neither this project nor the working directory nor PYTHONPATH is where Python looks for
-# modules
+# Python finds this project neither beside such a program nor otherwise
 ELSEWHERE = """
-import json, sys, torch
+import importlib.util, json, sys, torch
 from transformers import AutoTokenizer, {head}
 sentences, folder = json.loads(sys.argv[1]), sys.argv[2]
 tokenizer, model = AutoTokenizer.from_pretrained(folder), {head}.from_pretrained(folder).eval()
 with torch.no_grad():
     out = model(**tokenizer(*sentences, padding=True, return_tensors="pt"))
 logits = out.logits if hasattr(out, "logits") else torch.stack((out.start_logits, out.end_logits))
-assert not any(name in sys.modules for name in ("lora", "quant", "checkpoint", "bitsandbytes"))
+assert not any(map(importlib.util.find_spec, ("lora", "quant", "checkpoint")))
+assert {{type(module).__module__.split(".")[0] for module in model.modules()}} <= {{"torch",
+                                                                                "transformers"}}
 print(json.dumps([logits.tolist(), list(model.config.id2label.values())]))
 """
 
@@ -223,10 +224,11 @@ def save_small_bert(folder, **config):
 
 
 def elsewhere(head, texts, folder, cwd):
-    """(logits, label names) of a folder in a Python process that knows nothing of this project."""
+    """(logits, label names) of a folder in a Python process that knows nothing of this project;
+    cwd: where its program may lie."""
     import torch
-    done = run(sys.executable, "-I", "-c", ELSEWHERE.format(head=head), json.dumps(texts), folder,
-               cwd=cwd)
+    (cwd / "elsewhere.py").write_text(ELSEWHERE.format(head=head))
+    done = program(cwd / "elsewhere.py", json.dumps(texts), folder)
     assert done.returncode == 0, done.stderr
     logits, names = json.loads(done.stdout)
     return torch.tensor(logits), names

@@ -1,7 +1,6 @@
 """A merged model answers as the unmerged one, and is a plain Hugging Face folder that needs nothing
 from here."""
 import json
-import sys
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from conftest import (
     build,
     logits,
     one_line_exit,
+    program,
     randomize,
-    run,
     save_small_bert,
     settings,
 )
@@ -69,7 +68,7 @@ def small_bert(tmp_path_factory):
 
 # one process for all folders, since to start it takes longer than what it does
 ELSEWHERE = """
-import json, sys, torch
+import importlib.util, json, sys, torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 found, sentences = {}, json.loads(sys.argv[1])
 for folder in sys.argv[2:]:
@@ -80,7 +79,9 @@ for folder in sys.argv[2:]:
     ask = pipeline("text-classification", folder)
     found[folder] = {"logits": logits, "answer": ask("good " * 600, truncation=True)[0],
                      "longest": ask.tokenizer.model_max_length, "config": model.config.to_dict()}
-assert not any(name in sys.modules for name in ("lora", "quant", "checkpoint", "bitsandbytes"))
+    assert {type(module).__module__.split(".")[0] for module in model.modules()} <= {"torch",
+                                                                                  "transformers"}
+assert not any(map(importlib.util.find_spec, ("lora", "quant", "checkpoint")))
 print(json.dumps(found))
 """
 
@@ -92,8 +93,9 @@ def exported(checkpoints, tmp_path_factory):
     folders = {name: base / name for name in ("full", "lora_r8", "qlora")}
     for name, folder in folders.items():
         export.main(export.parse_args([str(checkpoints[name]), "--to", str(folder)]))
-    done = run(sys.executable, "-I", "-c", ELSEWHERE, json.dumps(SENTENCES), *folders.values(),
-               cwd=base)
+    program_file = tmp_path_factory.mktemp("elsewhere") / "elsewhere.py"
+    program_file.write_text(ELSEWHERE)
+    done = program(program_file, json.dumps(SENTENCES), *folders.values())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     return {name: (folder, found[str(folder)]) for name, folder in folders.items()}
