@@ -98,7 +98,7 @@ def quality(others, rows, n):
                     + (f": {size}." if len(lost) == 1 else f"; {least.label} loses least, {size}."))
     if unclear:
         most = max(100 * UNSEEN / rows, *(-o.vs["low"] for o in unclear))
-        said.append(f"- **Perhaps lost.** No difference is shown for "
+        said.append("- **Perhaps lost.** No difference is shown for "
                     f"{several([o.label for o in unclear])}, but up to {most:.1f} points may be "
                     "lost.")
     if gained:

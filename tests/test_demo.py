@@ -10,6 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, one_line_exit, run
@@ -68,7 +69,7 @@ def test_sentences_are_answered_as_by_predict(client, study):
 
 def test_disagreement_is_marked(monkeypatch):
     monkeypatch.setattr(predict, "classify", lambda method, tokenizer, s: (method.name[0], 0.5))
-    monkeypatch.setattr(predict, "probabilities", lambda *_, **__: ([], 0))
+    monkeypatch.setattr(predict, "encode", lambda *_: SimpleNamespace(n_cut=0))
     here = demo.Answerers.__new__(demo.Answerers)
     here.missing, here.files, here.tokenizer = "", {"a": 1, "ab": 1, "c": 1}, None
     here.switch = lambda name: predict.Trained(name, None, {}, 0, 1.0)

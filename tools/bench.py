@@ -511,7 +511,6 @@ def draw_growth(path):
     """Draw what a metrics/growth_MODEL.json holds into figures/, and print the table: how many
     times as fast as full fine-tuning LoRA trains, by the length and number of the rows."""
     growth, figure = read_json(path, "grid"), path.parents[1] / "figures" / f"{path.stem}.png"
-    where = growth["environment"]
     full, lora = ({(p["batch_size"], p["length"]): p for p in growth["grid"] if p["method"] == name}
                   for name in GROWN)
     sizes, lengths = (sorted({key[i] for key in full}) for i in (0, 1))
@@ -533,8 +532,7 @@ def draw_growth(path):
     ax.set_xticks(lengths, list(map(str, lengths)))
     ax.minorticks_off()
     ax.legend(fontsize=10)
-    fig.suptitle(f"{growth['model']}, random weights and tokens, {where['device']}, amp "
-                 f"{where['amp']}; median and range of the rounds", fontsize=9)
+    fig.suptitle(growth_caption(growth).replace("; ", "\n") + ", bars: their range", fontsize=9)
     save_figure(fig, figure)
     write_table(figure.with_suffix(".md"), growth_markdown(growth))
 

@@ -182,9 +182,9 @@ def ask_sentences(answerers, text, names):
     abouts, n_cut = [], 0
     for name in names:
         method = answerers.switch(name)
-        # this warms up, too
-        _, n = predict.probabilities(method, answerers.tokenizer, sentences, is_file=False)
-        abouts, n_cut = [*abouts, method.about], max(n_cut, n)
+        abouts.append(method.about)
+        n_cut = max(n_cut, predict.encode(method, answerers.tokenizer, sentences).n_cut)
+        predict.classify(method, answerers.tokenizer, sentences[0])  # to warm up
         begin = time.perf_counter()
         columns.append([predict.classify(method, answerers.tokenizer, s) for s in sentences])
         ms = 1000 * (time.perf_counter() - begin) / len(sentences)

@@ -186,20 +186,18 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+        for tensor in filter(torch.is_tensor, tree_leaves(out)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
         self.peak = max(self.peak, self.bytes)
         return out
 
-    def add(self, storage):
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.bytes += storage.nbytes()
-            weakref.finalize(storage, self.free, storage._cdata)
-
     def free(self, identity):
         self.bytes -= self.sizes.pop(identity)
+
 
 def make_model(config, flags, dtype, quantize=None):
     """Make the model of one method as train.py does, in training mode. quantize: instead of
@@ -311,21 +309,19 @@ def measure_bytes(config, flags, batch_size, max_length, dtype):
     # on a CPU numpy draws the bits, in memory that torch's profiler does not see
     with mock.patch.object(fast, "random_bits", bits_without_numbers):
         train_step()  # makes the optimizer's moments, so that only the second has the usual peak
+        weights = sum(stored(model).values())
+        moments = sum(t.nbytes for state in optimizer.state.values()
+                      for name, t in state.items() if name != "step")
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
             kept, gradients = train_step()
+            peak = torch.cuda.max_memory_allocated()
         else:
             with profile(profile_memory=True) as profiled:
                 kept, gradients = train_step()
-    weights = sum(stored(model).values())
-    moments = sum(t.nbytes for state in optimizer.state.values()
-                  for name, t in state.items() if name != "step")
-    if DEVICE == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        changes = [event.nbytes() for event in profiled.profiler.kineto_results.events()
-                   if event.name() == "[memory]"]
-        peak = weights + moments + int(np.cumsum(changes).max())
+            changes = [event.nbytes() for event in profiled.profiler.kineto_results.events()
+                       if event.name() == "[memory]"]
+            peak = weights + moments + int(np.cumsum(changes).max())
     return {"weights": weights, "gradients": gradients, "optimizer": moments, "kept": kept,
             "peak": peak}
 

@@ -200,9 +200,14 @@ def outputs(method, split, is_file):
     return train.predict(method.model, split, device, amp)[1]
 
 
+def encode(method, tokenizer, texts):
+    """Encode texts as a method read those of its training; n_cut says how many were cut."""
+    return Sentences(Rows(texts, [0] * len(texts)), tokenizer, method.about["settings"])
+
+
 def probabilities(method, tokenizer, texts, is_file=True):
     """Return (the probabilities of the labels, one list per text; how many texts were cut)."""
-    split = Sentences(Rows(texts, [0] * len(texts)), tokenizer, method.about["settings"])
+    split = encode(method, tokenizer, texts)
     return outputs(method, split, is_file), split.n_cut
 
 

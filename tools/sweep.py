@@ -305,13 +305,13 @@ def draw_sweep(path):
         test, std, points, low, high = np.array([(e["test"], e["test_std"], *map(
             (e["vs_full"] or {}).get, ("points", "low", "high"))) for e in own], float).T
         look = looks.get(label, {"color": "#777777", "marker": "*"}) | {"ms": 8, "capsize": 3}
+        hollow = [k for k, e in enumerate(own) if e["n"] == 1 and not is_one]
         # beside one another, not on one another
         at = np.log([e["rows"]["train"] for e in own]) + 0.1 * (i - (len(labels) - 1) / 2)
         for ax, x, ends, said in (
                 (axes[0], test, [std], plus_minus(own[0], "test", 1 if test[0] > 1 else 3)),
                 (axes[1], points, [points - low, high - points], f"{points[0]:+.1f}")):
             ax.errorbar(*((x, [i], None, ends) if is_one else (at, x, ends)), label=label, **look)
-            hollow = [k for k, e in enumerate(own) if e["n"] == 1 and not is_one]
             ax.plot(at[hollow], x[hollow], look["marker"], color="white", ms=4, zorder=5)
             if is_one and not np.isnan(x[0]):
                 ax.annotate(said, (x[0], i), (0, 7), textcoords="offset points", ha="center",
