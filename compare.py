@@ -42,6 +42,8 @@ from settings import (
 from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
 from verdict import best_line, largest_class, marks_of
 
+# of a result; too much for a study's file
+ROW_BY_ROW = {"test_predictions", "test_probabilities", "validation"}
 RUNS, FOLD_RUNS = ({name: CASES[name].flags for name in names} for names in (STUDY, FOLD_STUDY))
 
 
@@ -150,7 +152,7 @@ def summarise(runs):
         entry[key], entry[f"{key}_std"] = (None, None) if None in own else mean_std(own)
     entry["best_epoch"] = [run["best_epoch"] for run in runs]
     entry["runs"] = [{key: run[key] for key in run
-                      if key not in ("test_predictions", "test_probabilities")} for run in runs]
+                      if key not in ROW_BY_ROW} for run in runs]
     return entry
 
 

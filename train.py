@@ -127,7 +127,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     rng = np.random.default_rng(s.seed)  # the data order's own: no method can shift it
 
-    history, peaks, best_score = [], {}, -math.inf
+    history, peaks, best_score, validated = [], {}, -math.inf, None
     for epoch in range(1, math.ceil(total_steps / steps_per_epoch) + 1):
         # --- train -------------------------------------------------------------------------------
         model.train()
@@ -142,7 +142,7 @@ def main(argv=None):
         seconds, peaks = time.perf_counter() - begin, peak_memory(device, peaks)
 
         # --- validate ----------------------------------------------------------------------------
-        scores, _ = evaluate(model, validation, device, amp)
+        scores, outcome = evaluate(model, validation, device, amp)
         if not (math.isfinite(train_loss) and math.isfinite(scores["loss"])):
             fail(f"the loss of epoch {epoch} is not finite; try a lower --lr than {s.lr:g}")
         history.append({"epoch": epoch, "train_loss": train_loss, "seconds": seconds,
@@ -152,7 +152,7 @@ def main(argv=None):
 
         # --- keep the best epoch -----------------------------------------------------------------
         if scores[train.metric] > best_score:
-            best_score, about["epoch"] = scores[train.metric], epoch
+            best_score, about["epoch"], validated = scores[train.metric], epoch, outcome
             checkpoint.save(run.checkpoint, model, about)
 
     # --- test once, with the best epoch; what is frozen is not in its file, and did not change ---
@@ -166,7 +166,7 @@ def main(argv=None):
         "train_time_s": sum(seconds), "epoch_time_s": float(np.mean(seconds)), **peaks,
         "history": history, "splits": note, "label_names": task.label_names, "settings": vars(s),
         "rows": {name: split.n for name, split in splits.items()},
-        "environment": environment(device, dtype),
+        "environment": environment(device, dtype), "validation": validated,
         **{f"test_{what}": values for what, values in outcome.items()}})
     print(f"test {train.show(scores)} (epoch {about['epoch']}), wrote {run.result}")
 

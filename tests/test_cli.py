@@ -269,7 +269,8 @@ def what_was_learned(output):
     result = result_of(output)
     history = [{key: h[key] for key in h if key != "seconds"} for h in result["history"]]
     numbers = {key: result[key] for key in ("f1_macro", "accuracy", "nll", "ece", "best_epoch",
-                                            "settings", "test_predictions", "test_probabilities")}
+                                            "settings", "test_predictions", "test_probabilities",
+                                            "validation")}
     tensors = checkpoint.read_tensors(checkpoint_file(output))
     return history, numbers, {name: tensor.tolist() for name, tensor in tensors.items()}
 

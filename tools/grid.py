@@ -273,6 +273,7 @@ def add_scores(results):
           for name, result in results.items()}
     full = next((row["run"] for row in best_of(rows_of(results)) if row["method"] == "full"), None)
     for name, result in results.items():
+        result.pop("validation", None)
         if levels := result.pop("test_levels", None):
             result["f1_by_level"] = {level: float(f1[name][np.array(levels) == level].mean())
                                      for level in dict.fromkeys(levels)}
