@@ -4,10 +4,12 @@
                                     metrics/comparison.json
     python compare.py --folds 5     eight methods in each of five folds, so that every sentence is
                                     tested once: metrics/crossvalidation.json
+                      --repeats 3   and three times, each training with a seed of its own
 
 `bash run_all.sh` is the same with an environment of its own. It trains what is missing, one run
 after the other, so that an interrupted study goes on where it was cut. --list prints the commands
-instead. Both work with --seeds 42 43 44. All other flags go to every run: python train.py --help.
+instead. Without folds, --seeds 42 43 44 trains each method three times. All other flags go to every
+run: python train.py --help.
 
 On other data, or with another model, each method first tries some learning rates, in its first run
 of all, and takes the one that validates best (rates.py). Where three epochs are few steps, there
@@ -39,7 +41,16 @@ from settings import (
     read_settings,
     settings_of,
 )
-from spread import corrected_interval, ece, macro_f1, mean_std, nll, paired_bootstrap
+from spread import (
+    best_temperature,
+    corrected_interval,
+    ece,
+    macro_f1,
+    mean_std,
+    nll,
+    paired_interval,
+    scaled,
+)
 from verdict import best_line, largest_class, marks_of
 
 # of a result; too much for a study's file
@@ -79,18 +90,26 @@ def split_seeds(argv):
 
 
 def split_folds(argv):
-    """Take --folds N out of the flags: (N or None, the other flags)."""
+    """Take --folds N and --repeats M out of the flags: (N or None, M, the other flags)."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--folds", type=number(int, 2, 1000))
+    parser.add_argument("--repeats", type=number(int, 1, 1000))
     known, rest = parser.parse_known_args(argv)
-    return known.folds, rest
+    if known.folds:
+        refuse(["--seeds"], rest, "does not go with --folds, where each training has a seed of its "
+                                  "own, from --seed on; --repeats 3 takes three for each fold")
+    elif known.repeats:
+        fail("--repeats goes with --folds; without folds there is --seeds 42 43 44")
+    return known.folds, known.repeats or 1, rest
 
 
-def parts_of(seeds, folds):
-    """Return the flags of each part of a study, in which every method runs once: a seed, or one
-    fold of a seed."""
-    of_seed = [["--fold", f"{k}/{folds}"] for k in range(1, folds + 1)] if folds else [[]]
-    return [["--seed", str(seed), *fold] for seed in seeds for fold in of_seed]
+def parts_of(seeds, folds, repeats=1):
+    """Return the flags of each part of a study, in which every method runs once: a seed, or a fold
+    with a seed of its own, so that no chance of a seed befalls all folds."""
+    if not folds:
+        return [["--seed", str(seed)] for seed in seeds]
+    return [["--seed", str(seeds[0] + i), "--fold", f"{i % folds + 1}/{folds}"]
+            for i in range(folds * repeats)]
 
 
 def decide_amp(flags, held=()):
@@ -157,63 +176,76 @@ def summarise(runs):
 
 
 def joined(runs, n_folds, what):
-    """Join what the runs of each seed left of their test rows, one fold after the other: (seeds,
-    sentences, 2) ints of test_predictions, (seeds, sentences, labels) of test_probabilities."""
+    """Join what the runs left of their test rows, each time one fold after the other: (repetitions,
+    sentences, 2) ints of test_predictions, (repetitions, sentences, labels) of
+    test_probabilities."""
     return np.array([[row for run in runs[i:i + n_folds] for row in run[what]]
                      for i in range(0, len(runs), n_folds)])
 
 
-def combine(runs, baseline, tried=None):
+def combine(runs, baseline, comparisons, tried=None):
     """Make one method's entry of comparison.json: means and standard deviations over its runs (one
-    per seed), and its macro-F1 against full fine-tuning's, the `baseline` runs of the same
-    seeds. tried: what rates.search returned, if it chose the rate."""
+    per seed), and its macro-F1 against full fine-tuning's, the `baseline` runs of the same seeds,
+    one of so many comparisons. tried: what rates.search returned, if it chose the rate."""
     pairs, full = (joined(own, 1, "test_predictions") for own in (runs, baseline))
-    vs = None if runs is baseline else paired_bootstrap(pairs[0, :, 0], pairs[..., 1], full[..., 1])
+    vs = None if runs is baseline else paired_interval(
+        pairs[0, :, 0], pairs[..., 1], full[..., 1], comparisons=comparisons)
     marks = marks_of(pairs[0, :, 0], pairs[..., 1], [run["history"] for run in runs], tried)
     return summarise(runs) | {"vs_full": vs, "tried": tried, "marks": marks}
 
 
-def combine_folds(runs, baseline, n_folds, tried=None):
-    """Make one method's entry of crossvalidation.json.
+def calibrated(run):
+    """Add to a result the NLL and ECE of its test rows at the temperature that suits its validation
+    rows best."""
+    labels, found = np.array(run["test_predictions"])[:, 0], run["validation"]
+    temperature = best_temperature(np.array(found["predictions"])[:, 0], found["probabilities"])
+    probabilities = scaled(run["test_probabilities"], temperature)
+    return run | {"temperature": temperature, "nll_scaled": nll(labels, probabilities),
+                  "ece_scaled": ece(labels, probabilities)}
 
-    f1_macro, nll and ece are of all sentences together (the mean over the seeds). All standard
-    deviations, and the means of all else, are over the folds of all seeds. vs_full and
-    vs_full_new_rows: see spread.py.
+
+def combine_folds(runs, baseline, n_folds, comparisons, tried=None):
+    """Make one method's entry of crossvalidation.json, one of so many comparisons.
+
+    f1_macro is of all sentences together (the mean over the repetitions). All else, and all
+    standard deviations, are over the trainings. vs_full and vs_full_new_rows: see spread.py.
+    calibration: {measure: {mean, std, vs_full}}, with a t interval over the folds.
     """
     pairs, full = (joined(own, n_folds, "test_predictions") for own in (runs, baseline))
     labels, predicted, full = pairs[0, :, 0], pairs[..., 1], full[..., 1]
-    probabilities = joined(runs, n_folds, "test_probabilities")
     fold = np.repeat(range(n_folds), [len(r["test_predictions"]) for r in runs[:n_folds]])
-    entry = summarise(runs) | {
+    is_full, rows = runs is baseline, runs[0]["rows"]
+
+    def by_fold(key):  # (folds,)
+        each = [run[key] - other[key] for run, other in zip(runs, baseline)]
+        return np.reshape(each, (-1, n_folds)).mean(0)
+
+    return summarise(runs) | {
         "test_rows": len(labels), "folds": n_folds, "tried": tried,
         "marks": marks_of(labels, predicted, [run["history"] for run in runs], tried, fold),
         "f1_macro": float(np.mean([macro_f1(labels, own) for own in predicted])),
-        "nll": float(np.mean([nll(labels, own) for own in probabilities])),
-        "ece": float(np.mean([ece(labels, own) for own in probabilities])),
-        "vs_full": None, "vs_full_new_rows": None}
-    if runs is baseline:
-        return entry
-
-    differences = [100 * (run["f1_macro"] - other["f1_macro"])
-                   for run, other in zip(runs, baseline)]
-    by_fold = np.reshape(differences, (-1, n_folds)).mean(0)
-    rows = runs[0]["rows"]
-    return entry | {
-        "vs_full": paired_bootstrap(labels, predicted, full, fold),
-        "vs_full_new_rows": corrected_interval(by_fold, rows["test"], rows["train"])}
+        "vs_full": None if is_full else
+        paired_interval(labels, predicted, full, fold, comparisons),
+        "vs_full_new_rows": None if is_full else
+        corrected_interval(100 * by_fold("f1_macro"), rows["test"], rows["train"]),
+        "calibration": {key: {
+            **dict(zip(("mean", "std"), mean_std([run[key] for run in runs]))),
+            "vs_full": None if is_full else corrected_interval(by_fold(key), 0, rows["train"])}
+            for key in ("nll", "ece", "nll_scaled", "ece_scaled") if key in runs[0]}}
 
 
 def prediction_rows(runs, n_folds=None):
     """Return one dict per test sentence: its label, its fold, and the label that each run predicted
-    for it, or each seed's run of the fold."""
+    for it, or each repetition's run of the fold."""
     size = n_folds or 1
     first = next(iter(runs.values()))[:size]
     rows = [{"label": label} | ({"fold": k} if n_folds else {})
             for k, run in enumerate(first, 1) for label, _ in run["test_predictions"]]
     for name, own in runs.items():
-        for run, pairs in zip(own[::size], joined(own, size, "test_predictions"), strict=True):
+        for i, pairs in enumerate(joined(own, size, "test_predictions"), 1):
+            of = f"repeat{i}" if n_folds else f"seed{own[i - 1]['settings']['seed']}"
             for row, (_, label) in zip(rows, pairs, strict=True):
-                row[f"{name}_seed{run['settings']['seed']}"] = label
+                row[f"{name}_{of}"] = label
     return rows
 
 
@@ -259,13 +291,16 @@ def print_next(output, lines, results, model, kind=".csv"):
 def write_study(output, model, command, runs, tried, folds):
     """Write what a study found, its runs {method: results}: JSON, predictions, probabilities,
     tables, figures; and say what one can do with it. model: a base's folder, or None."""
-    full, metrics = runs["full"], output / "metrics"
-    entries = {name: combine_folds(own, full, folds, tried.get(name)) if folds else
-               combine(own, full, tried.get(name)) for name, own in runs.items()}
+    comparisons, metrics = len(runs) - 1, output / "metrics"
+    if folds:
+        runs = {name: [calibrated(run) for run in own] for name, own in runs.items()}
+    entries = {name: combine_folds(own, runs["full"], folds, comparisons, tried.get(name))
+               if folds else combine(own, runs["full"], comparisons, tried.get(name))
+               for name, own in runs.items()}
     rows = prediction_rows(runs, folds)
     name, predictions = (("crossvalidation", "crossvalidation_predictions") if folds else
                          ("comparison", "predictions"))
-    # of each method (seeds, sentences, labels), in the order of the predictions
+    # of each method (repetitions, sentences, labels), in the order of the predictions
     likely = {method: joined(own, folds or 1, "test_probabilities").astype(np.float32)
               for method, own in runs.items()}
     write_json(metrics / f"{name}.json", {
@@ -282,11 +317,11 @@ def main(argv):
     start()
     explain(__doc__, argv)
     command = shlex.join(["bash", "run_all.sh", *argv])
-    folds, flags = split_folds([word for word in argv if word != "--list"])
+    folds, repeats, flags = split_folds([word for word in argv if word != "--list"])
     refuse(["--method", "--r", "--targets", "--fold"], flags,
            "is what the runs of the study differ in; for one run of your own use train.py")
     seeds, flags = split_seeds(flags)
-    study, parts = FOLD_RUNS if folds else RUNS, parts_of(seeds, folds)
+    study, parts = FOLD_RUNS if folds else RUNS, parts_of(seeds, folds, repeats)
     # a bad flag ends here, and a task that cannot be cut into folds
     args = make_parser().parse_args([*flags, *parts[0], "--method", "full"])
     s, is_list = asked_settings(args), "--list" in argv

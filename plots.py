@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from common import fail, read_json, start, write_text
 from methods import CASES, label_of
 from settings import is_synthetic, read_settings, short
-from verdict import LARGEST, Line, points, verdict
+from verdict import CLOSE, LARGEST, Line, is_close, points, verdict
 
 plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
                      "axes.spines.top": False, "axes.spines.right": False,
@@ -101,7 +101,8 @@ def study(runs):
     if s.fold:
         n_folds = int(s.fold.split("/")[1])
         about = "" if all(r["rows"] == rows for r in runs) else "about "
-        size, n = f"{n_folds} folds, each {about}{size}", f"{n * n_folds} trainings"
+        numbers = f"{seeds[0]} to {seeds[-1]}" if n > 1 else numbers
+        size, n = f"{n_folds} folds, each {about}{size}", f"{max(n, n_folds)} trainings"
     return (f"{s.model} on {task} ({size}), seed{'s' if len(seeds) > 1 else ''} {numbers} (n = "
             f"{n}), {devices}, amp {amps}")
 
@@ -156,6 +157,13 @@ def said_search(entries):
     return f"each learning rate is the best of {n} by validation; " if tried else ""
 
 
+def said_interval(entries, n, drawn):
+    """Say what the interval of a study with n trainings of each row is about."""
+    how = f"over {drawn}" if n > 1 else f"over {drawn} alone, by a paired bootstrap"
+    return (f"[ ] is the 95 % interval of the difference, {how}, with an allowance for "
+            f"{len(entries) - 1} comparisons at once")
+
+
 def caption(study):
     """Say what the table of a comparison.json shows."""
     entries = study["entries"]
@@ -163,8 +171,7 @@ def caption(study):
     spread, drawn = ("seeds, for the time over all epochs", "seeds and test sentences") if n > 1 \
         else ("epochs", "test sentences")
     return (f"{study_of(entries)}; {said_search(entries)}± is the standard deviation over the "
-            f"{spread}; [ ] is a 95 % "
-            f"interval, by a paired bootstrap over {drawn}; made by `{study['command']}`")
+            f"{spread}; {said_interval(entries, n, drawn)}; made by `{study['command']}`")
 
 
 def table(entries):
@@ -197,34 +204,60 @@ def markdown(study):
 def fold_caption(study):
     """Say what the table of a crossvalidation.json shows."""
     entries = study["entries"]
-    full = entries["full"]
-    return (f"{study_of(entries)}; every one of the {full['test_rows']:,} sentences is tested once "
-            "a seed, and macro-F1, NLL (negative log-likelihood, nats) and ECE (expected "
-            "calibration error, 15 bins) are of all of them together; "
-            f"{said_search(entries)}± is the standard deviation "
-            "over the folds, for the time over all epochs; [ ] is a 95 % interval, by a paired "
-            "bootstrap over folds and sentences, and, for trainings on new rows, Nadeau and "
-            f"Bengio's, around the mean of the folds; made by `{study['command']}`")
+    n, n_folds = (entries["full"][key] for key in ("n", "folds"))
+    how_often = "once" if n == n_folds else f"{n // n_folds} times"
+    return (f"{study_of(entries)}; every one of the {entries['full']['test_rows']:,} sentences is "
+            f"tested {how_often}, and macro-F1 is of all of them together; {said_search(entries)}"
+            "± is the standard deviation over the trainings, for the time over all epochs; "
+            f"{said_interval(entries, n, 'trainings and sentences')}, and, for one comparison and "
+            "trainings on new rows, Nadeau and Bengio's around the mean of the folds; made by "
+            f"`{study['command']}`")
 
 
 def fold_table(entries):
     """Make (header, rows) of a cross-validation, as strings."""
     key, what = memory_key(entries)
     header = ["method", "lr", "trainable", "% trained", "n", "macro-F1", "vs full (points)",
-              "for new rows", "NLL", "ECE (%)", "s per epoch", what, "trained file (MB)"]
+              f"less than {CLOSE} points lost?", "for new rows", "s per epoch", what,
+              "trained file (MB)"]
     rows = []
     for entry in entries.values():
-        new, mb = entry["vs_full_new_rows"], entry["checkpoint_mb"]
+        mb = entry["checkpoint_mb"]
         rows.append([
             entry_label(entry), short(entry["runs"][0]["settings"]["lr"]),
             f"{entry['trainable_params']:,}", f"{entry['trainable_pct']:.2g}"
             if entry["trainable_pct"] < 1 else f"{entry['trainable_pct']:.1f}", f"{entry['n']}",
-            plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]),
-            f"[{new['low']:+.1f}, {new['high']:+.1f}]" if new else "",
-            plus_minus(entry, "nll", 3), plus_minus(entry, "ece", 1, 100),
+            plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]), is_close(entry["vs_full"], entry["test_rows"]),
+            points(entry["vs_full_new_rows"]),
             plus_minus(entry, "epoch_time_s", 1), plus_minus(entry, key, 2),
             "–" if mb is None else f"{mb:.2f}" if mb >= 0.01 else f"{mb:.2g}"])
     return header, rows
+
+
+def calibration_markdown(study):
+    """Make the table of the probabilities of a crossvalidation.json, as Markdown."""
+    kinds = {"nll": ("NLL", 1, 3), "ece": ("ECE (%)", 100, 1),
+             "nll_scaled": ("NLL, scaled", 1, 3), "ece_scaled": ("ECE (%), scaled", 100, 1)}
+    kinds = {key: kind for key, kind in kinds.items()
+             if all(key in entry["calibration"] for entry in study["entries"].values())}
+    header, rows = ["method"], []
+    for what, _, _ in kinds.values():
+        header += [what, "vs full"]
+    for entry in study["entries"].values():
+        cells = [entry_label(entry)]
+        for key, (_, scale, digits) in kinds.items():
+            own = entry["calibration"][key]
+            cells.append(f"{scale * own['mean']:.{digits}f} ± {scale * own['std']:.{digits}f}")
+            low, middle, high = (f"{scale * own['vs_full'][end]:+.{digits}f}" for end in
+                                 ("low", "points", "high")) if own["vs_full"] else ("",) * 3
+            cells.append(f"{middle} [{low}, {high}]" if middle else "")
+        rows.append(cells)
+    scaled = ("scaled: at the temperature with the best NLL on the validation rows; "
+              if "nll_scaled" in kinds else "")
+    return (f"{markdown_table(header, rows)}\nNLL in nats, ECE with 15 bins: means over the "
+            f"{study['entries']['full']['n']} trainings ± their standard deviation; [ ] is the 95 % "
+            f"t interval of the difference over the folds; {scaled}made by "
+            f"`{study['command']}`.\n")
 
 
 def answer_markdown(study):
@@ -232,8 +265,10 @@ def answer_markdown(study):
     verdict."""
     header, rows = fold_table(study["entries"])
     kept = [header.index(column) for column in ANSWER]
-    short = (f"{study_of(study['entries'])}; ± is the standard deviation over the folds (of "
-             "times: over all epochs); [ ] is a 95 % interval of the difference")
+    entries = study["entries"]
+    short = (f"{study_of(entries)}; ± is the standard deviation over the trainings (of times: over "
+             "all epochs); "
+             + said_interval(entries, entries["full"]["n"], "trainings and sentences"))
     header, *rows = ([cells[i] for i in kept] for cells in (header, *rows))
     return captioned(study, header, rows, short) + "\n" + study_verdict(study, "fold")
 
@@ -276,17 +311,30 @@ def draw_comparison(output):
     study = read_study(output / "metrics" / "comparison.json")
     entries = study["entries"]
     curves(entries, figures / "curves.png")
-    glance(entries, "seed", figures / "summary.png")
+    glance(entries, "seed", output, "summary.png")
     write_table(figures / "summary.md", markdown(study))
 
 
-def glance(entries, what, path):
-    """Draw what each method loses and what it gains, full fine-tuning on top, then the least loss
-    first. A loss of more than FAR points is an arrow. what: of which each method has a run, a seed
-    or a fold."""
+def peaks_of(entries, output):
+    """Return ({method: GB}, of what): the peaks that tools.memory predicted for a model in
+    output/metrics/memory.json, if it did so for all methods of the entries, else the measured
+    ones."""
+    path, key = output / "metrics" / "memory.json", memory_key(entries)[0]
+    predicted = read_json(path, "methods", "model") if path.exists() else {"methods": {}}
+    if entries.keys() <= predicted["methods"].keys():
+        peaks = {name: predicted["methods"][name]["peak"] / 1e9 for name in entries}
+        return peaks, f"peak, {Path(predicted['model']).name.removesuffix('-uncased')}"
+    return {name: entry[key] for name, entry in entries.items()}, "peak memory"
+
+
+def glance(entries, what, output, name):
+    """Draw into output/figures/ what each method loses and what it gains, full fine-tuning on top,
+    then the least loss first. A loss of more than FAR points is an arrow. what: of which each
+    method has a run, a seed or a training; name: of the file."""
+    path, (peaks, memory_title) = output / "figures" / name, peaks_of(entries, output)
     others = sorted((name for name in entries if name != "full"),
                     key=lambda name: -entries[name]["vs_full"]["points"])
-    names, key = ["full", *others], memory_key(entries)[0]
+    names = ["full", *others]
     fig, (lost, seconds, memory, disk) = plt.subplots(
         1, 4, figsize=(11, 0.42 * len(names) + 1.1), sharey=True, width_ratios=[9, 4, 4, 2])
     full = [run["f1_macro"] for run in entries["full"]["runs"]]
@@ -313,7 +361,7 @@ def glance(entries, what, path):
             said = f"{vs['points']:+.1f}"
         lost.text(right + 0.2, y, said, va="center")
         for ax, value, form in ((seconds, entry["epoch_time_s"], "{:.0f} s"),
-                                (memory, entry[key], "{:.2f} GB")):
+                                (memory, peaks[name], "{:.2f} GB")):
             ax.barh(y, value, color=color, height=0.6)
             ax.annotate(form.format(value), (value, y), xytext=(4, 0),
                         textcoords="offset points", va="center")
@@ -324,7 +372,7 @@ def glance(entries, what, path):
     name_rows(lost, [entry_label(entries[name]) for name in names])
     lost.set(title="LOST: points of macro-F1", xlim=(left - 0.5, right + 0.2 * (right - left) + 1),
              xlabel=f"bar: 95 % interval; if it contains 0, no loss is shown; |: one {what}")
-    for ax, title in ((seconds, "COST: epoch time"), (memory, "peak memory"),
+    for ax, title in ((seconds, "COST: epoch time"), (memory, memory_title),
                       (disk, "trained file")):
         ax.set(title=title, xticks=[])
         ax.margins(x=0.35)
@@ -344,9 +392,10 @@ def draw_folds(output):
     figures = output / "figures"
     study = read_study(output / "metrics" / "crossvalidation.json")
     entries = study["entries"]
-    glance(entries, "fold", figures / "glance.png")
+    glance(entries, "training", output, "glance.png")
     write_table(figures / "crossvalidation.md",
                 captioned(study, *fold_table(entries), fold_caption(study)))
+    write_table(figures / "calibration.md", calibration_markdown(study))
     write_table(figures / "answer.md", answer_markdown(study))
 
 

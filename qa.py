@@ -36,6 +36,15 @@ class Question(NamedTuple):
     start: int | None
     end: int | None  # one past its last character
     level: str | None = None  # how hard it is, where the data says so
+    group: str | None = None  # of questions that are much alike
+
+
+def group_of(q):
+    """Name the group of a question, whose answers are right or wrong together: its passage, or of
+    generated questions, which have levels, those that differ in names and numbers alone."""
+    if q.get("level") is None:
+        return q["context"]
+    return f"{q['level']}: {re.sub(r'[A-Z0-9][a-z0-9]*', '', q['question'])}"
 
 
 def make_question(q):
@@ -47,7 +56,7 @@ def make_question(q):
         fail(f"question {q['id']!r} has no answer; SQuAD 2.0's unanswerable questions are not "
              "supported")
     question = Question(q["context"], q["question"].strip(), q["answers"]["text"], None, None,
-                        q.get("level"))
+                        q.get("level"), group_of(q))
     for text, start in zip(q["answers"]["text"], q["answers"]["answer_start"]):
         if text.strip() and start >= 0 and q["context"][start:start + len(text)] == text:
             start += len(text) - len(text.lstrip())  # no token stands on white space
@@ -398,12 +407,13 @@ class Windows(Encoded):
 
     def outcome(self, predictions):
         """Return predictions: [(references, answer)], one per question, from predict()'s of the
-        windows; random: the F1 of random answers; and the levels of the questions, where the data
-        says them."""
+        windows; random: the F1 of random answers; the questions' groups, as numbers; and their
+        levels, where the data says them."""
         best = self.best(predictions)
+        groups = {name: i for i, name in enumerate(dict.fromkeys(q.group for q in self.questions))}
         levels = [q.level for q in self.questions]
         return {"predictions": [(q.answers, best[i][1]) for i, q in enumerate(self.questions)],
-                "random": self.random,
+                "random": self.random, "groups": [groups[q.group] for q in self.questions],
                 **({"levels": levels} if any(levels) else {})}
 
     def score(self, outcome):

@@ -1,6 +1,6 @@
-"""How far to trust a number: macro-F1, mean and standard deviation over seeds, a paired bootstrap
-over seeds and sentences, or over folds. And how far to trust a probability: its log-likelihood and
-its calibration."""
+"""How far to trust a number: macro-F1, mean and standard deviation, and the interval of a difference
+over trainings and test rows. And how far to trust a probability: its log-likelihood, its
+calibration, and both at the best temperature."""
 import math
 import statistics
 
@@ -9,6 +9,8 @@ import numpy as np
 REPLICATES = 10_000
 CHUNK = 500  # replicates at a time, to bound the memory
 BINS = 15
+TINY = 1e-38  # the least probability that counts as one
+ERROR = 0.05  # an interval of 95 % misses in so many studies
 
 
 def mean_std(values):
@@ -38,6 +40,22 @@ def ece(labels, probabilities):
     bins = np.ceil(confidence * BINS).astype(int) - 1
     gaps = np.bincount(bins, weights=is_right - confidence)  # (bins,)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def scaled(probabilities, temperature):
+    """Return what probabilities (rows, classes) are when the logits behind them are divided by a
+    temperature."""
+    # softmax(z / T) = p^(1 / T) / sum p^(1 / T)
+    powers = np.maximum(np.asarray(probabilities, dtype=np.float64), TINY) ** (1 / temperature)
+    return powers / powers.sum(1, keepdims=True)
+
+
+def best_temperature(labels, probabilities):
+    """Find the temperature in [1/4, 20] with the lowest NLL, on validation rows (Guo et al. 2017,
+    section 4.2); labels (rows,), probabilities (rows, classes)."""
+    from scipy.optimize import minimize_scalar  # slow, and needed here only
+    return math.exp(minimize_scalar(lambda t: nll(labels, scaled(probabilities, math.exp(t))),
+                                    bounds=(-math.log(4), math.log(20)), method="bounded").x)
 
 
 def f1_parts(labels, predictions):
@@ -85,63 +103,114 @@ def draw_cells(rng, size, counts, folds):
     return drawn
 
 
-def paired_bootstrap(labels, method, baseline, folds=None):
+def paired_bootstrap(labels, method, baseline, folds=None, comparisons=1):
     """Subtract the macro-F1 of `baseline` from that of `method`, in points, over the same test
-    sentences, the same seeds and the same folds.
+    sentences.
 
-    labels: (sentences,), method, baseline: (seeds, sentences), ints; folds: (sentences,), which
-    fold of a cross-validation tested each, or None. Returns {points, low, high}: the difference of
-    the means over the seeds, and the 2.5 and 97.5 % percentiles over replicates that draw seeds,
-    folds and sentences with replacement, the same ones for both methods (Efron & Tibshirani 1993,
-    chapter 13). With a single seed the interval is over sentences (and folds) only; with few seeds
-    it is too narrow, since n resampled seeds vary (n - 1) / n times as much as new ones would.
+    labels, method, baseline: (sentences,), ints; folds: (sentences,), which fold of a
+    cross-validation tested each, or None. Returns {points, low, high}: the difference, and its 95 %
+    interval, the percentiles over replicates that draw folds and sentences with replacement, the
+    same ones for both methods (Efron & Tibshirani 1993, chapter 13); all of so many `comparisons`
+    are right at once in 95 % of studies (Bonferroni). Without folds the interval says nothing of
+    other trainings.
 
-    The interval of a cross-validation is about trainings on these rows. A fold brings a training of
-    its own, and drawing folds lets that count. Folds already differ by their sentences, which are
-    then drawn once more: where trainings differ little, that makes the interval up to sqrt(1.8) =
-    1.34 times too wide with five folds, on the safe side. On the other side, any two of five folds
-    share about two thirds of their training rows, so that they differ less than trainings on new
-    rows would: see corrected_interval.
+    A fold brings a training of its own, and drawing folds lets that count. Folds already differ by
+    their sentences, which are then drawn once more: where trainings differ little, that makes the
+    interval up to sqrt(1.8) = 1.34 times too wide with five folds, on the safe side. On the other
+    side, any two of five folds share about two thirds of their training rows, so that they differ
+    less than trainings on new rows would: see corrected_interval.
     """
-    n_seeds, rng = len(method), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     folds = np.zeros_like(labels) if folds is None else folds
     # Sentences with one label, fold and answers are a cell. How many a resample has of each is all
     # that matters, and there are far fewer cells than sentences.
-    cells, counts = np.unique(np.vstack([folds, labels, method, baseline]), axis=1,
-                              return_counts=True)
-    folds, labels = cells[:2]
-    method, baseline = cells[2:2 + n_seeds], cells[2 + n_seeds:]
+    (folds, labels, method, baseline), counts = np.unique(
+        np.vstack([folds, labels, method, baseline]), axis=1, return_counts=True)
 
-    def differences(weights):  # (replicates, cells) -> (replicates, seeds), in points
-        return 100 * np.stack([resampled_f1(labels, m, weights) - resampled_f1(labels, b, weights)
-                               for m, b in zip(method, baseline)], axis=1)
+    def differences(weights):  # (replicates, cells) -> (replicates,), in points
+        return 100 * (resampled_f1(labels, method, weights)
+                      - resampled_f1(labels, baseline, weights))
 
-    drawn = []
-    for start in range(0, REPLICATES, CHUNK):
-        size = min(CHUNK, REPLICATES - start)
-        seeds = rng.integers(n_seeds, size=(size, n_seeds))
-        each = differences(draw_cells(rng, size, counts, folds))  # (size, seeds)
-        drawn.append(np.take_along_axis(each, seeds, axis=1).mean(1))
-    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
-    return {"points": float(differences(counts[None]).mean()), "low": float(low),
-            "high": float(high)}
+    drawn = [differences(draw_cells(rng, CHUNK, counts, folds))
+             for _ in range(REPLICATES // CHUNK)]
+    low, high = np.quantile(drawn, [ERROR / 2 / comparisons, 1 - ERROR / 2 / comparisons])
+    return {"points": float(differences(counts[None])[0]), "low": float(low), "high": float(high)}
 
 
-def mean_interval(differences):
-    """Return {points, low, high} of differences (seeds, questions), or (questions,) of one seed:
-    the mean, and the 2.5 and 97.5 % percentiles of the means of resamples that draw seeds and
-    questions with replacement (Efron & Tibshirani 1993, chapter 13). With a single seed the
-    interval does not speak of other seeds; with few it is too narrow, as in paired_bootstrap."""
-    differences, rng = np.atleast_2d(differences), np.random.default_rng(0)
-    (n_seeds, n), means = differences.shape, []
-    cells, counts = np.unique(differences, axis=1, return_counts=True)  # as in paired_bootstrap
-    for start in range(0, REPLICATES, CHUNK):
-        size = min(CHUNK, REPLICATES - start)
-        seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size)  # (size, seeds)
-        questions = rng.multinomial(n, counts / n, size)  # (size, cells)
-        means.append((seeds @ cells * questions).sum(1) / n_seeds / n)
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return {"points": float(differences.mean()), "low": float(low), "high": float(high)}
+def t_interval(mean, variance, df, comparisons=1):
+    """Return {points, low, high}: a mean with its 95 % interval by Student's t; all of so many
+    `comparisons` are right at once in 95 % of studies (Bonferroni)."""
+    from scipy import stats  # scikit-learn's own; slow, and needed here only
+    # mean +- t(1 - 0.05 / 2m, df) sqrt(v)
+    half = float(stats.t.ppf(1 - ERROR / 2 / comparisons, df)) * math.sqrt(variance)
+    return {"points": float(mean), "low": float(mean - half), "high": float(mean + half)}
+
+
+def two_way_interval(differences, folds=None, groups=None, comparisons=1):
+    """Return {points, low, high} of differences (trainings, rows), for other trainings and other
+    rows. A single training's interval is about other rows alone.
+
+    folds (rows,): each fold has been tested by trainings of its own. groups (rows,): rows that were
+    drawn together, such as the questions about one passage.
+
+    Trainings and rows are both drawn at random, as readers and cases in Hillis 2007,
+    https://doi.org/10.1002/sim.2532; the trainings of a fold are readers of its own cases. From the
+    mean squares of trainings, rows and what is left, of R trainings and N rows:
+
+        v = (MS_T + max(MS_C - MS_E, 0)) / (R N)        df = (R N v)^2 / (MS_T^2 / df_T) <= df_C
+    """
+    differences = np.atleast_2d(differences)
+    if groups is not None:
+        differences = group_shares(differences, groups)
+    R, N = differences.shape
+    names, parts = np.unique(np.zeros(N) if folds is None else folds, return_inverse=True)
+    ss_t = ss_c = ss_e = 0
+    for k in range(len(names)):
+        own = differences[:, parts == k]  # (R, rows of the fold)
+        mean, training, row = own.mean(), own.mean(1, keepdims=True), own.mean(0)
+        ss_t += own.shape[1] * np.sum((training - mean) ** 2)
+        ss_c += R * np.sum((row - mean) ** 2)
+        ss_e += np.sum((own - training - row + mean) ** 2)
+    df_t, df_c = len(names) * (R - 1), max(1, N - len(names))
+    ms_t, ms_c, ms_e = ss_t / max(1, df_t), ss_c / df_c, ss_e / max(1, (R - 1) * df_c)
+    # v = (MS_T + max(MS_C - MS_E, 0)) / (R N)
+    total = ms_t + max(ms_c - ms_e, 0)
+    # df = (R N v)^2 / (MS_T^2 / df_T) <= df_C
+    df = min(df_c, total ** 2 * df_t / ms_t ** 2) if ms_t else df_c
+    return t_interval(differences.mean(), total / (R * N), df, comparisons)
+
+
+def group_shares(values, groups):
+    """Return what each group of rows adds to the mean of values (trainings, rows): (trainings,
+    groups), whose mean is the same. Groups may differ in size (a ratio of means, to first order:
+    Cochran 1977, chapter 6)."""
+    _, parts, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    mean = values.mean(1, keepdims=True)
+    # share_g = mean + sum over its rows (value - mean) / mean size
+    sums = np.stack([np.bincount(parts, own) for own in values - mean])  # (trainings, groups)
+    return mean + sums / sizes.mean()
+
+
+def f1_shares(labels, predictions):
+    """Return what each sentence adds to the macro-F1, (sentences,): their mean is the macro-F1, and
+    they differ as it does, to first order, when sentences are drawn anew."""
+    hits, sizes = f1_parts(labels, predictions)  # (classes, sentences)
+    hits, sizes = (part[sizes.any(1)] for part in (hits, sizes))
+    f1 = 2 * hits.sum(1, keepdims=True) / sizes.sum(1, keepdims=True)  # (classes, 1)
+    # share_i = F1 + (2 hit_i - F1 size_i) / mean size, mean over the classes
+    return (f1 + (2 * hits - f1 * sizes) / sizes.mean(1, keepdims=True)).mean(0)
+
+
+def paired_interval(labels, method, baseline, folds=None, comparisons=1):
+    """Subtract the macro-F1 of `baseline` from that of `method`, in points: {points, low, high}.
+    labels, folds: (sentences,); method, baseline: (trainings, sentences), ints. One training of
+    each sentence is resampled, of several the spread is known."""
+    if len(method) == 1:
+        return paired_bootstrap(labels, method[0], baseline[0], folds, comparisons)
+    labels = np.asarray(labels)
+    shares = [100 * np.stack([f1_shares(labels, np.asarray(own)) for own in answers])
+              for answers in (method, baseline)]
+    return two_way_interval(shares[0] - shares[1], folds, comparisons=comparisons)
 
 
 def corrected_interval(differences, n_test, n_train):
@@ -162,6 +231,4 @@ def corrected_interval(differences, n_test, n_train):
     k, mean = len(differences), statistics.mean(differences)
     # v = (1 / k + n_test / n_train) s^2
     v = (1 / k + n_test / n_train) * statistics.variance(differences)
-    from scipy import stats  # scikit-learn's own; slow, and needed here only
-    half = float(stats.t.ppf(0.975, k - 1)) * math.sqrt(v)
-    return {"points": mean, "low": mean - half, "high": mean + half}
+    return t_interval(mean, v, k - 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from rates import best_rate, beyond
 from settings import short
-from spread import macro_f1, paired_bootstrap
+from spread import macro_f1, paired_interval
 
 CLOSE = 2  # points below the best that a method may be to be taken for its time, memory or file
 LARGEST = "always the largest class"  # the floors of sentences and of questions
@@ -42,12 +42,12 @@ def largest_class(labels):
 
 
 def marks_of(labels, predicted, histories, tried=None, folds=None):
-    """Return why a method is not ranked, a list of texts. labels (rows,), predicted (seeds, rows)
-    and folds as paired_bootstrap takes them; histories: of its runs; tried: what the search for its
+    """Return why a method is not ranked, a list of texts. labels (rows,), predicted (trainings, rows)
+    and folds as paired_interval takes them; histories: of its runs; tried: what the search for its
     learning rate tried."""
     marks, parts = [], [0] * len(labels) if folds is None else folds
     floor = np.full(predicted.shape, largest_class(labels)["label"])
-    if paired_bootstrap(labels, predicted, floor, folds)["low"] <= 0:
+    if paired_interval(labels, predicted, floor, folds)["low"] <= 0:
         marks.append("not shown to beat the largest class")
     if any(len(np.unique(own[np.equal(parts, k)])) == 1 for own in predicted for k in set(parts)):
         marks.append("predicts one class only")
@@ -77,6 +77,16 @@ def points(vs):
     return "" if vs is None else f"{vs['points']:+.1f} [{vs['low']:+.1f}, {vs['high']:+.1f}]"
 
 
+def is_close(vs, rows):
+    """Answer whether a method loses less than CLOSE points on so many test rows: yes, no, or open
+    if its interval holds both."""
+    if vs is None:
+        return ""
+    if vs["high"] < -CLOSE:
+        return "no"
+    return "yes" if min(vs["low"], -100 * UNSEEN / rows) > -CLOSE else "open"
+
+
 def several(items):
     """Join texts as a list in a sentence."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
@@ -96,6 +106,9 @@ def quality(others, rows, n):
         said.append(f"- **Lost.** A lower score{where} is shown for "
                     + several([o.label for o in lost])
                     + (f": {size}." if len(lost) == 1 else f"; {least.label} loses least, {size}."))
+    if close := [o.label for o in others if is_close(o.vs, rows) == "yes"]:
+        said.append(f"- **Close.** A loss of {CLOSE} points or more is ruled out{where} for "
+                    f"{several(close)}.")
     if unclear:
         most = max(100 * UNSEEN / rows, *(-o.vs["low"] for o in unclear))
         said.append("- **Perhaps lost.** No difference is shown for "

@@ -23,7 +23,7 @@ import plots
 import rates
 from compare import FOLD_RUNS
 from settings import make_parser, read_flags
-from spread import corrected_interval, ece
+from spread import corrected_interval, ece, paired_interval
 from tools import recompute
 
 
@@ -50,12 +50,11 @@ def test_folds_are_the_same_for_every_method_seed_and_call(folds):
     assert data.load_rated("movies", "2/5")[1:4] == folds[1][1:4]
     # and validation is not the same rows of every fold's training rows
     assert len({sentence for task in folds for sentence in task.validation.sentences}) > 3000
-    lines = commands("--folds", 5, "--seeds", 42, 7)
+    lines = commands("--folds", 5, "--repeats", 2)
     assert len(lines) == len(set(lines)) == 8 * 5 * 2
-    for k in range(1, 6):
-        for seed in 42, 7:
-            own = [line for line in lines if f"--seed {seed} --fold {k}/5 " in line]
-            assert [line.split(f"{k}/5 ")[1] for line in own] == list(FOLD_RUNS.values())
+    for i in range(10):  # each training has a seed of its own, the same for all methods
+        own = [line for line in lines if f"--seed {42 + i} --fold {i % 5 + 1}/5 " in line]
+        assert [line.split("/5 ")[1] for line in own] == list(FOLD_RUNS.values())
 
 
 def commands(*flags):
@@ -109,6 +108,12 @@ def test_a_number_of_folds_that_is_none(folds):
     one_line_exit(lambda: compare.split_folds(["--folds", str(folds)]), "--folds")
 
 
+@pytest.mark.parametrize("flags, word", [("--folds 5 --seeds 42 43", "--repeats 3"),
+                                         ("--repeats 3", "--folds"), ("--folds 5 --repeats 0", "0")])
+def test_repetitions_go_with_folds_and_seeds_do_not(flags, word):
+    one_line_exit(lambda: compare.split_folds(flags.split()), word)
+
+
 def test_a_fold_is_trained_tested_and_skipped_when_finished(tmp_path):
     pool = write_splits(tmp_path / "pool", {"train": 90}, lambda i, _:
                         f"a {'good' if i % 2 else 'bad'} film {i}\t{i % 2}")
@@ -131,7 +136,7 @@ def test_a_fold_is_trained_tested_and_skipped_when_finished(tmp_path):
 
 # --- a whole study of made-up runs ---------------------------------------------------------------
 
-N_FOLDS, ROWS, SEEDS = 3, 40, (42, 7)
+N_FOLDS, ROWS, REPEATS = 3, 40, 2
 
 
 def make_run(flags, labels, right, rng):
@@ -140,17 +145,20 @@ def make_run(flags, labels, right, rng):
     predicted = np.where(rng.random(len(labels)) < right, labels, 1 - labels)
     sure = rng.uniform(0.5, 1, len(labels))
     one = np.where(predicted == 1, sure, 1 - sure)
+    outcome = {"predictions": np.stack([labels, predicted], 1).tolist(),
+               "probabilities": np.stack([1 - one, one], 1).tolist()}
     result = {
         "trainable_params": 5, "trainable_by_kind": {}, "total_params": 10, "trainable_pct": 50.0,
         "f1_macro": f1_score(labels, predicted, average="macro"),
-        "accuracy": float(np.mean(labels == predicted)), "nll": 0.5, "ece": 0.1,
+        "accuracy": float(np.mean(labels == predicted)),
+        "nll": log_loss(labels, outcome["probabilities"]),
+        "ece": ece(labels, outcome["probabilities"]),
         "peak_vram_gb": None, "peak_rss_gb": 1 + rng.random(), "best_epoch": 1,
         "history": [{"seconds": 1 + rng.random(), "train_loss": 0.1}],
         "settings": vars(made.settings),
         "rows": {"train": 70, "validation": 10, "test": len(labels)},
         "environment": {"device": "CPU, 2 threads", "amp": "off"},
-        "test_predictions": np.stack([labels, predicted], 1).tolist(),
-        "test_probabilities": np.stack([1 - one, one], 1).tolist()}
+        "validation": outcome, **{f"test_{what}": own for what, own in outcome.items()}}
     made.result.parent.mkdir(parents=True, exist_ok=True)
     made.result.write_text(json.dumps(result))
     return made.result
@@ -158,20 +166,21 @@ def make_run(flags, labels, right, rng):
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory):
-    """(folder, {(run, seed, fold): result path})."""
+    """(folder, {(run, repetition, fold): result path})."""
     folder, rng, paths = tmp_path_factory.mktemp("folds"), np.random.default_rng(0), {}
     for fold in range(1, N_FOLDS + 1):
         labels = rng.integers(0, 2, ROWS)
-        for seed in SEEDS:
+        for again in range(REPEATS):
             for i, (name, flags) in enumerate(FOLD_RUNS.items()):
-                part = ["--seed", seed, "--fold", f"{fold}/{N_FOLDS}", "--output", folder]
-                paths[name, seed, fold] = make_run([*flags.split(), *part], labels, 0.9 - 0.04 * i,
-                                                   rng)
+                part = ["--seed", 41 + again * N_FOLDS + fold, "--fold", f"{fold}/{N_FOLDS}",
+                        "--output", folder]
+                paths[name, again, fold] = make_run([*flags.split(), *part], labels, 0.9 - 0.04 * i,
+                                                    rng)
     return folder, paths
 
 
 def study_flags(folder):
-    return ["--folds", str(N_FOLDS), "--seeds", *map(str, SEEDS), "--output", str(folder)]
+    return ["--folds", str(N_FOLDS), "--repeats", str(REPEATS), "--output", str(folder)]
 
 
 def test_made_up_folds_are_pooled_and_compared(made_up, capsys, monkeypatch):
@@ -181,38 +190,47 @@ def test_made_up_folds_are_pooled_and_compared(made_up, capsys, monkeypatch):
     assert done.returncode == 0 and "==" not in done.stdout, done.stderr
     study = json.loads((folder / "metrics" / "crossvalidation.json").read_text())
     entries, command = study["entries"], study["command"]
-    assert command == f"bash run_all.sh --folds 3 --seeds 42 7 --output {folder}"
+    assert command == f"bash run_all.sh --folds 3 --repeats 2 --output {folder}"
     assert list(entries) == list(FOLD_RUNS)
     results = {key: json.loads(path.read_text()) for key, path in paths.items()}
     scores = {}
+    labels, fold = (np.array(own) for own in zip(*[
+        (pair[0], k) for k in range(1, N_FOLDS + 1)
+        for pair in results["full", 0, k]["test_predictions"]]))
+    predicted = {name: np.array([[pair[1] for k in range(1, N_FOLDS + 1) for pair in
+                                  results[name, again, k]["test_predictions"]]
+                                 for again in range(REPEATS)]) for name in entries}
     for name, entry in entries.items():
-        pooled = [[pair for k in range(1, N_FOLDS + 1)
-                   for pair in results[name, seed, k]["test_predictions"]] for seed in SEEDS]
-        scores[name] = np.mean([f1_score(*zip(*pairs), average="macro") for pairs in pooled])
-        likely = [[row for k in range(1, N_FOLDS + 1)
-                   for row in results[name, seed, k]["test_probabilities"]] for seed in SEEDS]
+        scores[name] = np.mean([f1_score(labels, own, average="macro") for own in predicted[name]])
         assert entry["f1_macro"] == pytest.approx(scores[name])
-        assert entry["nll"] == pytest.approx(np.mean(
-            [log_loss([label for label, _ in pairs], own) for pairs, own in zip(pooled, likely)]))
-        own = [results[name, seed, k]["f1_macro"] for seed in SEEDS for k in range(1, N_FOLDS + 1)]
-        assert entry["f1_macro_std"] == pytest.approx(np.std(own, ddof=1))
-        assert (entry["n"], entry["test_rows"], entry["seeds"]) == (6, 120, [42, 7])
-        assert entry["ece"] == pytest.approx(np.mean(
-            [ece([label for label, _ in pairs], own) for pairs, own in zip(pooled, likely)]))
+        own = [results[name, again, k] for again in range(REPEATS) for k in range(1, N_FOLDS + 1)]
+        assert entry["f1_macro_std"] == pytest.approx(np.std([r["f1_macro"] for r in own], ddof=1))
+        assert (entry["n"], entry["test_rows"], entry["seeds"]) == (6, 120, [*range(42, 48)])
+        for key in "nll", "ece":
+            each = [r[key] for r in own]
+            assert entry[key] == entry["calibration"][key]["mean"] == pytest.approx(np.mean(each))
+            assert entry["calibration"][key]["std"] == pytest.approx(np.std(each, ddof=1))
+        # the made-up validation rows are the test rows, which a temperature then suits best
+        assert entry["calibration"]["nll_scaled"]["mean"] < entry["nll"]
         assert not compare.ROW_BY_ROW & set(entry["runs"][0])
     assert entries["full"]["vs_full"] is None
     vs = entries["head"]["vs_full"]
     assert vs["points"] == pytest.approx(100 * (scores["head"] - scores["full"]))
     assert vs["low"] < vs["points"] < vs["high"] < 0
-    by_fold = [100 * np.mean([results["head", seed, k]["f1_macro"]
-                              - results["full", seed, k]["f1_macro"] for seed in SEEDS])
-               for k in range(1, N_FOLDS + 1)]
+    assert vs == pytest.approx(paired_interval(labels, predicted["head"], predicted["full"], fold,
+                                               comparisons=7))
+    by_fold = {key: [np.mean([results["head", again, k][key] - results["full", again, k][key]
+                              for again in range(REPEATS)]) for k in range(1, N_FOLDS + 1)]
+               for key in ("f1_macro", "nll")}
     assert entries["head"]["vs_full_new_rows"] == pytest.approx(
-        corrected_interval(by_fold, 40, 70))
+        corrected_interval(100 * np.array(by_fold["f1_macro"]), 40, 70))
+    assert entries["head"]["calibration"]["nll"]["vs_full"] == pytest.approx(
+        corrected_interval(by_fold["nll"], 0, 70))
+    assert "NLL, scaled" in (folder / "figures" / "calibration.md").read_text()
     assert (folder / "figures" / "glance.png").stat().st_size > 10_000
     table = (folder / "figures" / "crossvalidation.md").read_text()
     assert table in done.stdout and f"made by `{command}`" in table
-    assert "3 folds, each 70 training" in table and "(n = 6 trainings)" in table
+    assert "3 folds, each 70 training" in table and "seeds 42 to 47 (n = 6 trainings)" in table
     recompute.main(["--output", str(folder)])
     said = capsys.readouterr().out
     assert said.count(", NLL and ECE: ") == 8 and "22 results came out as published" in said
@@ -223,15 +241,14 @@ def test_made_up_folds_are_pooled_and_compared(made_up, capsys, monkeypatch):
     with open(folder / "metrics" / "crossvalidation_predictions.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 120 and [row["fold"] for row in rows[::ROWS]] == ["1", "2", "3"]
-    for seed in SEEDS:
-        predicted = [int(row[f"bitfit_seed{seed}"]) for row in rows]
-        assert predicted == [p for k in (1, 2, 3)
-                             for _, p in results["bitfit", seed, k]["test_predictions"]]
+    for again in range(REPEATS):
+        assert [int(row[f"bitfit_repeat{again + 1}"]) for row in rows] == list(
+            predicted["bitfit"][again])
 
 
 def test_a_missing_fold_is_trained_and_no_other(made_up, monkeypatch):
     folder, paths = made_up
-    path, asked = paths["bitfit", 7, 2], []
+    path, asked = paths["bitfit", 1, 2], []
     text = path.read_text()
 
     def trains(command, **_):

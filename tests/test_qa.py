@@ -94,6 +94,7 @@ def test_the_best_window_answers_and_the_best_reference_counts(tokenizer):
     windows.question = [0, 0, 1]
     outcome = windows.outcome([(1.0, "nowhere", 0), (2.0, "here", 6), (-5.0, "Far!", 6)])
     assert outcome["predictions"] == [(["there", "here and now"], "here"), (["far"], "Far!")]
+    assert outcome["groups"] == [0, 1]  # two passages
     # one word of five, at random
     assert len(outcome["random"]) == 2 and all(0 <= f1 <= 60 for f1 in outcome["random"])
     assert windows.score(outcome) == {"f1": pytest.approx(100 * (0.5 + 1) / 2), "exact_match": 50}
@@ -539,6 +540,9 @@ def test_the_files_of_the_generated_questions_are_those_that_are_generated():
     for split in synthetic.SIZES:
         made = [qa.make_question(q) for q in synthetic.make_questions(split)]
         assert getattr(task, split) == made and made[0].level == "match"
+    # of the test's: level, relation and wording; a number's is what is counted
+    groups = Counter(q.group for q in task.test)
+    assert len(groups) == 37 and sum(name.startswith("number") for name in groups) == 2
     # questions of another fingerprint are none of ours
     one_line_exit(lambda: synthetic_folder("0" * 16), "could not generate", DOWNLOADS)
 

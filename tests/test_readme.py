@@ -23,9 +23,9 @@ from tools import bench, grid, memory, multitask, recompute, sweep
 # the committed tables of figures/: where they are shown, and where they are linked
 SHOWN = {"answer": "README.md", "sweep_squad_en": "docs/questions.md",
          "sweep_sst2": "docs/how-much-data.md"}
-LINKED = {"crossvalidation": "docs/measuring.md", "summary": "docs/measuring.md",
-          "grid": "docs/questions.md", "sweep_synthetic": "docs/questions.md",
-          "multitask": "docs/use.md", "growth_all-MiniLM-L6-v2": "docs/speed.md",
+LINKED = {"crossvalidation": "docs/measuring.md", "calibration": "docs/measuring.md",
+          "summary": "docs/measuring.md", "grid": "docs/questions.md",
+          "sweep_synthetic": "docs/questions.md", "multitask": "docs/use.md", "growth_all-MiniLM-L6-v2": "docs/speed.md",
           "growth_bert-base-uncased": "docs/speed.md"}
 
 
@@ -76,7 +76,7 @@ def test_committed_cross_validation_is_eight_methods_in_five_folds():
     # of the others the trainings differ more (docs/measuring.md)
     for name in "lora_r8", "lora_r16", "qlora", "adapter":
         vs = entries[name]["vs_full"]
-        assert (vs["high"] - vs["low"]) / 2 <= 1.2 and vs["high"] < 0, name
+        assert (vs["high"] - vs["low"]) / 2 <= 1.5 and vs["points"] < -1, name
 
 
 def test_committed_predictions_of_the_folds_are_those_of_the_cross_validation():
@@ -85,10 +85,10 @@ def test_committed_predictions_of_the_folds_are_those_of_the_cross_validation():
     assert len(rows) == 10_070
     labels = [row["label"] for row in rows]
     for name, entry in entries.items():
-        predicted = [row[f"{name}_seed42"] for row in rows]
+        predicted = [row[f"{name}_repeat1"] for row in rows]
         assert f1_score(labels, predicted, average="macro") == pytest.approx(entry["f1_macro"])
         for k, r in enumerate(entry["runs"], 1):
-            own = [(row["label"], row[f"{name}_seed42"]) for row in rows if row["fold"] == str(k)]
+            own = [(row["label"], row[f"{name}_repeat1"]) for row in rows if row["fold"] == str(k)]
             assert f1_score(*zip(*own), average="macro") == pytest.approx(r["f1_macro"])
 
 

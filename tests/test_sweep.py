@@ -220,7 +220,7 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     def wrong(n):
         return np.where(np.arange(40) < n, 1 - labels, labels)
 
-    expected = spread.paired_bootstrap(labels, [wrong(10), wrong(11)], [wrong(4), wrong(5)])
+    expected = spread.paired_interval(labels, [wrong(10), wrong(11)], [wrong(4), wrong(5)])
     assert lora["vs_full"] == pytest.approx(expected)
     assert -17 < lora["vs_full"]["points"] < -13 and lora["vs_full"]["high"] < 0
     for name in "sweep_mine.png", "sweep_mine.md":
@@ -389,6 +389,10 @@ def test_questions_are_compared_one_by_one():
     vs = sweep.difference(held, ["own"], ["full"])
     assert vs["points"] == pytest.approx(-100 / 6)
     assert vs["low"] < vs["points"] < vs["high"] < 0
+    together = sweep.difference(held | {"group": [0, 0, 1, 1] * 10}, ["own"], ["full"])
+    assert together == vs | {"low": vs["points"], "high": vs["points"]}  # the passages are alike
+    unlike = sweep.difference(held | {"group": [0, 1, 2, 3] * 10}, ["own"], ["full"])
+    assert unlike["low"] < vs["low"]
 
 
 def test_the_table_marks_a_best_rate_beyond_which_nothing_was_tried():

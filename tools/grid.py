@@ -53,7 +53,7 @@ from settings import (
     run_name,
     short,
 )
-from spread import mean_interval, mean_std
+from spread import mean_std, two_way_interval
 from tools.synthetic import CHANCE
 from verdict import RANDOM, Line, edge_mark, verdict
 
@@ -266,7 +266,7 @@ def trainer_runs(folder):
 
 def add_scores(results):
     """Give every result `f1_by_level`, where its questions have levels, and `vs_full`: its F1 minus
-    that of full fine-tuning's run with the best validation F1, question by question. The answers
+    that of full fine-tuning's run with the best validation F1, over the same questions. The answers
     stay in the runs' own files."""
     import qa  # torch is slow to import
     f1 = {name: np.array(qa.question_scores(result.pop("test_predictions"))["f1"])
@@ -274,14 +274,16 @@ def add_scores(results):
     full = next((row["run"] for row in best_of(rows_of(results)) if row["method"] == "full"), None)
     for name, result in results.items():
         result.pop("validation", None)
+        groups = result.pop("test_groups", None)
         if levels := result.pop("test_levels", None):
             result["f1_by_level"] = {level: float(f1[name][np.array(levels) == level].mean())
                                      for level in dict.fromkeys(levels)}
         if full and name != full:
-            result["vs_full"] = mean_interval(f1[name] - f1[full])
+            result["vs_full"] = two_way_interval(f1[name] - f1[full], groups=groups)
         if random := result.pop("test_random", None):
             result["random_f1"] = statistics.mean(random)
-            result["beats_random"] = mean_interval(f1[name] - random)["low"] > 0
+            low = two_way_interval(f1[name] - random, groups=groups)["low"]
+            result["beats_random"] = low > 0
 
 
 def rows_of(results):
@@ -403,7 +405,7 @@ def grid_markdown(content):
                                            "exact match (%)": floor[2]})] if floor else []
     best = [[row["run"], f"{row['f1']:.2f}", vs_full[row["run"]], f"{row['validation_f1']:.2f}",
              *(f"{row[f'f1_{level}']:.1f}" for level in levels)] for row in best_of(rows)]
-    interval = ("; [ ] is a 95 % interval, by a paired bootstrap over test questions, of the "
+    interval = ("; [ ] is a 95 % interval, over test questions only, of the "
                 "difference to full fine-tuning's run with the best validation F1"
                 + ", too narrow where questions are generated" * is_synthetic(read_settings(first))
                 if kind == "test" else "")

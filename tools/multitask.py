@@ -128,7 +128,7 @@ def score_together(model, tensors, splits, alone, full, device, amp):
         labels, answers = zip(*result["test_predictions"])
         _, full_answers = zip(*full[task]["test_predictions"])
         rows[task] = {"f1_macro": result["f1_macro"], "together": [], "changed_predictions": 0,
-                      "vs_full": paired_bootstrap(labels, [answers], [full_answers])}
+                      "vs_full": paired_bootstrap(labels, answers, full_answers)}
     for task in ROUND:
         switch(slots, tensors[task])
         scores, outcome = evaluate(model, splits[task], device, amp)
@@ -230,8 +230,8 @@ def multitask_markdown(study):
                       f"{bytes_of(study, name, most, 'file_bytes') / 1e6:,.0f}"])
 
     return (f"{markdown_table(header, rows)}\n{markdown_table(cost_header, costs)}\n"
-            f"{multitask_caption(study)}; [ ] is a 95 % interval, by a paired bootstrap over test "
-            "sentences. Memory is measured in a fresh process, beyond Python and its libraries; "
+            f"{multitask_caption(study)}; [ ] is a 95 % interval, over test sentences only. "
+            "Memory is measured in a fresh process, beyond Python and its libraries; "
             f"for all but full fine-tuning with the base and its tokenizer{note}.\n")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from common import fail, read_columns, read_json, start
 from settings import Parser, read_settings
-from spread import corrected_interval, ece, macro_f1, nll, paired_bootstrap
+from spread import corrected_interval, ece, macro_f1, nll, paired_interval
 from tools import sweep
 from verdict import points
 
@@ -34,21 +34,26 @@ def study_intervals(path, answers):
         labels, fold, full = columns["label"], columns.get("fold"), study["entries"]["full"]
         probabilities = path.with_name(f"{path.stem}_probabilities.npz")
         likely = np.load(probabilities) if probabilities.exists() else None
+        parts = [fold == k for k in np.unique(fold)] if fold is not None else [slice(None)]
         for name, entry in study["entries"].items():
             if likely is not None:
                 yield (name, ", NLL and ECE", {key: entry[key] for key in ("nll", "ece")},
-                       {"nll": np.mean([nll(labels, own) for own in likely[name]]),
-                        "ece": np.mean([ece(labels, own) for own in likely[name]])})
+                       {key: np.mean([of(labels[part], own[part]) for own in likely[name]
+                                      for part in parts])
+                        for key, of in (("nll", nll), ("ece", ece))})
             if name == "full":
                 continue
-            method, baseline = (np.stack([columns[f"{who}_seed{seed}"] for seed in entry["seeds"]])
-                                for who in (name, "full"))  # (seeds, sentences)
-            yield name, "", entry["vs_full"], paired_bootstrap(labels, method, baseline, fold)
+            each = [f"seed{seed}" for seed in entry["seeds"]] if fold is None else [
+                f"repeat{i + 1}" for i in range(entry["n"] // entry["folds"])]
+            method, baseline = (np.stack([columns[f"{who}_{of}"] for of in each])
+                                for who in (name, "full"))  # (repetitions, sentences)
+            yield name, "", entry["vs_full"], paired_interval(
+                labels, method, baseline, fold, len(study["entries"]) - 1)
             if fold is not None:
                 differences = [100 * np.mean([macro_f1(labels[own], m[own])
                                               - macro_f1(labels[own], b[own])
                                               for m, b in zip(method, baseline)])
-                               for own in (fold == k for k in np.unique(fold))]
+                               for own in parts]
                 rows = full["runs"][0]["rows"]
                 yield (name, ", for new rows", entry["vs_full_new_rows"],
                        corrected_interval(differences, rows["test"], rows["train"]))

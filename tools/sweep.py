@@ -37,7 +37,7 @@ from settings import (
     read_settings,
     short,
 )
-from spread import mean_interval, mean_std, paired_bootstrap
+from spread import mean_std, paired_interval, two_way_interval
 from verdict import LARGEST, RANDOM, largest_class, marks_of
 
 METHOD_SETTINGS = {"method", "r", "alpha", "dropout", "placement", "bottleneck", "reduction",
@@ -116,8 +116,8 @@ def difference(answers, own, full):
     method, baseline = (np.array([answers[column] for column in columns])
                         for columns in (own, full))  # (seeds, test rows)
     if "label" not in answers:
-        return mean_interval(method - baseline)
-    return paired_bootstrap(answers["label"], method, baseline)
+        return two_way_interval(method - baseline, groups=answers.get("group"))
+    return paired_interval(answers["label"], method, baseline)
 
 
 def entry_of(results, tried, rates_from):
@@ -134,7 +134,8 @@ def entry_of(results, tried, rates_from):
     if s.is_qa:
         values["exact_match"] = [r["exact_match"] for r in results]
         entry["random_f1"] = mean_std(first["test_random"])[0]
-        beats = mean_interval(np.subtract([answers_of(r) for r in results], first["test_random"]))
+        beats = two_way_interval(np.subtract([answers_of(r) for r in results],
+                                             first["test_random"]), groups=first.get("test_groups"))
         entry["marks"] = [] if beats["low"] > 0 else [f"not shown to beat {RANDOM}"]
     else:
         labels = np.array([label for label, _ in first["test_predictions"]])
@@ -197,6 +198,8 @@ def add_entry(path, s, name, entry, results):
     # answers of an earlier rate or seed go
     answers = {column: own for column, own in answers.items()
                if not column.startswith(f"{name}, seed ")}
+    if groups := results[0].get("test_groups"):
+        answers["group"] = groups
     if not s.is_qa:
         answers["label"] = [label for label, _ in results[0]["test_predictions"]]
     answers |= zip(columns_of(name, seeds_of(entry)), map(answers_of, results))
@@ -253,12 +256,17 @@ def sweep_caption(sweep):
     n_tried = sorted({sum(t["validation"] is not None for t in e["tried"]) for e in entries})
     tried_on = [f"{n:,} rows" if n else "as many rows"
                 for n in sorted({entry["rates_from"] or 0 for entry in entries})]
-    many = len(seeds) > 1
+    many, n = len(seeds) > 1, {entry["n"] for entry in entries}
+    over = "test rows and seeds" if max(n) > 1 else "test rows only"
+    if 1 in n and over.endswith("seeds"):
+        over += " (n = 1: test rows only)"
+    together = ("; questions about one passage, or that differ in names and numbers alone, are "
+                "drawn together") * s.is_qa
     return (f"{s.model} on {s.task}, {s.epochs} epoch{'s' * (s.epochs > 1)}, seed{'s' * many} "
             f"{', '.join(map(str, seeds))}, {' or '.join(where)}; each learning rate is the best "
             f"of {' or '.join(map(str, n_tried))} by validation, of runs on "
             f"{' or on '.join(tried_on)}; {'± is the standard deviation over the seeds; ' * many}"
-            f"[ ] is a 95 % interval, by a paired bootstrap over test rows{' and seeds' * many}")
+            f"[ ] is the 95 % interval of the difference, over {over}{together}")
 
 
 def sweep_markdown(sweep):
