@@ -183,55 +183,55 @@ def joined(runs, n_folds, what):
                      for i in range(0, len(runs), n_folds)])
 
 
-def combine(runs, baseline, comparisons, tried=None):
-    """Make one method's entry of comparison.json: means and standard deviations over its runs (one
-    per seed), and its macro-F1 against full fine-tuning's, the `baseline` runs of the same seeds,
-    one of so many comparisons. tried: what rates.search returned, if it chose the rate."""
-    pairs, full = (joined(own, 1, "test_predictions") for own in (runs, baseline))
-    vs = None if runs is baseline else paired_interval(
-        pairs[0, :, 0], pairs[..., 1], full[..., 1], comparisons=comparisons)
-    marks = marks_of(pairs[0, :, 0], pairs[..., 1], [run["history"] for run in runs], tried)
-    return summarise(runs) | {"vs_full": vs, "tried": tried, "marks": marks}
-
-
 def calibrated(run):
     """Add to a result the NLL and ECE of its test rows at the temperature that suits its validation
-    rows best."""
-    labels, found = np.array(run["test_predictions"])[:, 0], run["validation"]
+    rows best. Runs of earlier versions have kept none."""
+    if not (found := run.get("validation")):
+        return run
+    labels = np.array(run["test_predictions"])[:, 0]
     temperature = best_temperature(np.array(found["predictions"])[:, 0], found["probabilities"])
     probabilities = scaled(run["test_probabilities"], temperature)
     return run | {"temperature": temperature, "nll_scaled": nll(labels, probabilities),
                   "ece_scaled": ece(labels, probabilities)}
 
 
-def combine_folds(runs, baseline, n_folds, comparisons, tried=None):
-    """Make one method's entry of crossvalidation.json, one of so many comparisons.
+def combine(runs, baseline, comparisons, n_folds=None, tried=None):
+    """Make one method's entry of comparison.json or crossvalidation.json: means and standard
+    deviations over its runs, and its macro-F1 against that of full fine-tuning, the `baseline` runs
+    of the same seeds and folds, one of so many comparisons. tried: what rates.search returned, if
+    it chose the rate.
 
-    f1_macro is of all sentences together (the mean over the repetitions). All else, and all
-    standard deviations, are over the trainings. vs_full and vs_full_new_rows: see spread.py.
-    calibration: {measure: {mean, std, vs_full}}, with a t interval over the folds.
+    With folds, f1_macro is of all sentences together (the mean over the repetitions), and there are
+    vs_full_new_rows (see spread.py) and calibration: {measure: {mean, std, vs_full}}, with a t
+    interval over the folds.
     """
-    pairs, full = (joined(own, n_folds, "test_predictions") for own in (runs, baseline))
+    size, is_full = n_folds or 1, runs is baseline
+    pairs, full = (joined(own, size, "test_predictions") for own in (runs, baseline))
     labels, predicted, full = pairs[0, :, 0], pairs[..., 1], full[..., 1]
-    fold = np.repeat(range(n_folds), [len(r["test_predictions"]) for r in runs[:n_folds]])
-    is_full, rows = runs is baseline, runs[0]["rows"]
+    fold = np.repeat(range(size), [len(run["test_predictions"]) for run in runs[:size]])
+    entry = summarise(runs) | {
+        "tried": tried,
+        "marks": marks_of(labels, predicted, [run["history"] for run in runs], tried, fold),
+        "vs_full": None if is_full else
+        paired_interval(labels, predicted, full, fold, comparisons)}
+    if not n_folds:
+        return entry
 
     def by_fold(key):  # (folds,)
         each = [run[key] - other[key] for run, other in zip(runs, baseline)]
         return np.reshape(each, (-1, n_folds)).mean(0)
 
-    return summarise(runs) | {
-        "test_rows": len(labels), "folds": n_folds, "tried": tried,
-        "marks": marks_of(labels, predicted, [run["history"] for run in runs], tried, fold),
+    rows = runs[0]["rows"]
+    return entry | {
+        "test_rows": len(labels), "folds": n_folds,
         "f1_macro": float(np.mean([macro_f1(labels, own) for own in predicted])),
-        "vs_full": None if is_full else
-        paired_interval(labels, predicted, full, fold, comparisons),
         "vs_full_new_rows": None if is_full else
         corrected_interval(100 * by_fold("f1_macro"), rows["test"], rows["train"]),
         "calibration": {key: {
             **dict(zip(("mean", "std"), mean_std([run[key] for run in runs]))),
             "vs_full": None if is_full else corrected_interval(by_fold(key), 0, rows["train"])}
-            for key in ("nll", "ece", "nll_scaled", "ece_scaled") if key in runs[0]}}
+            for key in ("nll", "ece", "nll_scaled", "ece_scaled")
+            if all(key in run for run in (*runs, *baseline))}}
 
 
 def prediction_rows(runs, n_folds=None):
@@ -294,8 +294,7 @@ def write_study(output, model, command, runs, tried, folds):
     comparisons, metrics = len(runs) - 1, output / "metrics"
     if folds:
         runs = {name: [calibrated(run) for run in own] for name, own in runs.items()}
-    entries = {name: combine_folds(own, runs["full"], folds, comparisons, tried.get(name))
-               if folds else combine(own, runs["full"], comparisons, tried.get(name))
+    entries = {name: combine(own, runs["full"], comparisons, folds, tried.get(name))
                for name, own in runs.items()}
     rows = prediction_rows(runs, folds)
     name, predictions = (("crossvalidation", "crossvalidation_predictions") if folds else
@@ -308,8 +307,8 @@ def write_study(output, model, command, runs, tried, folds):
         "entries": entries})
     write_csv(metrics / f"{predictions}.csv", rows)
     write_arrays(metrics / f"{name}_probabilities.npz", likely)
-    from plots import draw_comparison, draw_folds, lines_of  # matplotlib is slow to import
-    (draw_folds if folds else draw_comparison)(output)
+    from plots import draw_study, lines_of  # matplotlib is slow to import
+    draw_study(output, name)
     print_next(output, lines_of(entries), {name: own[0] for name, own in runs.items()}, model)
 
 

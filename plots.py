@@ -24,7 +24,14 @@ plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
                      "axes.spines.top": False, "axes.spines.right": False,
                      "axes.axisbelow": True, "figure.constrained_layout.use": True})
 FROZEN = "#DDDDDD"
+# columns of the tables
+PARTS, NEW_ROWS = "of which method / LayerNorm / head", "for new rows"
+UNDER = f"less than {CLOSE} points lost?"
 ANSWER = ("method", "% trained", "macro-F1", "vs full (points)", "s per epoch", "trained file (MB)")
+SUMMARY = ("method", "lr", "trainable", PARTS, "% trained", "n", "macro-F1", "vs full (points)",
+           UNDER, "accuracy", "best epochs", "s per epoch", "memory", "trained file (MB)")
+FOLDS = ("method", "lr", "trainable", "% trained", "n", "macro-F1", "vs full (points)", UNDER,
+         NEW_ROWS, "s per epoch", "memory", "trained file (MB)")
 FAR = 8  # points of loss that a figure shows as an arrow
 
 
@@ -119,6 +126,11 @@ def study_of(entries):
     return study([run for entry in entries.values() for run in entry["runs"]])
 
 
+def test_rows(entry):
+    """Return the number of sentences that the runs of an entry tested."""
+    return entry.get("test_rows") or entry["runs"][0]["rows"]["test"]
+
+
 def memory_key(entries):
     """Choose the GPU's peak where there was a GPU, else that of the whole process: (key, label)."""
     if all(entry["peak_vram_gb"] is not None for entry in entries.values()):
@@ -138,23 +150,13 @@ def study_verdict(study, what_varies):
     """Write the verdict on a comparison.json or crossvalidation.json, as Markdown. what_varies
     between the runs of a method: the seed, the fold."""
     full = study["entries"]["full"]
-    rows = full.get("test_rows") or full["runs"][0]["rows"]["test"]
-    return verdict(lines_of(study["entries"]), "macro-F1", rows, full["n"], what_varies)
-
-
-def captioned(study, header, rows, caption):
-    """Make table and caption of a study, as Markdown."""
-    f1, accuracy = (f"{study['floor'][key]:.4f}" for key in ("f1_macro", "accuracy"))
-    cells = {"trainable": "0", "macro-F1": f1, "test macro-F1": f1, "accuracy": accuracy}
-    return (markdown_table(header, [*rows, floor_row(header, LARGEST, cells)])
-            + f"\n{caption}.\n")
+    return verdict(lines_of(study["entries"]), "macro-F1", test_rows(full), full["n"], what_varies)
 
 
 def said_search(entries):
-    """Say how the learning rates were chosen, if they were searched."""
-    tried = [entry["tried"] for entry in entries.values() if entry["tried"]]
-    n = " or ".join(map(str, sorted(set(map(len, tried)))))
-    return f"each learning rate is the best of {n} by validation; " if tried else ""
+    """Say how the learning rates were chosen."""
+    tried = {len(entry["tried"]) for entry in entries.values() if entry["tried"]}
+    return f"each learning rate is the best of {' or '.join(map(str, sorted(tried)))} by validation"
 
 
 def said_interval(entries, n, drawn):
@@ -164,74 +166,61 @@ def said_interval(entries, n, drawn):
             f"{len(entries) - 1} comparisons at once")
 
 
-def caption(study):
-    """Say what the table of a comparison.json shows."""
+def caption(study, columns):
+    """Say what a table with these columns shows of a study."""
     entries = study["entries"]
-    n = entries["full"]["n"]
-    spread, drawn = ("seeds, for the time over all epochs", "seeds and test sentences") if n > 1 \
-        else ("epochs", "test sentences")
-    return (f"{study_of(entries)}; {said_search(entries)}± is the standard deviation over the "
-            f"{spread}; {said_interval(entries, n, drawn)}; made by `{study['command']}`")
+    n, n_folds = (entries["full"].get(key) for key in ("n", "folds"))
+    what = "trainings" if n_folds else "seeds" if n > 1 else "epochs"
+    times = ", for the time over all epochs" if n > 1 else ""
+    how_often = "once" if n == n_folds else f"{n // (n_folds or 1)} times"
+    drawn = f"{what} and test sentences" if n > 1 else "test sentences"
+    said = [study_of(entries)]
+    if n_folds and "n" in columns:
+        said.append(f"every one of the {entries['full']['test_rows']:,} sentences is tested "
+                    f"{how_often}, and macro-F1 is of all of them together")
+    if "lr" in columns and any(entry["tried"] for entry in entries.values()):
+        said.append(said_search(entries))
+    said += [f"± is the standard deviation over the {what}{times}",
+             said_interval(entries, n, drawn)]
+    if NEW_ROWS in columns:
+        said.append(f"{NEW_ROWS}: Nadeau and Bengio's interval around the mean of the folds, for "
+                    "one comparison")
+    if "n" in columns:
+        said.append(f"made by `{study['command']}`")
+    return "; ".join(said)
 
 
-def table(entries):
-    """Make (header, rows) of the comparison, as strings."""
-    key, what = memory_key(entries)
-    header = ["method", "lr", "trainable", "of which method / LayerNorm / head", "% trained", "n",
-              "test macro-F1", "vs full (points)", "accuracy", "best epochs", "s per epoch",
-              what, "trained file (MB)"]
-
+def table(entries, columns):
+    """Make (header, rows) of a study, as strings."""
+    key, memory = memory_key(entries)
     rows = []
     for name, entry in entries.items():
-        kinds, mb = entry["trainable_by_kind"], entry["checkpoint_mb"]
-        parts = "/".join(f" {kinds[kind]:,} " for kind in ("method", "layer_norm", "head")).strip()
-        rows.append([
-            entry_label(entry), short(entry["runs"][0]["settings"]["lr"]),
-            f"{entry['trainable_params']:,}", parts if name != "full" else "everything",
-            f"{entry['trainable_pct']:.2f}", f"{entry['n']}", plus_minus(entry, "f1_macro", 4),
-            points(entry["vs_full"]), plus_minus(entry, "accuracy", 4),
-            ", ".join(map(str, entry["best_epoch"])), plus_minus(entry, "epoch_time_s", 1),
-            plus_minus(entry, key, 2), "–" if mb is None else f"{mb:.2f}"])
-    return header, rows
+        kinds, mb, pct = (entry[key] for key in
+                          ("trainable_by_kind", "checkpoint_mb", "trainable_pct"))
+        parts = "/".join(f" {kinds.get(kind, 0):,} " for kind in ("method", "layer_norm", "head"))
+        cells = {
+            "method": entry_label(entry), "lr": short(entry["runs"][0]["settings"]["lr"]),
+            "trainable": f"{entry['trainable_params']:,}",
+            PARTS: "everything" if name == "full" else parts.strip(),
+            "% trained": f"{pct:.2g}" if pct < 1 else f"{pct:.1f}", "n": f"{entry['n']}",
+            "macro-F1": plus_minus(entry, "f1_macro", 4), "vs full (points)": points(entry["vs_full"]),
+            UNDER: is_close(entry["vs_full"], test_rows(entry)),
+            NEW_ROWS: points(entry.get("vs_full_new_rows")),
+            "accuracy": plus_minus(entry, "accuracy", 4),
+            "best epochs": ", ".join(map(str, entry["best_epoch"])),
+            "s per epoch": plus_minus(entry, "epoch_time_s", 1),
+            "memory": plus_minus(entry, key, 2),
+            "trained file (MB)": "–" if mb is None else f"{mb:.2f}" if mb >= 0.01 else f"{mb:.2g}"}
+        rows.append([cells[column] for column in columns])
+    return [memory if column == "memory" else column for column in columns], rows
 
 
-def markdown(study):
-    """Make table, caption and verdict of a comparison.json, as Markdown."""
-    return (captioned(study, *table(study["entries"]), caption(study))
-            + "\n" + study_verdict(study, "seed"))
-
-
-def fold_caption(study):
-    """Say what the table of a crossvalidation.json shows."""
-    entries = study["entries"]
-    n, n_folds = (entries["full"][key] for key in ("n", "folds"))
-    how_often = "once" if n == n_folds else f"{n // n_folds} times"
-    return (f"{study_of(entries)}; every one of the {entries['full']['test_rows']:,} sentences is "
-            f"tested {how_often}, and macro-F1 is of all of them together; {said_search(entries)}"
-            "± is the standard deviation over the trainings, for the time over all epochs; "
-            f"{said_interval(entries, n, 'trainings and sentences')}, and, for one comparison and "
-            "trainings on new rows, Nadeau and Bengio's around the mean of the folds; made by "
-            f"`{study['command']}`")
-
-
-def fold_table(entries):
-    """Make (header, rows) of a cross-validation, as strings."""
-    key, what = memory_key(entries)
-    header = ["method", "lr", "trainable", "% trained", "n", "macro-F1", "vs full (points)",
-              f"less than {CLOSE} points lost?", "for new rows", "s per epoch", what,
-              "trained file (MB)"]
-    rows = []
-    for entry in entries.values():
-        mb = entry["checkpoint_mb"]
-        rows.append([
-            entry_label(entry), short(entry["runs"][0]["settings"]["lr"]),
-            f"{entry['trainable_params']:,}", f"{entry['trainable_pct']:.2g}"
-            if entry["trainable_pct"] < 1 else f"{entry['trainable_pct']:.1f}", f"{entry['n']}",
-            plus_minus(entry, "f1_macro", 4), points(entry["vs_full"]), is_close(entry["vs_full"], entry["test_rows"]),
-            points(entry["vs_full_new_rows"]),
-            plus_minus(entry, "epoch_time_s", 1), plus_minus(entry, key, 2),
-            "–" if mb is None else f"{mb:.2f}" if mb >= 0.01 else f"{mb:.2g}"])
-    return header, rows
+def markdown(study, columns):
+    """Make the table of a study with these columns and its caption, as Markdown."""
+    header, rows = table(study["entries"], columns)
+    f1, accuracy = (f"{study['floor'][key]:.4f}" for key in ("f1_macro", "accuracy"))
+    floor = floor_row(header, LARGEST, {"trainable": "0", "macro-F1": f1, "accuracy": accuracy})
+    return f"{markdown_table(header, [*rows, floor])}\n{caption(study, columns)}.\n"
 
 
 def calibration_markdown(study):
@@ -260,59 +249,31 @@ def calibration_markdown(study):
             f"`{study['command']}`.\n")
 
 
-def answer_markdown(study):
-    """Make the answer of a crossvalidation.json, as Markdown: six columns of its table, and the
-    verdict."""
-    header, rows = fold_table(study["entries"])
-    kept = [header.index(column) for column in ANSWER]
-    entries = study["entries"]
-    short = (f"{study_of(entries)}; ± is the standard deviation over the trainings (of times: over "
-             "all epochs); "
-             + said_interval(entries, entries["full"]["n"], "trainings and sentences"))
-    header, *rows = ([cells[i] for i in kept] for cells in (header, *rows))
-    return captioned(study, header, rows, short) + "\n" + study_verdict(study, "fold")
+def answer_markdown(study, columns=ANSWER):
+    """Make a table of a study and its verdict, as Markdown."""
+    what_varies = "fold" if "folds" in study["entries"]["full"] else "seed"
+    return f"{markdown(study, columns)}\n{study_verdict(study, what_varies)}"
 
 
 # --- figures of the sentence study ---------------------------------------------------------------
-
-def curves(entries, path):
-    """Draw losses and macro-F1 against the epochs."""
-    keys = "train_loss", "validation_loss", "validation_f1_macro"
-    titles = "training loss (nats)", "validation loss (nats)", "validation macro-F1"
-    fig, axes = plt.subplots(1, 3, figsize=(12, 4))
-    for ax, key, title in zip(axes, keys, titles):
-        for name, entry in entries.items():
-            _, color, marker = CASES[name]
-            # (seeds, epochs)
-            values = np.array([[h[key] for h in run["history"]] for run in entry["runs"]])
-            epochs, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
-            ax.plot(epochs, mean, color=color, marker=marker, label=entry_label(entry))
-            ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12,
-                            linewidth=0)
-        ax.set(title=title, xlabel="epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-
-    axes[0].legend(fontsize=9)
-    band = ("; mean over the seeds, band from the lowest to the highest"
-            if entries["full"]["n"] > 1 else "")
-    fig.suptitle(study_of(entries) + band, fontsize=9)
-    save_figure(fig, path)
-
 
 def read_study(path):
     """Read a comparison.json or crossvalidation.json."""
     return read_json(path, "entries", "floor")
 
 
-def draw_comparison(output):
-    """Draw everything that output/metrics/comparison.json holds into output/figures/, and print the
-    table."""
-    figures = output / "figures"
-    study = read_study(output / "metrics" / "comparison.json")
-    entries = study["entries"]
-    curves(entries, figures / "curves.png")
-    glance(entries, "seed", output, "summary.png")
-    write_table(figures / "summary.md", markdown(study))
+def draw_study(output, name):
+    """Draw everything that output/metrics/NAME.json holds into output/figures/, and print its
+    tables. name: comparison or crossvalidation."""
+    figures, study = output / "figures", read_study(output / "metrics" / f"{name}.json")
+    if name == "comparison":
+        glance(study["entries"], "seed", output, "summary.png")
+        write_table(figures / "summary.md", answer_markdown(study, SUMMARY))
+        return
+    glance(study["entries"], "training", output, "glance.png")
+    write_table(figures / "crossvalidation.md", markdown(study, FOLDS))
+    write_table(figures / "calibration.md", calibration_markdown(study))
+    write_table(figures / "answer.md", answer_markdown(study, ANSWER))
 
 
 def peaks_of(entries, output):
@@ -386,19 +347,6 @@ def glance(entries, what, output, name):
     save_figure(fig, path)
 
 
-def draw_folds(output):
-    """Draw what output/metrics/crossvalidation.json holds into output/figures/, and print the
-    table."""
-    figures = output / "figures"
-    study = read_study(output / "metrics" / "crossvalidation.json")
-    entries = study["entries"]
-    glance(entries, "training", output, "glance.png")
-    write_table(figures / "crossvalidation.md",
-                captioned(study, *fold_table(entries), fold_caption(study)))
-    write_table(figures / "calibration.md", calibration_markdown(study))
-    write_table(figures / "answer.md", answer_markdown(study))
-
-
 def draw_layers(path):
     """Draw one BERT layer, its input on top, and what each method adds to it or trains."""
     lora, dora, qlora, houlsby, pfeiffer, bitfit, head = (CASES[name].color for name in (
@@ -453,11 +401,11 @@ def draw_layers(path):
 if __name__ == "__main__":
     start()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    drawings = {"comparison.json": draw_comparison, "crossvalidation.json": draw_folds}
-    found = [draw for name, draw in drawings.items() if (folder / "metrics" / name).exists()]
+    names = "comparison", "crossvalidation"
+    found = [name for name in names if (folder / "metrics" / f"{name}.json").exists()]
     if not found:
-        fail(f"{folder / 'metrics'} holds none of {', '.join(drawings)}, which run_all.sh makes; "
+        fail(f"{folder / 'metrics'} holds none of {', '.join(names)}.json, which run_all.sh makes; "
              "python -m tools.NAME --redraw draws those of grid, sweep, memory, multitask, bench")
-    for draw in found:
-        draw(folder)
+    for name in found:
+        draw_study(folder, name)
     draw_layers(folder / "figures" / "layers.png")

@@ -258,7 +258,7 @@ def test_a_missing_fold_is_trained_and_no_other(made_up, monkeypatch):
 
     monkeypatch.setattr(compare, "start", lambda: None)
     monkeypatch.setattr(rates, "subprocess", SimpleNamespace(run=trains, DEVNULL=None))
-    monkeypatch.setattr(plots, "draw_folds", lambda output: None)
+    monkeypatch.setattr(plots, "draw_study", lambda *_: None)
     study = folder / "metrics" / "crossvalidation.json"
     compare.main(study_flags(folder))
     before = study.read_text()

@@ -112,9 +112,10 @@ def redrawn(tmp_path_factory):
     (folder / "metrics").mkdir()
     for path in ROOT.glob("metrics/*.*"):
         (folder / "metrics" / path.name).write_bytes(committed_bytes(f"metrics/{path.name}"))
-    for draw in (plots.draw_comparison, plots.draw_folds, grid.redraw, sweep.redraw, memory.redraw,
-                 multitask.redraw, bench.redraw):
-        draw(folder)
+    for study in "comparison", "crossvalidation":
+        plots.draw_study(folder, study)
+    for tool in grid, sweep, memory, multitask, bench:
+        tool.redraw(folder)
     plots.draw_layers(folder / "figures" / "layers.png")
     return folder / "figures"
 
