@@ -259,29 +259,21 @@ def from_hub(name, config, revision, offline_task):
              f"offline: --task {offline_task}, or your own files with --data PATH")
 
 
-# (name on the hub, configuration, columns with the text or the pair of texts)
-HUB = {"sst2": ("nyu-mll/glue", "sst2", ["sentence"]),
-       "ag_news": ("fancyzhx/ag_news", "default", ["text"]),
-       "mrpc": ("nyu-mll/glue", "mrpc", ["sentence1", "sentence2"]),
-       "rte": ("nyu-mll/glue", "rte", ["sentence1", "sentence2"]),
-       "qnli": ("nyu-mll/glue", "qnli", ["question", "sentence"])}
+# (name on the hub, configuration, column with the text)
+HUB = {"sst2": ("nyu-mll/glue", "sst2", "sentence"),
+       "ag_news": ("fancyzhx/ag_news", "default", "text")}
 
 
 def load_hub(task, whole=False):
     """Load a task of HUB.
 
-    GLUE hides its test labels, so the labelled validation rows are the test (of sst2 872) and 1,000
-    rows of train (249 of rte's) validate. mrpc's test labels are there, so its splits are as given.
-    ag_news has 7,600 test rows, and 1,000 of its 120,000 training rows validate.
+    GLUE hides its test labels, so sst2's 872 labelled validation rows are the test and 1,000 rows
+    of train validate. ag_news has 7,600 test rows, and 1,000 of its 120,000 training rows validate.
     """
-    name, config, columns = HUB[task]
+    name, config, column = HUB[task]
     splits = from_hub(name, config, None, "movies")
-
-    def read(part):
-        texts = [[text.strip() for text in part[column]] for column in columns]
-        return Rows(texts[0] if len(texts) == 1 else list(zip(*texts)), list(part["label"]))
-
-    rows = {split: read(part) for split, part in splits.items()}
+    rows = {split: Rows([text.strip() for text in part[column]], list(part["label"]))
+            for split, part in splits.items()}
     labelled = {split: r for split, r in rows.items() if -1 not in r.labels}
     names = splits["train"].features["label"].names
     return make_task(**labelled, whole=whole)._replace(label_names=names)

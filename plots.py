@@ -25,10 +25,10 @@ plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
                      "axes.axisbelow": True, "figure.constrained_layout.use": True})
 FROZEN = "#DDDDDD"
 # columns of the tables
-PARTS, NEW_ROWS = "of which method / LayerNorm / head", "for new rows"
+KINDS, NEW_ROWS = "of which method / LayerNorm / head", "for new rows"
 UNDER = f"less than {CLOSE} points lost?"
 ANSWER = ("method", "% trained", "macro-F1", "vs full (points)", "s per epoch", "trained file (MB)")
-SUMMARY = ("method", "lr", "trainable", PARTS, "% trained", "n", "macro-F1", "vs full (points)",
+SUMMARY = ("method", "lr", "trainable", KINDS, "% trained", "n", "macro-F1", "vs full (points)",
            UNDER, "accuracy", "best epochs", "s per epoch", "memory", "trained file (MB)")
 FOLDS = ("method", "lr", "trainable", "% trained", "n", "macro-F1", "vs full (points)", UNDER,
          NEW_ROWS, "s per epoch", "memory", "trained file (MB)")
@@ -201,7 +201,7 @@ def table(entries, columns):
         cells = {
             "method": entry_label(entry), "lr": short(entry["runs"][0]["settings"]["lr"]),
             "trainable": f"{entry['trainable_params']:,}",
-            PARTS: "everything" if name == "full" else parts.strip(),
+            KINDS: "everything" if name == "full" else parts.strip(),
             "% trained": f"{pct:.2g}" if pct < 1 else f"{pct:.1f}", "n": f"{entry['n']}",
             "macro-F1": plus_minus(entry, "f1_macro", 4), "vs full (points)": points(entry["vs_full"]),
             UNDER: is_close(entry["vs_full"], test_rows(entry)),

@@ -251,25 +251,17 @@ def random_f1(questions, draws=5):
     return scores
 
 
-def reach(context, spans):
-    """Return how far a token reaches that ends at each position, (characters + 1,).
+def past_marks(context, end):
+    """Return where the word ends whose last token ends at `end`, a character of the context.
 
-    The normaliser drops combining marks, control and format characters, so that no token covers
-    them. They belong to the word before them, whose last token is made to reach over them, but not
-    over the invisible ones (zero-width space, soft hyphen, direction marks) behind a word's end.
-
-    spans: (tokens, 2), first and one past the last character of every token of the context, in any
-    order.
+    The normaliser drops combining marks and joiners, so that no token covers them, though they
+    belong to the letter before. Other invisible characters (zero-width space, soft hyphen,
+    direction marks) behind a word belong to nothing.
     """
-    covered = np.zeros(len(context) + 1, int)
-    np.add.at(covered, spans[:, 0], 1)
-    np.add.at(covered, spans[:, 1], -1)
-    ends = np.arange(len(context) + 1)
-    for i in np.flatnonzero(np.cumsum(covered)[:-1] == 0)[::-1]:
-        is_seen = context[i] in JOINERS or unicodedata.category(context[i]) not in ("Cc", "Cf")
-        if is_seen and not context[i].isspace():
-            ends[i] = ends[i + 1]
-    return ends
+    while end < len(context) and (context[end] in JOINERS
+                                  or unicodedata.category(context[end]) == "Mn"):
+        end += 1
+    return end
 
 
 class Windows(Encoded):
@@ -310,29 +302,18 @@ class Windows(Encoded):
 
     def find_answers(self):
         """Set `spans`, (windows, 2): first and last token of the answer, (0, 0) in a window that
-        does not hold all of it. And let the tokens of the passages reach over what belongs to no
-        token."""
-        self.spans, windows = torch.zeros(len(self.ids), 2, dtype=torch.int64), {}
+        does not hold all of it."""
+        self.spans = torch.zeros(len(self.ids), 2, dtype=torch.int64)
         for window, question in enumerate(self.question):
-            windows.setdefault(question, []).append(window)
-
-        for question, own in windows.items():
-            q = self.questions[question]
-            pieces = [self.offsets[w][slice(*self.passage[w])] for w in own]
-            every = np.concatenate(pieces)  # (tokens, 2)
-            if q.start is not None:
-                # tokens that share a character with the answer, of all windows and of each
-                shared = every[(every[:, 0] < q.end) & (every[:, 1] > q.start)]
-                for window, piece in zip(own, pieces):
-                    at = np.flatnonzero((piece[:, 0] < q.end) & (piece[:, 1] > q.start))
-                    # this window holds all of the answer if it reaches as far as all together
-                    if len(at) and (piece[at[0], 0] == shared[:, 0].min()
-                                    and piece[at[-1], 1] == shared[:, 1].max()):
-                        self.spans[window] = self.passage[window][0] + torch.from_numpy(at[[0, -1]])
-
-            ends = reach(q.context, every)
-            for piece in pieces:  # views of self.offsets
-                piece[:, 1] = ends[piece[:, 1]]
+            q, (first, stop) = self.questions[question], self.passage[window]
+            if q.start is None or first == stop:
+                continue
+            piece = self.offsets[window][first:stop]  # (tokens, 2)
+            holds_all = piece[0, 0] <= q.start and q.end <= past_marks(q.context, piece[-1, 1])
+            # tokens that share a character with the answer
+            at = np.flatnonzero((piece[:, 0] < q.end) & (piece[:, 1] > q.start))
+            if holds_all and len(at):
+                self.spans[window] = first + torch.from_numpy(at[[0, -1]])
 
     def count_long(self, tokenizer):
         """Say how many questions have no answer that could be predicted; "" if there are none."""
@@ -388,7 +369,7 @@ class Windows(Encoded):
         for row, score, at in zip(rows, best.tolist(), where.tolist()):
             offsets, context = self.offsets[row], self.questions[self.question[row]].context
             i, j = divmod(at, tokens)
-            begin, past = int(offsets[i][0]), int(offsets[j][1])  # characters
+            begin, past = int(offsets[i][0]), past_marks(context, int(offsets[j][1]))
             answers.append((score, context[begin:past], begin) if score > -np.inf
                            else (score, "", 0))
         return answers

@@ -554,30 +554,6 @@ def test_bad_pairs(files, words, tmp_path):
     one_line_exit(lambda: load_folder(d), *words)
 
 
-def test_pairs_of_glue_have_their_columns(monkeypatch):
-    import datasets
-    asked = []
-
-    def fake(name, config, revision=None):
-        columns = {"mrpc": ("sentence1", "sentence2"), "rte": ("sentence1", "sentence2"),
-                   "qnli": ("question", "sentence")}[config]
-        asked.append((name, config))
-        features = datasets.Features({c: datasets.Value("string") for c in columns}
-                                     | {"label": datasets.ClassLabel(names=["no", "yes"])})
-        return datasets.DatasetDict({split: datasets.Dataset.from_dict(
-            {c: [f"{c} {i}" for i in range(100)] for c in columns}
-            | {"label": [i % 2 if config == "mrpc" or split != "test" else -1 for i in range(100)]},
-            features=features) for split in ("train", "validation", "test")})
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
-    for name, first in ("mrpc", "sentence1 3"), ("rte", "sentence1 3"), ("qnli", "question 3"):
-        s = settings("--method", "lora", "--task", name)
-        task = data.load_sentences(s)
-        assert task.has_pairs and any(pair[0] == first for pair in texts(task))
-        assert ("splits as given" in task.note) is (name == "mrpc") and s.task == name
-    assert asked == [("nyu-mll/glue", name) for name in ("mrpc", "rte", "qnli")]
-
-
 def test_pairs_are_trained_on_and_a_file_of_pairs_is_answered(tmp_path):
     d = folder(tmp_path / "d", train_csv=PAIRS)
     model = save_small_bert(tmp_path / "model")

@@ -143,7 +143,7 @@ def test_whole_sentences_in_a_task_and_what_has_none(tmp_path):
     assert "12 whole sentences of train validate" in task.note
     assert len(task.train.sentences) == 1 + 3 * 16 and "49 of 121 rows are left" in task.note
     for flags in (["--task", "movies"], ["--task", "squad"],
-                  ["--task", "mrpc"], ["--data", alone, "--fold", "1/5"]):
+                  ["--data", alone, "--fold", "1/5"]):
         one_line_exit(lambda: settings("--method", "full", "--whole-sentences", *flags),
                       "--whole-sentences")
     one_line_exit(lambda: data.make_task(*[treebank()] * 3, whole=True), "all splits are given")
