@@ -61,7 +61,7 @@ from settings import (
     read_settings,
     short,
 )
-from spread import mean_std, two_way_interval
+from spread import two_way_interval
 from tools.synthetic import CHANCE
 from verdict import RANDOM, Line, edge_mark, verdict
 
@@ -246,7 +246,7 @@ def trainer_runs(folder):
     return results, missing
 
 
-# --- scores and statistics ------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 def add_scores(results):
     """Give every result `f1_by_level`, where its questions have levels, and `vs_full`: its F1 minus
@@ -289,33 +289,14 @@ def rows_of(results):
     return sorted(rows, key=lambda row: -row["f1"])
 
 
-def by_method(rows):
-    """Return {method: its rows}, without methods that have none."""
-    found = {row["method"] for row in rows}
-    return {method: [row for row in rows if row["method"] == method]
-            for method in GRID_METHODS if method in found}
-
-
-def statistics_of(rows):
-    """Return one dict per method: n runs, and mean, sample standard deviation, min and max of F1,
-    exact match and minutes."""
-    out = []
-    for method, own in by_method(rows).items():
-        line = {"method": method, "n": len(own)}
-        for key in "f1", "exact_match", "minutes":
-            # Trainer's runs may not say how long they took
-            values = [row[key] for row in own if row[key] is not None]
-            numbers = (*mean_std(values), min(values), max(values)) if values else [None] * 4
-            line |= zip((f"{key}_mean", f"{key}_std", f"{key}_min", f"{key}_max"), numbers)
-        out.append(line)
-    return out
-
-
 def best_of(rows):
     """Return each method's row with the best validation F1, of equal ones the first by name: the
     test questions must choose nothing."""
-    return [min(own, key=lambda row: (-row["validation_f1"], row["run"]))
-            for own in by_method(rows).values()]
+    best = {}
+    for row in sorted(rows, key=lambda row: (GRID_METHODS.index(row["method"]),
+                                             -row["validation_f1"], row["run"])):
+        best.setdefault(row["method"], row)
+    return list(best.values())
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -333,16 +314,6 @@ def title_of(runs):
 def or_dash(value, form):
     """Write a number, or a dash for None."""
     return "–" if value is None else format(value, form)
-
-
-def statistics_cells(line):
-    """Return the cells of one method's statistics."""
-    cells = [line["method"], str(line["n"])]
-    for key in "f1", "exact_match", "minutes":
-        mean, std, low, high = (line[f"{key}_{what}"] for what in ("mean", "std", "min", "max"))
-        cells.append("–" if mean is None else
-                     f"{mean:.2f} ± {or_dash(std, '.2f')} ({low:.2f} to {high:.2f})")
-    return cells
 
 
 def floor_of(runs):
@@ -369,8 +340,8 @@ def lines_of_grid(content):
 
 
 def grid_markdown(content):
-    """Make the three tables of a grid.json, as Markdown: all runs, the statistics of the methods,
-    and the best run of each with its F1 by level."""
+    """Make the two tables of a grid.json, as Markdown: all runs, and the best one of each method
+    with its F1 by level."""
     from plots import floor_row, markdown_table, points
     runs = content["runs"]
     rows, first = rows_of(runs), next(iter(runs.values()))
@@ -398,10 +369,6 @@ def grid_markdown(content):
         f"All {len(runs)} runs by F1: {title}{interval}; made by `{content['command']}`.\n\n",
         markdown_table(header, cells + chance),
         f"\nMissing: {', '.join(missing)}.\n" if missing else "",
-        "\nBy method, mean ± standard deviation (min to max) over the n configurations, not over "
-        "seeds:\n\n",
-        markdown_table(["method", "n", "F1 (%)", "exact match (%)", "training (min)"],
-                       map(statistics_cells, statistics_of(rows))),
         "\nBest configuration of each method, by validation F1",
         "; the last columns are the F1 of each level" if levels else "", ":\n\n",
         markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels], best),
@@ -446,13 +413,11 @@ def redraw(output):
 # --- the command line -----------------------------------------------------------------------------
 
 def write_grid(output, made_by, results, missing, tried):
-    """Write the JSON, the CSV files, the figures and the tables of a grid's results."""
-    metrics, rows = output / "metrics", rows_of(results)
+    """Write the JSON, the CSV file, the figure and the tables of a grid's results."""
+    metrics = output / "metrics"
     write_json(metrics / "grid.json", {"command": made_by, "missing": missing,
                                        "tried": tried, "runs": results})
-    write_csv(metrics / "grid_results.csv", rows)
-    write_csv(metrics / "grid_best.csv", best_of(rows))
-    write_csv(metrics / "grid_statistics.csv", statistics_of(rows))
+    write_csv(metrics / "grid_results.csv", rows_of(results))
     redraw(output)
 
 
