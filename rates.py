@@ -105,10 +105,11 @@ class Progress:
 
 
 def run_program(program, flags, stdout=None):
-    """Run a program of a study with these flags of train.py, and return the finished process. All
-    of them share the file of what was warned of."""
+    """Run a program of a study with these flags of train.py, and return the finished process. It
+    prints where this program does, also under redirect_stdout. All of them share the file of what
+    was warned of."""
     return subprocess.run([sys.executable, program, *flags], stdin=subprocess.DEVNULL,
-                          stdout=stdout, text=True,
+                          stdout=stdout or sys.stdout, text=True,
                           env={"BERT_WARNED": warned().name, **os.environ})
 
 

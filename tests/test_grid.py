@@ -1,18 +1,20 @@
 """The twenty runs of question answering: what is run, what is gathered, and what becomes of it."""
 import csv
 import json
+import os
+import time
+from unittest import mock
 
-import numpy as np
 import pytest
 from conftest import ROOT, forked_environment, one_line_exit, run, save_small_bert, settings
 
 import compare
 import tools.grid as grid
-from settings import Run, read_flags, result_path, run_name
+from settings import Run, read_flags, read_result, result_path, run_name
 
 # What train.py leaves of a run on ten test questions, but for its settings and scores
-RESULT = {"best_epoch": 1, "history": [{"validation_f1": 50.0}], "trainable_params": 1000,
-          "peak_vram_gb": None, "peak_rss_gb": 1.0,
+RESULT = {"best_epoch": 1, "history": [{"validation_f1": 50.0, "validation_loss": 1.0}],
+          "trainable_params": 1000, "peak_vram_gb": None, "peak_rss_gb": 1.0,
           "epoch_time_s": 1.0, "test_random": [20.0] * 10,
           "rows": {"train": 40, "validation": 10, "test": 10},
           "environment": {"device": "CPU, 1 thread", "amp": "off"},
@@ -43,30 +45,37 @@ def flags(tmp_path_factory):
     return ["--data", base / "mine", "--model", model, "--max-steps", 2, "--amp", "off"]
 
 
-TRIED = [{"lr": lr, "validation": score, "loss": 1.0} for lr, score in
-         ((4.25e-5, 60.0), (2e-4, 70.0))]
+@pytest.fixture
+def made_up(monkeypatch):
+    """A search that finds the rates of the study on Portuguese SQuAD, and trainings that all fail
+    but those that are finished."""
+    def train(flags):
+        path = read_flags(flags).result
+        return read_result(path) if path.exists() else None
+
+    tried = [{"lr": lr, "validation": score, "loss": 1.0} for lr, score in
+             ((4.25e-5, 60.0), (2e-4, 70.0))]
+    monkeypatch.setattr(grid, "plan", lambda flags, *_: (flags, 2, None))
+    monkeypatch.setattr(grid, "search", lambda *_: print("searched") or tried)
+    monkeypatch.setattr(grid, "trained", train)
+    with mock.patch.dict(os.environ):
+        yield
 
 
-def leave_search(output, flags):
-    """Put a search into `output` that found the rates of the study on Portuguese SQuAD."""
-    (output / "metrics").mkdir(parents=True, exist_ok=True)
-    (output / "metrics" / "grid_rates.json").write_text(json.dumps({
-        "command": "python -m tools.grid --search", "epochs": 3,
-        "name": grid.search_name(read_flags([*map(str, flags), "--method", "full"])),
-        "tried": dict.fromkeys(grid.GRID_METHODS, TRIED)}))
+def leave(output, flags, runs, result=RESULT):
+    """Put results of some runs, {name: their own flags}, into `output`, as train.py would have,
+    with recognisable scores."""
+    for i, own in enumerate(runs.values()):
+        s = settings(*flags, *own.split())
+        path = result_path(output, s)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**result, "settings": vars(s), "f1": 50.0 + i,
+                                    "exact_match": 40.0 + i, "train_time_s": 60.0 * (i + 1)}))
 
 
-def leave(output, flags, names, result=RESULT):
-    """Put results of some runs of the grid into `output`, as train.py would have, with
-    recognisable scores."""
-    leave_search(output, flags)
-    for i, (name, own) in enumerate(grid.GRID_RUNS.items()):
-        if name in names:
-            s = settings(*flags, *own.split())
-            path = result_path(output, s)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**result, "settings": vars(s), "f1": 50.0 + i,
-                                        "exact_match": 40.0 + i, "train_time_s": 60.0 * (i + 1)}))
+def some(*starts):
+    """The runs whose names begin so."""
+    return {name: own for name, own in grid.GRID_RUNS.items() if name.startswith(starts)}
 
 
 def read_grid(output):
@@ -85,24 +94,23 @@ def test_twenty_runs_with_the_names_of_the_study():
             assert run_name(s).startswith(f"{name}_{task}_")  # the file's name
             assert (float(name.split("_lr_")[1]) == s.lr
                     and s.r == (None if s.method == "full" else 16))
-            assert grid.grid_runs(Run(s, None, s.model, ROOT, False)) is runs
+            found, searched = grid.grid_runs(Run(s, None, s.model, ROOT, False), ["--seed", "7"])
+            assert list(found) == list(runs) and not searched
+            assert found[name] == ["--seed", "7", *own.split()]
     assert (settings("--method", "lora", "--lr", "4.25e-5")
             == settings("--method", "lora", "--lr", "4.25e-05"))
 
 
 def test_list_prints_twenty_commands_wherever_the_user_stands(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "train.json").write_text(question_file(20))
     for name in "common.py", "json.py":  # none of the user's own modules is taken for ours
         (tmp_path / name).write_text("raise SystemExit('not ours')")
-    leave_search(tmp_path / "with space", ["--data", tmp_path / "mine", "--amp", "off"])
     there = sorted(tmp_path.rglob("*"))
-    done = run("bash", ROOT / "run_grid.sh", "--list", "--data", "mine", "--amp", "off",
+    done = run("bash", ROOT / "run_grid.sh", "--list", "--task", "squad_pt", "--amp", "off",
                "--output", "with space", cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 20 and sorted(tmp_path.rglob("*")) == there
     for line, own in zip(lines, grid.GRID_RUNS.values()):
-        assert f"{ROOT / 'train.py'} --data mine " in line and line.endswith(own)
+        assert f"{ROOT / 'train.py'} --task squad_pt " in line and line.endswith(own)
         assert "'with space'" in line
 
 
@@ -117,13 +125,14 @@ def test_list_prints_five_commands_of_the_other_study_and_runs_none(data_dir, tm
         assert all(f"train.py --data {data} " in line for line in lines)
 
 
-def test_what_all_runs_need_is_made_before_they_start(monkeypatch, tmp_path, capsys, flags):
+def test_what_all_runs_need_is_made_before_they_start(monkeypatch, tmp_path, capsys, flags,
+                                                      made_up):
     made = []
     monkeypatch.setattr(grid, "model_folder", lambda: made.append("model") or print("fetching"))
     monkeypatch.setattr(grid, "synthetic_folder", made.append)
-    leave_search(tmp_path, flags)
     main("--list", *flags, "--output", tmp_path)
-    assert not made and len(capsys.readouterr().out.splitlines()) == 20
+    said = capsys.readouterr()
+    assert not made and len(said.out.splitlines()) == 20 and said.err == 5 * "searched\n"
     main("--list", "--output", tmp_path)
     assert made == ["model", settings("--method", "full", "--task", "synthetic").data_sha256]
     said = capsys.readouterr()
@@ -133,33 +142,64 @@ def test_what_all_runs_need_is_made_before_they_start(monkeypatch, tmp_path, cap
 def test_flags_that_do_not_fit(tmp_path):
     for words, own in ((["run_all.sh"], ["--task", "movies"]),
                        (["--lr", "train.py"], ["--lr", "1e-3"]),
-                       (["no run of this grid"], []),
                        (["there is no", "run_grid.sh"], ["--redraw"]),
                        (["unrecognized arguments: --task"], ["--redraw", "--task", "squad"])):
         one_line_exit(lambda: main(*own, "--output", tmp_path), *words)
     assert not list(tmp_path.iterdir())
 
 
+def test_run_grid_explains_itself(capsys):
+    with pytest.raises(SystemExit) as error:
+        main("--list", "--help")
+    assert not error.value.code
+    said = capsys.readouterr().out
+    assert "run_grid.sh --data" in said and "python train.py --help" in said
+
+
+@pytest.mark.parametrize("on_cuda, asked, threads", [(False, None, "4"), (False, "3", "3"),
+                                                     (True, None, None)])
+def test_two_runs_at_a_time_on_a_cpu_and_one_on_a_gpu(on_cuda, asked, threads, monkeypatch):
+    begun, at_once, seen = set(), [], set()
+
+    def train(flags):
+        begun.add(flags)
+        time.sleep(0.1)
+        at_once.append(len(begun))
+        seen.add(os.environ.get("OMP_NUM_THREADS"))
+        begun.remove(flags)
+        return None if flags == "c" else {"flags": flags}
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_cuda)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.setattr(grid, "trained", train)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if asked:
+            os.environ["OMP_NUM_THREADS"] = asked
+        results = grid.train_all({name.upper(): name for name in "abcdef"})
+    assert list(results) == list("ABDEF") and results["D"] == {"flags": "d"}
+    assert max(at_once) == (1 if on_cuda else 2) and len(at_once) == 6 and seen == {threads}
+
+
 # --- what is gathered -----------------------------------------------------------------------------
 
-def test_partial_grid_draws_what_is_there_and_names_what_is_missing(flags, tmp_path, capsys):
-    there = [name for name in grid.GRID_RUNS if name.startswith("qlora")]
-    leave(tmp_path, flags, there)
-    main(*flags, "--output", tmp_path)
+def test_partial_grid_draws_what_is_there_and_names_what_is_missing(flags, tmp_path, capsys,
+                                                                    made_up):
+    one_line_exit(lambda: main(*flags, "--output", tmp_path), "no run worked")
+    assert not list(tmp_path.iterdir())
+    leave(tmp_path, flags, there := some("qlora"))
+    (tmp_path / "metrics" / "grid.json").write_text("{")  # it is made anew
+    one_line_exit(lambda: main(*flags, "--output", tmp_path), "16 of 20 runs failed",
+                  "full_epoch-2_lr_2e-4", "lora_epoch-2_lr_2e-4, lora_epoch-2_lr_4.25e-5")
     said = capsys.readouterr().out
     # and no lora among them
-    assert list(read_grid(tmp_path)["runs"]) == there
+    assert list(read_grid(tmp_path)["runs"]) == list(there)
     assert (read_grid(tmp_path)["command"]
             == " ".join(map(str, ["bash run_grid.sh", *flags, "--output", tmp_path])))
-    assert ("16 of 20 runs are missing" in said
-            and "lora_epoch-2_lr_2e-4, lora_epoch-2_lr_4.25e-5" in said)
-    with open(tmp_path / "metrics" / "grid_statistics.csv") as file:
-        line, = csv.DictReader(file)
-    f1s = [50.0 + i for i, name in enumerate(grid.GRID_RUNS) if name in there]
-    assert ((line["method"], line["n"]) == ("qlora", "4")
-            and float(line["f1_mean"]) == pytest.approx(np.mean(f1s)))
-    assert (float(line["f1_std"]) == pytest.approx(np.std(f1s, ddof=1))
-            and float(line["minutes_max"]) == f1s[-1] - 49)
+    with open(tmp_path / "metrics" / "grid_results.csv") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(there)[::-1]
+    assert float(rows[list(there)[1]]["f1"]) == 51 and float(rows[list(there)[1]]["minutes"]) == 2
     assert (tmp_path / "figures" / "grid_f1.png").stat().st_size > 10_000
     assert "No run of full fine-tuning is finished" in said
 
@@ -169,56 +209,35 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(flags, tmp_p
         path.unlink()
     main("--redraw", "--output", tmp_path)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    leave(tmp_path, flags, list(grid.GRID_RUNS)[:1],
+    leave(tmp_path, flags, some("full_epoch-2_lr_2e-4"),
           {**RESULT, "environment": {"device": "another", "amp": "off"}})
     capsys.readouterr()
-    main(*flags, "--output", tmp_path)
+    one_line_exit(lambda: main(*flags, "--output", tmp_path), "15 of 20 runs failed")
     said = capsys.readouterr()
     assert "the minutes do not compare" in said.err and "full_epoch-2_lr_2e-4" in said.out
 
 
-def test_what_another_machine_took_for_auto_is_no_other_study(flags, tmp_path, monkeypatch,
-                                                              capsys):
+def test_a_grid_decides_its_precision_once_and_goes_on_in_no_other(flags, tmp_path, monkeypatch,
+                                                                   capsys, made_up):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    runs = {name: {"settings": vars(settings(*flags, *own.split())) | {"amp": "bf16"}}
-            for name, own in grid.GRID_RUNS.items()}
-    path = tmp_path / "metrics" / "grid.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"command": "bash run_grid.sh", "runs": runs}))
-    *auto, amp, off = flags
-    leave_search(tmp_path, flags)
-    main("--list", *auto, "--output", tmp_path)
-    one_line_exit(lambda: main("--list", *auto, amp, off, "--output", tmp_path),
-                  "holds results of another study (amp bf16, here off)")
+    *auto, _, _ = flags
     for speedup, amp in (2, "bf16"), (0.5, "off"):
         monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
-        capsys.readouterr()
-        main("--list", *auto, "--amp", "auto", "--output", tmp_path)
-        assert capsys.readouterr().out.count(f" --amp {amp} --method ") == 20
+        for asked in [], ["--amp", "auto"]:
+            main("--list", *auto, *asked, "--output", tmp_path)
+            assert capsys.readouterr().out.count(f" --amp {amp} --method ") == 20
+    leave(tmp_path, flags, some("full"))
+    monkeypatch.setattr("settings.bf16_speedup", lambda: 2)
+    one_line_exit(lambda: main("--list", *auto, "--output", tmp_path),
+                  "results of this study in off, and --amp auto is bf16 here")
 
 
-def test_another_study_is_not_written_over(flags, tmp_path):
-    runs = {name: {"settings": vars(settings(*flags, *own.split()))}
-            for name, own in grid.GRID_RUNS.items() if name.startswith("qlora")}
+def test_a_damaged_grid_is_one_line(flags, tmp_path):
     path = tmp_path / "metrics" / "grid.json"
     path.parent.mkdir()
-    path.write_text(json.dumps({"command": "bash run_grid.sh", "runs": runs}))
-    before = path.read_bytes()
-    another = save_small_bert(tmp_path.parent / "another_model", vocab_size=31000)
-    leave_search(tmp_path, flags)
-    for other in (flags[:4] + ["--max-steps", 3], ["--task", "synthetic"], [*flags, "--seed", 7],
-                  [*flags, "--alpha", 16], [*flags, "--model", another]):
-        for to_list in [], ["--list"]:
-            one_line_exit(lambda: main(*to_list, *other, "--output", tmp_path),
-                          "holds results of another study", "--output")
-    assert path.read_bytes() == before
-    damaged = ['{"full": {}}', "{", "[]", "3", json.dumps(runs),
-               '{"command": "a", "runs": {}}', '{"command": "a", "runs": {"a": 3}}',
-               '{"command": "a", "runs": {"qlora_epoch-2_lr_2e-4": {"settings": 3}}}']
-    for damage in damaged:
+    for damage in '{"full": {}}', "{", "[]", "3":
         path.write_text(damage)
-        for own in flags, ["--redraw"]:
-            one_line_exit(lambda: main(*own, "--output", tmp_path), "damaged", "delete it")
+        one_line_exit(lambda: main("--redraw", "--output", tmp_path), "damaged", "delete it")
 
 
 def test_runs_are_compared_question_by_question_and_by_level():
@@ -259,26 +278,46 @@ def test_of_equals_by_validation_the_test_chooses_none():
 
 # --- the whole ------------------------------------------------------------------------------------
 
-def test_run_grid_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(flags, tmp_path):
-    name, *others = grid.GRID_RUNS  # the first one fails
-    leave(tmp_path, flags, others)
-    stem = result_path(tmp_path, settings(*flags, *grid.GRID_RUNS[name].split())).stem
+def test_run_grid_searches_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(
+        flags, tmp_path):
+    # the middle of three rates validates best, then the highest; one is not tried yet
+    rates = {name: ["8.5e-5", "1.7e-4", "3.4e-4"] if name == "full" else ["4e-4", "8e-4", "1.6e-3"]
+             for name in grid.GRID_METHODS}
+    for i, score in enumerate((97.0, 99.0, 98.0)):
+        searched = {name: f"{own} --lr {rates[name][i]}" for name, own in grid.GRID_FLAGS.items()
+                    if i or name != "dora"}
+        leave(tmp_path, flags, searched,
+              {**RESULT, "history": [{"validation_f1": score, "validation_loss": 1.0}]})
+    runs = grid.twenty_runs({name: own[1:] for name, own in rates.items()})
+    command = ["bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path]
+    environment = forked_environment(tmp_path)
+    done = run(*command, "--list", env=environment)
+    lines = done.stdout.splitlines()  # and nothing of what the search trained
+    assert done.returncode == 0 and len(lines) == 20, done.stderr
+    assert all(line.endswith(own) for line, own in zip(lines, runs.values()))
+    assert done.stderr.count("python train.py --") == 1 == done.stderr.count("wrote ")
+    assert result_path(tmp_path, settings(*flags, "--method", "dora", "--r", 16,
+                                          "--lr", "4e-4")).exists()
+
+    name, *others = runs  # the first one fails
+    leave(tmp_path, flags, {name: runs[name] for name in others if "epoch-2" in name})
+    stem = result_path(tmp_path, settings(*flags, *runs[name].split())).stem
     # a folder where a file should go
     blocked = tmp_path / "checkpoints" / f"{stem}.safetensors"
     blocked.mkdir(parents=True)
-    command = ["bash", ROOT / "run_grid.sh", *flags, "--output", tmp_path]
-    environment = forked_environment(tmp_path)
     done = run(*command, env=environment)
-    assert done.returncode == 1 and f"failed: {tmp_path / 'venv/bin/python'}" in done.stderr
-    assert "cannot write" in done.stderr and done.stdout.count("finished already") == 19
-    assert f"1 of 20 runs are missing: {name}" in done.stdout
+    assert done.returncode == 1 and done.stdout.count("== python train.py --") == 1
+    first, last = done.stderr.splitlines()
+    assert "cannot write" in first and "1 of 20 runs failed" in last and name in last
     assert list(read_grid(tmp_path)["runs"]) == others
+    assert [entry["lr"] for entry in read_grid(tmp_path)["tried"]["lora"]] == pytest.approx(
+        [float(lr) for lr in rates["lora"]])
     with open(tmp_path / "metrics" / "grid_results.csv") as file:
         rows = list(csv.DictReader(file))
     assert ([float(r["f1"]) for r in rows] == sorted((float(r["f1"]) for r in rows), reverse=True)
             and len(rows) == 19)
     blocked.rmdir()
     done = run(*command, env=environment)
-    assert (done.returncode == 0 and done.stdout.count("finished already") == 19
-            and "missing" not in done.stdout and blocked.is_file())
-    assert list(read_grid(tmp_path)["runs"]) == list(grid.GRID_RUNS)
+    assert done.returncode == 0 and not done.stderr and blocked.is_file()
+    assert done.stdout.count("== python train.py --") == 1 and "What next" in done.stdout
+    assert list(read_grid(tmp_path)["runs"]) == list(runs)

@@ -107,7 +107,7 @@ def test_the_study_is_made_from_the_runs(folder, tmp_path):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_a_run_that_was_cut_is_named_and_another_study_does_not_go_over_it(folder, tmp_path):
+def test_a_run_that_was_cut_is_named(folder, tmp_path):
     path = folder / "lora-epoch-2_lr_2e-4" / "trainer_state.json"
     path.write_text(path.read_text().replace('"max_steps": 4', '"max_steps": 6000'))
     # no run says how long it took
@@ -116,15 +116,6 @@ def test_a_run_that_was_cut_is_named_and_another_study_does_not_go_over_it(folde
     done = program("tools.grid", "--trainer", folder, "--output", tmp_path / "out")
     assert done.returncode == 0 and "ends at step 4 of 6,000" in done.stderr
     assert "UserWarning" not in done.stderr
-    one_line_exit(lambda: main("--output", tmp_path / "out"), "Trainer's runs", "--output")
-    own = tmp_path / "own" / "metrics" / "grid.json"
-    own.parent.mkdir(parents=True)
-    for content, word in (("3", "damaged"), ('{"a": 3}', "damaged"),
-                          ('{"command": "a", "runs": {"lora_epoch-2_lr_2e-4": {}}}', "damaged"),
-                          ('{"command": "a", "runs": {"lora_epoch-2_lr_2e-4": {"settings": {}}}}',
-                           "train.py made")):
-        own.write_text(content)
-        one_line_exit(lambda: main("--trainer", folder, "--output", tmp_path / "own"), word)
 
 
 def test_fractions_are_percent_and_nan_is_no_score(folder, capsys):

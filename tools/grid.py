@@ -1,14 +1,13 @@
 """The study of question answering: twenty runs, and what becomes of them.
 
-    bash run_grid.sh                    trains what is missing, then does as the next line
-    python -m tools.grid                gathers the finished runs in metrics/grid.json, tables and
-                                        figures, and names the missing ones
-    python -m tools.grid --list         prints the twenty commands, one per line, for xargs -P, GNU
-                                        parallel or a Slurm array
-    python -m tools.grid --search --data DIR
-                                        finds each method's learning rate on one's own questions;
-                                        the twenty runs are then at the best and the better of its
-                                        neighbours, with more epochs if three are few steps
+    bash run_grid.sh                    trains what is missing, and makes metrics/grid.json, tables
+                                        and figures of all runs that worked
+    bash run_grid.sh --data DIR         first finds each method's learning rate on one's own
+                                        questions; the twenty runs are then at the best and the
+                                        better of its neighbours, with more epochs if three are few
+                                        steps
+    bash run_grid.sh --list             prints the twenty commands, one per line, for xargs -P, GNU
+                                        parallel or a Slurm array; with --data after the search
     python -m tools.grid --redraw       draws again what metrics/grid.json of --output holds
     python -m tools.grid --trainer FOLDER --output DIR
                                         gathers runs that Hugging Face's Trainer left
@@ -23,23 +22,34 @@ if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.grid")
 
 import contextlib
-import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from common import check_writable, command, fail, read_json, start, warn, write_csv, write_json
+from common import (
+    check_writable,
+    command,
+    fail,
+    read_json,
+    start,
+    warn,
+    warned,
+    write_csv,
+    write_json,
+)
 from compare import decide_amp, explain, mixed_hardware, print_commands, print_next, refuse
 from fetch import model_folder, synthetic_folder
 from methods import CASES, label_of
-from rates import TRAIN, best_rate, plan, search
+from rates import TRAIN, best_rate, plan, search, trained
 from settings import (
     DEFAULT_MODEL,
     Parser,
@@ -48,12 +58,10 @@ from settings import (
     is_synthetic,
     make_parser,
     read_flags,
-    read_result,
     read_settings,
-    run_name,
     short,
 )
-from spread import mean_std, two_way_interval
+from spread import two_way_interval
 from tools.synthetic import CHANCE
 from verdict import RANDOM, Line, edge_mark, verdict
 
@@ -83,28 +91,6 @@ SYNTHETIC_RUNS = twenty_runs(dict.fromkeys(GRID_METHODS, ("1e-3", "5e-4"))
                              | {"full": ("1e-4", "5e-5")})
 
 
-def search_name(run):
-    """Name the search that belongs to full fine-tuning's Run, whatever the precision."""
-    return run_name(dataclasses.replace(run.settings, amp="auto"))
-
-
-def search_rates(run, flags):
-    """Search each method's learning rate on one's own questions; the search is kept in a file."""
-    flags, steps, progress = plan(flags, [[]], GRID_FLAGS, run.settings, True)
-    tried = {name: search([*flags, *own.split()], steps, progress)
-             for name, own in GRID_FLAGS.items()}
-    epochs = make_parser().parse_args([*flags, "--method", "full"]).epochs
-    write_json(run.output / "metrics" / "grid_rates.json", {
-        "command": command(), "name": search_name(run), "epochs": epochs, "tried": tried})
-
-
-def read_search(run):
-    """Return what search_rates found for this run of full fine-tuning; None if it did not run."""
-    path = run.output / "metrics" / "grid_rates.json"
-    found = read_json(path) if path.exists() else {}
-    return found if found.get("name") == search_name(run) else None
-
-
 def two_rates(tried):
     """Return the best learning rate of a search and the better one of its neighbours."""
     ordered = sorted(tried, key=lambda entry: entry["lr"])
@@ -113,45 +99,43 @@ def two_rates(tried):
     return [short(entry["lr"]) for entry in (ordered[at], best_rate(near) or near[0])]
 
 
-def grid_runs(run):
-    """Return the twenty runs of the grid that full fine-tuning's Run is one of; None if their
-    learning rates are not found yet."""
-    if not run.data:
-        return SYNTHETIC_RUNS if is_synthetic(run.settings) else GRID_RUNS
-    if not (found := read_search(run)):
-        return None
-    n = found["epochs"]
-    return twenty_runs({name: two_rates(found["tried"][name]) for name in GRID_METHODS},
-                       (math.ceil(2 * n / 3), n))
+def grid_runs(run, flags):
+    """Return the twenty runs of the grid that full fine-tuning's Run is one of, {run: flags of
+    train.py}, and {method: what its search tried}. On one's own questions each method's learning
+    rate is searched; what is trained already answers at once. flags: the study's."""
+    runs, tried = SYNTHETIC_RUNS if is_synthetic(run.settings) else GRID_RUNS, {}
+    if run.data:
+        longer, steps, progress = plan(flags, [[]], GRID_FLAGS, run.settings, True)
+        tried = {name: search([*longer, *own.split()], steps, progress)
+                 for name, own in GRID_FLAGS.items()}
+        n = make_parser().parse_args([*longer, "--method", "full"]).epochs
+        runs = twenty_runs({name: two_rates(tried[name]) for name in GRID_METHODS},
+                           (math.ceil(2 * n / 3), n))
+    return {name: [*flags, *own.split()] for name, own in runs.items()}, tried
 
 
-def read_grid(path):
-    """Read a grid.json: {"command": how it was made, "runs": {run: result}}. Without a file there
-    are no runs."""
-    if not path.exists():
-        return {"runs": {}}
-    content = read_json(path)
-    try:
-        if content["command"] and [read_settings(run) for run in content["runs"].values()]:
-            return content
-    except (AttributeError, KeyError, TypeError):
-        pass
-    fail(f"{path} is damaged or of an earlier version; delete it")
+def fetch_first(run):
+    """Make what several runs need before they start at once."""
+    if run.model == DEFAULT_MODEL:
+        model_folder()
+    if is_synthetic(run.settings):
+        synthetic_folder(run.settings.data_sha256)
 
 
-def check_same_study(path, runs, free=()):
-    """Exit if the grid.json at `path` holds others than these runs, {name: flags}. free: settings
-    in which they may differ."""
-    elsewhere = "give this one an --output of its own"
-    for name, result in read_grid(path)["runs"].items():
-        if "trainer" in result:
-            fail(f"{path} holds Trainer's runs; {elsewhere}")
-        if name not in runs:
-            fail(f"{path} holds results of another study ({name}); {elsewhere}")
-        for key, asked in vars(read_flags(runs[name]).settings).items():
-            if (held := result["settings"].get(key)) != asked and key not in free:
-                fail(f"{path} holds results of another study ({key} {held}, here {asked}); "
-                     f"{elsewhere}")
+def train_all(runs):
+    """Train what is missing of {run: flags of train.py}; return {run: result} of those that
+    worked."""
+    import torch  # slow
+    at_once = 1
+    if not torch.cuda.is_available():
+        # two at a time, each on half of the cores: such small batches cannot keep all cores busy
+        at_once = 2
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // 2)))
+        os.environ |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    warned()  # makes the file that the runs share, before two of them ask for it
+    with ThreadPoolExecutor(at_once) as pool:
+        results = dict(zip(runs, pool.map(trained, runs.values())))
+    return {name: result for name, result in results.items() if result}
 
 
 # --- runs of Hugging Face's Trainer ---------------------------------------------------------------
@@ -262,7 +246,7 @@ def trainer_runs(folder):
     return results, missing
 
 
-# --- scores and statistics ------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 def add_scores(results):
     """Give every result `f1_by_level`, where its questions have levels, and `vs_full`: its F1 minus
@@ -305,33 +289,14 @@ def rows_of(results):
     return sorted(rows, key=lambda row: -row["f1"])
 
 
-def by_method(rows):
-    """Return {method: its rows}, without methods that have none."""
-    found = {row["method"] for row in rows}
-    return {method: [row for row in rows if row["method"] == method]
-            for method in GRID_METHODS if method in found}
-
-
-def statistics_of(rows):
-    """Return one dict per method: n runs, and mean, sample standard deviation, min and max of F1,
-    exact match and minutes."""
-    out = []
-    for method, own in by_method(rows).items():
-        line = {"method": method, "n": len(own)}
-        for key in "f1", "exact_match", "minutes":
-            # Trainer's runs may not say how long they took
-            values = [row[key] for row in own if row[key] is not None]
-            numbers = (*mean_std(values), min(values), max(values)) if values else [None] * 4
-            line |= zip((f"{key}_mean", f"{key}_std", f"{key}_min", f"{key}_max"), numbers)
-        out.append(line)
-    return out
-
-
 def best_of(rows):
     """Return each method's row with the best validation F1, of equal ones the first by name: the
     test questions must choose nothing."""
-    return [min(own, key=lambda row: (-row["validation_f1"], row["run"]))
-            for own in by_method(rows).values()]
+    best = {}
+    for row in sorted(rows, key=lambda row: (GRID_METHODS.index(row["method"]),
+                                             -row["validation_f1"], row["run"])):
+        best.setdefault(row["method"], row)
+    return list(best.values())
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -349,16 +314,6 @@ def title_of(runs):
 def or_dash(value, form):
     """Write a number, or a dash for None."""
     return "–" if value is None else format(value, form)
-
-
-def statistics_cells(line):
-    """Return the cells of one method's statistics."""
-    cells = [line["method"], str(line["n"])]
-    for key in "f1", "exact_match", "minutes":
-        mean, std, low, high = (line[f"{key}_{what}"] for what in ("mean", "std", "min", "max"))
-        cells.append("–" if mean is None else
-                     f"{mean:.2f} ± {or_dash(std, '.2f')} ({low:.2f} to {high:.2f})")
-    return cells
 
 
 def floor_of(runs):
@@ -385,8 +340,8 @@ def lines_of_grid(content):
 
 
 def grid_markdown(content):
-    """Make the three tables of a grid.json, as Markdown: all runs, the statistics of the methods,
-    and the best run of each with its F1 by level."""
+    """Make the two tables of a grid.json, as Markdown: all runs, and the best one of each method
+    with its F1 by level."""
     from plots import floor_row, markdown_table, points
     runs = content["runs"]
     rows, first = rows_of(runs), next(iter(runs.values()))
@@ -414,10 +369,6 @@ def grid_markdown(content):
         f"All {len(runs)} runs by F1: {title}{interval}; made by `{content['command']}`.\n\n",
         markdown_table(header, cells + chance),
         f"\nMissing: {', '.join(missing)}.\n" if missing else "",
-        "\nBy method, mean ± standard deviation (min to max) over the n configurations, not over "
-        "seeds:\n\n",
-        markdown_table(["method", "n", "F1 (%)", "exact match (%)", "training (min)"],
-                       map(statistics_cells, statistics_of(rows))),
         "\nBest configuration of each method, by validation F1",
         "; the last columns are the F1 of each level" if levels else "", ":\n\n",
         markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels], best),
@@ -452,23 +403,21 @@ def redraw(output):
     tables."""
     from plots import write_table
     path, figures = output / "metrics" / "grid.json", output / "figures"
-    content = read_grid(path)
-    if not (runs := content["runs"]):
+    if not path.exists():
         fail(f"there is no {path}; bash run_grid.sh makes it")
-    grid_bars(runs, figures / "grid_f1.png")
+    content = read_json(path, "command", "runs")
+    grid_bars(content["runs"], figures / "grid_f1.png")
     write_table(figures / "grid.md", grid_markdown(content))
 
 
 # --- the command line -----------------------------------------------------------------------------
 
 def write_grid(output, made_by, results, missing, tried):
-    """Write the JSON, the CSV files, the figures and the tables of a grid's results."""
-    metrics, rows = output / "metrics", rows_of(results)
+    """Write the JSON, the CSV file, the figure and the tables of a grid's results."""
+    metrics = output / "metrics"
     write_json(metrics / "grid.json", {"command": made_by, "missing": missing,
                                        "tried": tried, "runs": results})
-    write_csv(metrics / "grid_results.csv", rows)
-    write_csv(metrics / "grid_best.csv", best_of(rows))
-    write_csv(metrics / "grid_statistics.csv", statistics_of(rows))
+    write_csv(metrics / "grid_results.csv", rows_of(results))
     redraw(output)
 
 
@@ -480,39 +429,24 @@ def gather_trainer(argv):
     args = parser.parse_args(argv)
     results, missing = trainer_runs(args.trainer)
     check_writable(args.output)
-    path = args.output / "metrics" / "grid.json"
-    if not all("trainer" in run for run in read_grid(path)["runs"].values()):
-        fail(f"{path} holds runs that train.py made; choose another --output")
     write_grid(args.output, command(), results, missing, {})
     if missing:
         print(f"missing: {', '.join(missing)}")
 
 
-def fetch_first(run):
-    """Make what several runs need before they start at once. stdout is for their commands."""
-    with contextlib.redirect_stdout(sys.stderr):
-        if run.model == DEFAULT_MODEL:
-            model_folder()
-        if is_synthetic(run.settings):
-            synthetic_folder(run.settings.data_sha256)
-
-
-def gather_runs(run, runs, made_by):
-    """Gather the finished ones of `runs`, {run: flags of train.py}; made_by: the command."""
-    # a result of other settings is never taken: its file is named after its settings
-    paths = {name: read_flags(own).result for name, own in runs.items()}
-    results = {name: read_result(path) for name, path in paths.items() if path.exists()}
+def write_results(run, runs, results, tried, made_by):
+    """Write what the runs found, {run: result}; exit with status 1 if some of `runs` failed. tried:
+    grid_runs'; made_by: the command."""
     if not results:
-        fail("no run of this grid is finished; bash run_grid.sh with the same flags runs them")
+        fail("no run worked, see above")
     add_scores(results)
     missing = [name for name in runs if name not in results]
-    tried = read_search(run)["tried"] if run.data else {}
     write_grid(run.output, made_by, results, missing, tried)
     if line := mixed_hardware(results.values()):
         warn(f"the minutes do not compare: {line}")
     if missing:
-        print(f"{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}")
-        return
+        fail(f"{len(missing)} of {len(runs)} runs failed, see above; the same command tries them "
+             f"again: {', '.join(missing)}")
     lines = lines_of_grid({"runs": results, "tried": tried})
     chosen = {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
     print_next(run.output, lines, chosen, run.settings.model_sha256 and run.model, ".json")
@@ -531,35 +465,21 @@ def main(argv):
         parser.add_argument("--output", type=Path, default=TRAIN.parent)
         return redraw(parser.parse_args(argv).output)
 
-    asked = [word for word in argv if word not in ("--list", "--search")]
+    asked = [word for word in argv if word != "--list"]
     has_task = given("--task", asked) or given("--data", asked)
     flags = asked if has_task else ["--task", "synthetic", *asked]
     run = read_flags([*flags, "--method", "full"])  # a bad flag ends here, not in the first run
     if not run.settings.is_qa:
         fail("run_grid.sh is for question answering (with --data, a .json); for "
              "sentences there is run_all.sh")
-    asked_amp, flags = flags, decide_amp(flags)
-    free = () if flags == asked_amp else ("amp",)  # what another machine took for auto
-    path = run.output / "metrics" / "grid.json"
-    if run.data:  # another study's results are found before the search, not after it
-        own = {name: [*flags, *GRID_FLAGS[method].split()] for name in read_grid(path)["runs"]
-               if (method := name.split("_")[0]) in GRID_FLAGS}
-        check_same_study(path, own, (*free, "lr", "epochs"))
-    if given("--search", argv):
-        if run.data and not read_search(run):
-            search_rates(run, flags)
-        return
-    if not (grid := grid_runs(run)):
-        fail("the learning rates of these questions are not searched yet; bash run_grid.sh, or "
-             "python -m tools.grid --search, with the same flags does that")
-    runs = {name: [*flags, *own.split()] for name, own in grid.items()}
-    if not run.data:
-        check_same_study(path, runs, free)
-    if "--list" in argv:
+    flags, is_list = decide_amp(flags), "--list" in argv
+    # stdout is for the commands
+    with contextlib.redirect_stdout(sys.stderr if is_list else sys.stdout):
         fetch_first(run)
-        print_commands(runs.values())
-    else:
-        gather_runs(run, runs, shlex.join(["bash", "run_grid.sh", *asked]))
+        runs, tried = grid_runs(run, flags)
+    if is_list:
+        return print_commands(runs.values())
+    write_results(run, runs, train_all(runs), tried, shlex.join(["bash", "run_grid.sh", *asked]))
 
 
 if __name__ == "__main__":
