@@ -288,6 +288,17 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert memory.ledger_markdown(ledger) in capsys.readouterr().out
 
 
+def test_a_model_of_the_hub_is_read_from_the_cache(tmp_path, monkeypatch):
+    cached = tmp_path / "models--someone--small"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "config.json").write_text(json.dumps(SMALL))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = memory.read_config(parsed("--model", "someone/small", "--output", tmp_path))
+    assert SMALL.items() <= config.to_dict().items()
+
+
 def test_table_shows_the_ledger():
     row = {"weights": 1_234_560_000, "gradients": 340_000, "optimizer": 680_000, "kept": 50_000_000,
            "peak": 1_300_000_000, "fits": {"4": 0, "8": 1234}}
@@ -304,9 +315,12 @@ def test_table_shows_the_ledger():
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "bert-huge"], ["bert-huge", "bert-large-uncased", "config.json"]),
-    (["--model", "{}"], ["No such file"]),
-    (["--model", "{}/broken.json"], ["broken.json", "line 1"]),
+    (["--model", "{}"], ["model_type", "config.json"]),
+    (["--model", "{}/none.json"], ["none.json", "config.json"]),
+    (["--model", "{}/broken.json"], ["broken.json", "not a valid JSON"]),
+    (["--model", "{}/list.json"], ["list.json", "model_type"]),
     (["--model", "{}/roberta.json"], ["roberta.json", "model_type"]),
+    (["--model", "{}/decoder.json"], ["decoder.json", "is_decoder"]),
     (["--max-length", 513], ["--max-length 513", 512]),
     (["--batch-size", 0], ["--batch-size", "0"]),
     (["--gb", 4, "much"], ["--gb", "much"]),
@@ -314,19 +328,20 @@ def test_table_shows_the_ledger():
     (["--output", "{}/broken.json"], ["broken.json"]),
 ])
 def test_bad_input_is_one_line(flags, words, tmp_path):
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "roberta.json").write_text('{"model_type": "roberta"}')
+    for name, text in {"broken": "{", "list": "[]", "roberta": '{"model_type": "roberta"}',
+                       "decoder": json.dumps(SMALL | {"is_decoder": True})}.items():
+        (tmp_path / f"{name}.json").write_text(text)
     flags = ["--output", tmp_path / "out", *(str(flag).format(tmp_path) for flag in flags)]
-    one_line_exit(lambda: parsed(*flags), *words)
+    one_line_exit(lambda: memory.main(parsed(*flags)), *words)
     assert not list(tmp_path.rglob("memory.json"))
 
 
 def test_bad_input_is_answered_before_the_slow_imports(tmp_path):
     start = time.time()
-    done = run(sys.executable, "-m", "tools.memory", "--model", "bert-huge", "--output", tmp_path,
+    done = run(sys.executable, "-m", "tools.memory", "--batch-size", 0, "--output", tmp_path,
                cwd=ROOT)
     assert time.time() - start < 3
-    one_line_error(done, "bert-huge", "bert-large-uncased", "config.json")
+    one_line_error(done, "--batch-size", "0")
     assert done.returncode == 1 and not done.stdout and not list(tmp_path.rglob("memory.json"))
 
 

@@ -26,9 +26,9 @@ train.py reports.
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.memory")
 
-import json
 from pathlib import Path
 
+from checks import check_config, check_length
 from common import check_writable, command, fail, read_json, start, write_json
 from methods import CASES
 from settings import DEFAULT_MODEL, Parser, case_label, number, read_flags
@@ -45,30 +45,14 @@ PARTS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer
          "kept": "kept for backward", "peak": "peak"}
 
 
-def fields_of(name):
-    """Return the fields of a BertConfig as a dict: of one of MODELS, of a config.json or of a
-    folder that holds one."""
-    if name in MODELS:
-        return MODELS[name]
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        fail(f"--model {name}: neither {', '.join(MODELS)} nor a config.json or its folder "
-             f"({getattr(e, 'strerror', None) or e})")
-    if not isinstance(fields, dict) or fields.get("model_type") != "bert":
-        fail(f"--model {name}: {path.name} does not say \"model_type\": \"bert\"")
-    return fields
-
-
 def parse_args(argv=None):
-    """Read the flags, and the configuration that they name into `fields`."""
+    """Read the flags."""
     start()
     p = Parser(description="Predict how much memory each method needs in training.",
                allow_abbrev=False)
     p.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME",
-                   help=f"{', '.join(MODELS)}, or a BERT's config.json or its folder; its weights "
-                        f"are not read (default: {DEFAULT_MODEL})")
+                   help=f"{', '.join(MODELS)}, or a BERT's config.json, its folder or its hub id, "
+                        f"if it was downloaded; no weights are read (default: {DEFAULT_MODEL})")
     p.add_argument("--batch-size", type=number(int, 1, 10**6), default=32, metavar="N",
                    help="rows (default: 32)")
     p.add_argument("--max-length", type=number(int, 3, 10**6), default=128, metavar="N",
@@ -82,12 +66,7 @@ def parse_args(argv=None):
                    help="draw the figure and print the table of metrics/memory.json again")
     p.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="DIR",
                    help="where metrics/ and figures/ go (default: the project's folder)")
-
     args = p.parse_args(argv)
-    args.fields = fields_of(args.model)
-    longest = args.fields.get("max_position_embeddings", 512)
-    if isinstance(longest, int) and args.max_length > longest:
-        fail(f"--max-length {args.max_length}: {args.model} reads {longest} tokens at most")
     check_writable(args.output / "metrics")
     return args
 
@@ -105,7 +84,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
 import fast
 from lora import replace_modules
@@ -345,19 +324,30 @@ def redraw(output):
     print(f"{ledger_markdown(ledger)}\n{path} holds these numbers; drew {figure}")
 
 
+def read_config(args):
+    """Return the configuration that the flags name, with two labels; exit if this project can make
+    no model of it, or none that reads rows as long as --max-length."""
+    name = args.model
+    try:
+        config = (BertConfig(**MODELS[name]) if name in MODELS else
+                  AutoConfig.from_pretrained(name, local_files_only=True))
+        check_config(name, config)
+        check_length(args, config)
+        config.num_labels, config.problem_type = 2, "single_label_classification"
+        with torch.device("meta"):
+            make_model(config, CASES["full"].flags, None)
+    except Exception as e:  # whatever Hugging Face and PyTorch make of nonsense
+        fail(f"--model {name}: no configuration of a BERT ({type(e).__name__}: "
+             f"{' '.join(str(e).split())}); take {', '.join(MODELS)}, a config.json, its folder or "
+             "the hub id of what was downloaded")
+    return config
+
+
 def main(args):
     if args.redraw:
         redraw(args.output)
         return
-    try:
-        config = BertConfig(**{**args.fields, "num_labels": 2,
-                               "problem_type": "single_label_classification"})
-        with torch.device("meta"):
-            make_model(config, CASES["full"].flags, None)
-    except Exception as e:  # whatever Hugging Face and PyTorch make of nonsense
-        fail(f"--model {args.model}: no BERT can be made of this configuration "
-             f"({type(e).__name__}: {' '.join(str(e).split())})")
-
+    config = read_config(args)
     batch = args.batch_size, args.max_length, torch.bfloat16 if args.amp == "bf16" else None
     methods = {name: {"label": case_label(name),
                       **predict_bytes(config, case.flags, *batch, args.gb)}
