@@ -180,20 +180,7 @@ def timed(run_batch, batches):
 
 def prepare_peer(s, split, fresh):
     """Return what prepare() does for the peer's training, on random batches."""
-    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback
-
-    class Clock(TrainerCallback):
-        """Take the seconds from the first step to the last, without what Trainer does around
-        them."""
-
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 0:
-                self.begin = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **_):
-            if MACHINE.type == "cuda":
-                torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.begin
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 
     torch.manual_seed(s.seed)
     tokenizer, model = fresh()
@@ -202,7 +189,7 @@ def prepare_peer(s, split, fresh):
         model = get_peft_model(model, LoraConfig(
             task_type="SEQ_CLS", r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout,
             target_modules=["query", "value"], use_dora=s.method == "dora"))
-    batches, clock = sample(split, s, by_length=False), Clock()
+    batches = sample(split, s, by_length=False)
     rows = [{"input_ids": split.ids[i].tolist(), "labels": int(split.labels[i])}
             for i in np.concatenate(batches)]
     arguments = transformers.TrainingArguments(
@@ -210,14 +197,11 @@ def prepare_peer(s, split, fresh):
         learning_rate=1e-5, weight_decay=0.01, bf16=s.amp == "bf16", fp16=s.amp == "fp16",
         use_cpu=MACHINE.type == "cpu", train_sampling_strategy="sequential", save_strategy="no",
         logging_strategy="no", report_to=[], disable_tqdm=True, seed=s.seed)
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[clock],
+    trainer = Trainer(model, arguments, train_dataset=rows,
                       data_collator=DataCollatorWithPadding(tokenizer))
     trainer.remove_callback(PrinterCallback)
-
-    def train_round():
-        trainer.train()
-        return clock.seconds
-    return train_round, batches
+    # from when model and loader are made to when the loss is on the CPU, as timed() does it
+    return lambda: trainer.train().metrics["train_runtime"], batches
 
 
 def prepare(case, s, split, fresh):
