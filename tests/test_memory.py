@@ -295,7 +295,7 @@ def test_a_model_of_the_hub_is_read_from_the_cache(tmp_path, monkeypatch):
     (cached / "snapshots" / "abc").mkdir(parents=True)
     (cached / "snapshots" / "abc" / "config.json").write_text(json.dumps(SMALL))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    config = memory.read_config(parsed("--model", "someone/small", "--output", tmp_path))
+    config = memory.load_config(parsed("--model", "someone/small", "--output", tmp_path))
     assert SMALL.items() <= config.to_dict().items()
 
 

@@ -324,7 +324,7 @@ def redraw(output):
     print(f"{ledger_markdown(ledger)}\n{path} holds these numbers; drew {figure}")
 
 
-def read_config(args):
+def load_config(args):
     """Return the configuration that the flags name, with two labels; exit if this project can make
     no model of it, or none that reads rows as long as --max-length."""
     name = args.model
@@ -347,7 +347,7 @@ def main(args):
     if args.redraw:
         redraw(args.output)
         return
-    config = read_config(args)
+    config = load_config(args)
     batch = args.batch_size, args.max_length, torch.bfloat16 if args.amp == "bf16" else None
     methods = {name: {"label": case_label(name),
                       **predict_bytes(config, case.flags, *batch, args.gb)}
