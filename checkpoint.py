@@ -30,8 +30,6 @@ from settings import Settings
 PROBE = ("The caf\u00e9 and the CAFE\u0301 isn't \u00dcn\u00efc\u00f8de, I\u0307stanbul\u200b "
          "stra\u00dfe; \u4e2d\u6587 don\u2019t\x00 re-do "
          "\u0939\u093f\u0928\u094d\u0926\u0940 [MASK] <s> 1,000.5%\u00a0")
-# settings without which the tensors of a file cannot be put back in place
-MEANING = ("method", "r", "alpha", "targets", "placement", "bottleneck", "reduction")
 
 
 def hash_base(model):
@@ -123,36 +121,20 @@ def fill(path, model, tensors, assign):
     in the place of the model's own parameters, which stay as they are; otherwise copied into
     them."""
     own = trained_tensors(model)
-    if missing := sorted(own.keys() - tensors.keys()):
-        fail(f"{path} lacks {len(missing)} of the {len(own)} tensors that train, {missing[0]} "
-             "first")
-    if extra := sorted(tensors.keys() - own.keys()):
-        fail(f"{path} has {len(extra)} tensors that this method does not train, {extra[0]} first")
-    for name, p in own.items():
-        found = tensors[name]
-        if (found.shape, found.dtype) != (p.shape, p.dtype):
-            fail(f"{path}: {name} is {found.dtype} of shape {tuple(found.shape)}, not {p.dtype} of "
-                 f"{tuple(p.shape)}")
-        if not found.isfinite().all():
+    for name in sorted(own.keys() | tensors.keys()):
+        found, needed = (f"{group[name].dtype} of shape {tuple(group[name].shape)}"
+                         if name in group else "missing" for group in (tensors, own))
+        if found != needed:
+            fail(f"{path}: {name} is {found}, but {needed} in what this method trains")
+        if not tensors[name].isfinite().all():
             fail(f"{path}: {name} holds NaN or infinity")
     model.load_state_dict(tensors, strict=False, assign=assign)
 
 
 def load(path, model, about):
-    """Put a file back into a model that apply_method has made, as `about` describes it; whole or
-    not at all."""
-    found = read_about(path)
-    check_base(path, found, about["base"])
-    if found["label_names"] != about["label_names"]:
-        fail(f"{path} is of another task: its labels are {found['label_names']}, not "
-             f"{about['label_names']}")
-    for key in MEANING:
-        has, asked = getattr(found["settings"], key), getattr(about["settings"], key)
-        if has != asked:
-            fail(f"{path} has {key} {has}, not {asked}")
-    if found["epoch"] != about["epoch"]:
-        fail(f"{path} is of epoch {found['epoch']}, not {about['epoch']}: another process trains "
-             "the same run")
+    """Put back what save(path, model, about) wrote; whole or not at all."""
+    if read_about(path) != about:
+        fail(f"{path} is not what this run saved: another process trains the same run")
     fill(path, model, read_tensors(path), assign=False)
 
 

@@ -200,7 +200,8 @@ def test_what_is_not_supported_is_said_in_one_line(config, words, tmp_path):
     *[(lambda t, x=x: {n: p * x if "value" in n else p for n, p in t.items()},
        ["value.lora_", "NaN or infinity"]) for x in (math.nan, -math.inf)],
     (lambda t: {n.replace("bert.encoder", "vit.encoder"): p for n, p in t.items()}, ["vit"]),
-    (lambda t: {n: p for n, p in t.items() if "layer.1" not in n}, ["lacks"]),
+    (lambda t: {n: p for n, p in t.items() if "layer.1" not in n},
+     ["layer.1", "is missing, but torch.float32"]),
     (lambda t: t | {"base_model.model.bert.pooler.dense.weight": torch.ones(2)}, ["pooler"]),
     (lambda t: t | {f"base_model.model.bert.pooler.dense.lora_{x}.weight": torch.ones(2, 2)
                     for x in "AB"}, ["bert.pooler.dense", "not supported", "all-linear"]),

@@ -3,7 +3,8 @@ them alike.
 
     python -m tools.bench            every method; the peer is Hugging Face's Trainer, with peft for
                                      LoRA and DoRA, where accelerate and peft are installed
-    python -m tools.bench --tricks   what each speed trick gains, alone and after all the others
+    python -m tools.bench --tricks   what each speed trick gains, alone and after all the others;
+                                     those of fast.py act on a CPU alone
     python -m tools.bench --growth [--model bert-base-uncased]
                                      how the time grows with the length of the rows: random weights,
                                      random tokens, so that nothing has to be downloaded
@@ -30,8 +31,8 @@ TRICKS = {"length_groups": "batches of one sentence length (data.py)",
           "cheap_dropout": "16 random bits an element (fast.py)",
           "kept_memory": "freed memory stays in the process (fast.py)",
           "cls_only": "a last layer for [CLS] alone (fast.py)",
-          "cast_once": "one cast to 16 bits for query, key and value (fast.py)",
-          "half_weights": "frozen weights stored in 16 bits (model.py)",
+          "cast_once": "in mixed precision, one cast for query, key and value (fast.py)",
+          "half_weights": "in mixed precision, frozen weights in 16 bits (model.py)",
           "fused_adamw": "AdamW in one pass over memory (train.py)"}
 INFERENCE = {"plain": ("inference: BERT", "full"), "unmerged": ("inference: LoRA r=8", "lora_r8"),
              "merged": ("inference: LoRA r=8, merged", "lora_r8")}
@@ -180,20 +181,7 @@ def timed(run_batch, batches):
 
 def prepare_peer(s, split, fresh):
     """Return what prepare() does for the peer's training, on random batches."""
-    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback
-
-    class Clock(TrainerCallback):
-        """Take the seconds from the first step to the last, without what Trainer does around
-        them."""
-
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 0:
-                self.begin = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **_):
-            if MACHINE.type == "cuda":
-                torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.begin
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 
     torch.manual_seed(s.seed)
     tokenizer, model = fresh()
@@ -202,7 +190,7 @@ def prepare_peer(s, split, fresh):
         model = get_peft_model(model, LoraConfig(
             task_type="SEQ_CLS", r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout,
             target_modules=["query", "value"], use_dora=s.method == "dora"))
-    batches, clock = sample(split, s, by_length=False), Clock()
+    batches = sample(split, s, by_length=False)
     rows = [{"input_ids": split.ids[i].tolist(), "labels": int(split.labels[i])}
             for i in np.concatenate(batches)]
     arguments = transformers.TrainingArguments(
@@ -210,14 +198,11 @@ def prepare_peer(s, split, fresh):
         learning_rate=1e-5, weight_decay=0.01, bf16=s.amp == "bf16", fp16=s.amp == "fp16",
         use_cpu=MACHINE.type == "cpu", train_sampling_strategy="sequential", save_strategy="no",
         logging_strategy="no", report_to=[], disable_tqdm=True, seed=s.seed)
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[clock],
+    trainer = Trainer(model, arguments, train_dataset=rows,
                       data_collator=DataCollatorWithPadding(tokenizer))
     trainer.remove_callback(PrinterCallback)
-
-    def train_round():
-        trainer.train()
-        return clock.seconds
-    return train_round, batches
+    # from when model and loader are made to when the loss is on the CPU, as timed() does it
+    return lambda: trainer.train().metrics["train_runtime"], batches
 
 
 def prepare(case, s, split, fresh):
@@ -376,19 +361,9 @@ def bench_markdown(study):
     return markdown_table(header, rows) + f"\n{study['caption']}\n"
 
 
-def has_effect(trick, method, where):
-    """Tell whether a trick does anything for a method in the environment `where`; otherwise the
-    numbers show the noise."""
-    if trick in ("half_weights", "cast_once") and where["amp"] == "off":
-        return False
-    if trick == "half_weights":
-        return method != "full"
-    return trick not in ("cheap_dropout", "cls_only") or "CPU" in where["device"]
-
-
 def tricks_markdown(study):
     """Make the table and caption of a bench_tricks.json, as Markdown: how many times faster a trick
-    makes a step, as the only one and as the last."""
+    makes a step, as the only one and as the last. One that has no effect here shows the noise."""
     cases, rows = study["cases"], []
 
     def gain(slow, quick):
@@ -397,10 +372,8 @@ def tricks_markdown(study):
     for trick, what in TRICKS.items():
         row = [f"`{trick}`: {what}"]
         for method in "lora_r8", "full":
-            gains = [gain(f"{method} none", f"{method} only {trick}"),
-                     gain(f"{method} without {trick}", method)]
-            row += (gains if has_effect(trick, method, study["environment"]) else
-                    ["no effect here"] * 2)
+            row += [gain(f"{method} none", f"{method} only {trick}"),
+                    gain(f"{method} without {trick}", method)]
         rows.append(row)
     for label, kind in ("sentences per s without any", " none"), ("sentences per s with all", ""):
         lora, full = (f"{cases[method + kind]['sentences_per_s']:.0f}"

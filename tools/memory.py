@@ -20,15 +20,15 @@ on top. Every row has full length.
 Without CUDA this describes the CPU's modules (fast.py), with CUDA Hugging Face's, as train.py uses
 them. The CPU's batches are on the safe side for a GPU, where fused attention keeps no (tokens,
 tokens) matrix and a dropout mask takes one byte per element. Below some 50 tokens they may be too
-large, since only the CPU shortens the last layer. Nothing was measured on a GPU; where there is
-one, --measure does.
+large, since only the CPU shortens the last layer. Nothing was measured on a GPU, whose peak
+train.py reports.
 """
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.memory")
 
-import json
 from pathlib import Path
 
+from checks import check_config, check_length
 from common import check_writable, command, fail, read_json, start, write_json
 from methods import CASES
 from settings import DEFAULT_MODEL, Parser, case_label, number, read_flags
@@ -45,30 +45,14 @@ PARTS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer
          "kept": "kept for backward", "peak": "peak"}
 
 
-def fields_of(name):
-    """Return the fields of a BertConfig as a dict: of one of MODELS, of a config.json or of a
-    folder that holds one."""
-    if name in MODELS:
-        return MODELS[name]
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        fail(f"--model {name}: neither {', '.join(MODELS)} nor a config.json or its folder "
-             f"({getattr(e, 'strerror', None) or e})")
-    if not isinstance(fields, dict) or fields.get("model_type") != "bert":
-        fail(f"--model {name}: {path.name} does not say \"model_type\": \"bert\"")
-    return fields
-
-
 def parse_args(argv=None):
-    """Read the flags, and the configuration that they name into `fields`."""
+    """Read the flags."""
     start()
     p = Parser(description="Predict how much memory each method needs in training.",
                allow_abbrev=False)
     p.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME",
-                   help=f"{', '.join(MODELS)}, or a BERT's config.json or its folder; its weights "
-                        f"are not read (default: {DEFAULT_MODEL})")
+                   help=f"{', '.join(MODELS)}, or a BERT's config.json, its folder or its hub id, "
+                        f"if it was downloaded; no weights are read (default: {DEFAULT_MODEL})")
     p.add_argument("--batch-size", type=number(int, 1, 10**6), default=32, metavar="N",
                    help="rows (default: 32)")
     p.add_argument("--max-length", type=number(int, 3, 10**6), default=128, metavar="N",
@@ -78,18 +62,11 @@ def parse_args(argv=None):
     p.add_argument("--gb", type=number(float, 0.001, 10**6), nargs="+", default=[4, 8, 12, 24],
                    metavar="X", help="memory to find the largest batches for, in 1e9 bytes "
                                      "(default: 4 8 12 24)")
-    p.add_argument("--measure", action="store_true",
-                   help="also count the same bytes in real training steps, from random weights")
     p.add_argument("--redraw", action="store_true",
                    help="draw the figure and print the table of metrics/memory.json again")
     p.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="DIR",
                    help="where metrics/ and figures/ go (default: the project's folder)")
-
     args = p.parse_args(argv)
-    args.fields = fields_of(args.model)
-    longest = args.fields.get("max_position_embeddings", 512)
-    if isinstance(longest, int) and args.max_length > longest:
-        fail(f"--max-length {args.max_length}: {args.model} reads {longest} tokens at most")
     check_writable(args.output / "metrics")
     return args
 
@@ -97,7 +74,6 @@ def parse_args(argv=None):
 # before the slow imports, so that a typo is answered at once
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import gc
 import math
 import weakref
 from unittest import mock
@@ -106,10 +82,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
 import fast
 from lora import replace_modules
@@ -288,44 +263,6 @@ def largest_batch(peaks, size):
     return max(0, low + math.floor((size - peaks[low]) / k))
 
 
-def measure_bytes(config, flags, batch_size, max_length, dtype):
-    """Count the same bytes in two real training steps on DEVICE, from random weights; `peak` as the
-    allocator saw it: CUDA's own count, or on a CPU that of torch.profiler."""
-    from train import make_optimizer  # slow to import
-    gc.collect()  # what the last method left in reference cycles would count in the peak
-    model = make_model(config, flags, dtype)
-    trained = list(trained_tensors(model).values())
-    optimizer = make_optimizer(trained, 1e-5)
-    mask = torch.ones(batch_size, max_length, dtype=torch.int64, device=DEVICE)
-
-    def train_step():
-        loss, kept = count_kept(model, batch_size, max_length, dtype, attention_mask=mask)
-        backward(model, loss)
-        optimizer.step()
-        gradients = sum(p.grad.nbytes for p in trained)
-        optimizer.zero_grad()
-        return kept, gradients
-
-    # on a CPU numpy draws the bits, in memory that torch's profiler does not see
-    with mock.patch.object(fast, "random_bits", bits_without_numbers):
-        train_step()  # makes the optimizer's moments, so that only the second has the usual peak
-        weights = sum(stored(model).values())
-        moments = sum(t.nbytes for state in optimizer.state.values()
-                      for name, t in state.items() if name != "step")
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            kept, gradients = train_step()
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            with profile(profile_memory=True) as profiled:
-                kept, gradients = train_step()
-            changes = [event.nbytes() for event in profiled.profiler.kineto_results.events()
-                       if event.name() == "[memory]"]
-            peak = weights + moments + int(np.cumsum(changes).max())
-    return {"weights": weights, "gradients": gradients, "optimizer": moments, "kept": kept,
-            "peak": peak}
-
-
 # --- table and figure ----------------------------------------------------------------------------
 
 def ledger_caption(ledger):
@@ -387,34 +324,30 @@ def redraw(output):
     print(f"{ledger_markdown(ledger)}\n{path} holds these numbers; drew {figure}")
 
 
-def print_measured(config, batch, predicted):
-    """Train every method for two steps, and print the bytes beside those that were predicted."""
-    header, rows = ["predicted / measured", *(f"{name} (MB)" for name in PARTS.values())], []
-    for name, case in CASES.items():
-        try:
-            measured = measure_bytes(config, case.flags, *batch)
-        except RuntimeError as e:  # only a full GPU has a type of its own, a full CPU has none
-            if "memory" not in str(e):
-                raise
-            fail("there is not enough memory here for --measure; take a smaller --batch-size")
-        rows.append([predicted[name]["label"],
-                     *(f"{mb(predicted[name][part])} / {mb(measured[part])}" for part in PARTS)])
-    print("\n" + markdown_table(header, rows), end="")
+def load_config(args):
+    """Return the configuration that the flags name, with two labels; exit if this project can make
+    no model of it, or none that reads rows as long as --max-length."""
+    name = args.model
+    try:
+        config = (BertConfig(**MODELS[name]) if name in MODELS else
+                  AutoConfig.from_pretrained(name, local_files_only=True))
+        check_config(name, config)
+        check_length(args, config)
+        config.num_labels, config.problem_type = 2, "single_label_classification"
+        with torch.device("meta"):
+            make_model(config, CASES["full"].flags, None)
+    except Exception as e:  # whatever Hugging Face and PyTorch make of nonsense
+        fail(f"--model {name}: no configuration of a BERT ({type(e).__name__}: "
+             f"{' '.join(str(e).split())}); take {', '.join(MODELS)}, a config.json, its folder or "
+             "the hub id of what was downloaded")
+    return config
 
 
 def main(args):
     if args.redraw:
         redraw(args.output)
         return
-    try:
-        config = BertConfig(**{**args.fields, "num_labels": 2,
-                               "problem_type": "single_label_classification"})
-        with torch.device("meta"):
-            make_model(config, CASES["full"].flags, None)
-    except Exception as e:  # whatever Hugging Face and PyTorch make of nonsense
-        fail(f"--model {args.model}: no BERT can be made of this configuration "
-             f"({type(e).__name__}: {' '.join(str(e).split())})")
-
+    config = load_config(args)
     batch = args.batch_size, args.max_length, torch.bfloat16 if args.amp == "bf16" else None
     methods = {name: {"label": case_label(name),
                       **predict_bytes(config, case.flags, *batch, args.gb)}
@@ -424,8 +357,6 @@ def main(args):
         "max_length": args.max_length, "amp": args.amp, "device": DEVICE,
         "git_commit": git_commit(), "methods": methods})
     redraw(args.output)
-    if args.measure:
-        print_measured(config, batch, methods)
 
 
 if __name__ == "__main__":
