@@ -10,7 +10,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, one_line_exit, run
@@ -54,59 +53,53 @@ def client(served):
 
 
 def test_sentences_are_answered_as_by_predict(client, study):
-    answers = client.predict("A good film.\n\n<b>A bad film.", ["lora_r8", "adapter"],
-                             api_name="/ask")
+    asked, names = ["A good film.", "<b>A bad film."], ["lora_r8", "adapter"]
+    table, note, marked = client.predict("\n\n".join(asked), names[::-1], api_name="/ask")
     files = predict.find(study[0])
-    tokenizer, methods = predict.load_methods({name: files[name] for name in ("lora_r8",
-                                                                             "adapter")})
-    for sentence in "A good film.", "<b>A bad film.":
-        for method in methods:
-            label, p = predict.classify(method, tokenizer, sentence)
-            assert f">{label} {p:.2f}</td>" in answers
-    assert "<td>A good film.</td>" in answers and "&lt;b&gt;A bad film." in answers
-    assert "ms per sentence" in answers and "ms to switch" in answers
+    tokenizer, methods = predict.load_methods({name: files[name] for name in names})
+    assert table["headers"] == ["", *names]
+    for sentence, row in zip(asked, table["data"]):
+        answers = [predict.classify(method, tokenizer, sentence) for method in methods]
+        assert [cell.removeprefix("* ") for cell in row] == [
+            sentence, *(f"{label} {p:.2f}" for label, p in answers)]
+        assert ["* " in cell for cell in row[1:]] == [answers[0][0] != answers[1][0]] * 2
+    numbers = table["data"][2:]
+    assert [row[0] for row in numbers] == ["ms per sentence", "ms to switch to it, from its file",
+                                           "its file (MB)"]
+    assert all(float(cell) > 0 for row in numbers for cell in row[1:])
+    assert not note and marked is None
 
 
-def test_disagreement_is_marked(monkeypatch):
-    monkeypatch.setattr(predict, "classify", lambda method, tokenizer, s: (method.name[0], 0.5))
-    monkeypatch.setattr(predict, "encode", lambda *_: SimpleNamespace(n_cut=0))
-    here = demo.Answerers.__new__(demo.Answerers)
-    here.missing, here.files, here.tokenizer = "", {"a": 1, "ab": 1, "c": 1}, None
-    here.switch = lambda name: predict.Trained(name, None, {}, 0, 1.0)
-    answers = demo.ask_sentences(here, "a film", ["a", "ab", "c"])
-    assert answers.count('class="differs"') == 1 and '<td class="differs">c 0.50</td>' in answers
-    assert "Marked" in answers and "Marked" not in demo.ask_sentences(here, "a film", ["a", "ab"])
-    # of two that disagree neither is what most say
-    assert demo.ask_sentences(here, "a film", ["a", "c"]).count('class="differs"') == 2
-
-
-@pytest.mark.parametrize("text, names, words", [
-    ("", ["lora_r8"], "write a text"), (" \n ", ["lora_r8"], "write a text"),
-    ("a film", [], "at least one method"), ("a film\n" * 51, ["lora_r8"], "51 sentences"),
-    ("word " * 3000, ["lora_r8"], "…"), ("\u200b\U0001f600 \x07", ["lora_r8"], "ms per")])
-def test_strange_texts_get_an_answer_or_a_line(text, names, words, client):
-    assert words in client.predict(text, names, api_name="/ask")
+@pytest.mark.parametrize("text, names, words, n", [
+    ("", ["lora_r8"], "write a text", 0), (" \n ", ["lora_r8"], "write a text", 0),
+    ("a film", [], "at least one method", 0), ("a film\n" * 51, ["lora_r8"], "", 51),
+    ("word " * 3000, ["lora_r8"], "were cut", 1), ("\u200b\U0001f600 \x07", ["lora_r8"], "", 1)])
+def test_strange_texts_get_an_answer_or_a_line(text, names, words, n, client):
+    table, note, _ = client.predict(text, names, api_name="/ask")
+    assert words in note and bool(words) is bool(note)
+    assert len([row for row in table["data"] if row]) == (n and n + 3)  # times and sizes
 
 
 def test_a_cut_text_is_said(client):
     for text, n in ("good\n" + "word " * 200, 1), ("good", 0):
-        said = client.predict(text, ["lora_r8", "adapter"], api_name="/ask")
+        _, said, _ = client.predict(text, ["lora_r8", "adapter"], api_name="/ask")
         assert said.count("1 of the texts were cut at the 128 tokens that training had") == n
 
 
 def test_without_trained_questions_it_is_said(client):
-    said = client.predict("Who?", "A passage.", [], api_name="/ask_passage")
+    _, said, _ = client.predict("Who?", "A passage.", [], api_name="/ask_passage")
     assert "grid.json is not there" in said and "run_grid.sh" in said
 
 
 def test_the_answer_is_marked_where_it_stands(monkeypatch):
-    here = demo.Answerers.__new__(demo.Answerers)
-    here.missing, here.files, here.tokenizer = "", {"lora": 1}, None
-    here.switch = lambda name: predict.Trained(name, None, {}, 0, 1.0)
-    monkeypatch.setattr(predict, "answer", lambda *_: ("<Oslo>", 15))
-    marked = demo.ask_passage(here, "where?", "Not <Oslo>, but<Oslo>.", ["lora"])
-    assert "Not &lt;Oslo&gt;, but<mark>&lt;Oslo&gt;</mark>." in marked
-    one_line_exit(lambda: demo.ask_passage(here, "where?", "x" * 20_001, ["lora"]), "too many")
+    passage, found = "Not <Oslo>, but<Oslo>.", {"lora": ("<Oslo>", 15), "full": ("Not", 0)}
+    monkeypatch.setattr(predict, "answer", lambda method, *_: found[method.name])
+    methods = [predict.Trained(name, None, {}, 0, 1.0) for name in found]
+    table, _, parts = demo.ask_passage(None, methods, "where?", passage)
+    assert table["headers"] == ("", "lora", "full")
+    assert table["data"][0] == ("answer", "<Oslo>", "Not")
+    assert parts == [("Not <Oslo>, but", None), ("<Oslo>", "lora"), (".\n\n", None),
+                     ("", None), ("Not", "full"), (" <Oslo>, but<Oslo>.\n\n", None)]
 
 
 def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(served):
@@ -122,7 +115,7 @@ def test_it_is_served_on_this_machine_alone_and_loads_nothing_from_elsewhere(ser
             s.settimeout(2)
             assert s.connect_ex((other, port)) != 0
     one_line_exit(lambda: demo.launch(demo.make_page(ROOT / "nothing"), port),
-                  "Address already in use", "--port")
+                  f"port {port} of 127.0.0.1 cannot be used", "--port")
 
 
 @pytest.mark.parametrize("path, headers", [
@@ -141,9 +134,7 @@ def test_other_hosts_origins_and_uploads_are_refused(path, headers, served):
 
 @pytest.mark.parametrize("texts", [["bad \ud83d film"], ["who?", "bad \ud83d"]])
 def test_half_a_character_is_a_line(texts):
-    here = demo.Answerers.__new__(demo.Answerers)
-    here.missing, here.files = "", {"a": 1}
-    one_line_exit(lambda: demo.check_asked(here, texts, ["a"]), "surrogate", "no character")
+    one_line_exit(lambda: demo.check_asked(texts, ["a"]), "surrogate", "no character")
 
 
 def test_a_proxy_is_not_asked_for_the_page(study, monkeypatch):
@@ -158,22 +149,22 @@ def test_a_proxy_is_not_asked_for_the_page(study, monkeypatch):
     assert demo.os.environ["ALL_PROXY"] == "socks5://127.0.0.1:9"
 
 
-def test_a_port_that_may_not_be_used_is_not_called_taken(study, monkeypatch):
+def test_a_port_that_may_not_be_used_is_a_line(monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(demo.socket.socket, "bind", refuse)
-    one_line_exit(lambda: demo.launch(None, 80), "port 80", "Permission denied", "--port")
+    page = demo.make_page(ROOT / "nothing")
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    one_line_exit(lambda: demo.launch(page, 80), "port 80 of 127.0.0.1", "--port")
 
 
-def test_a_checkpoint_that_goes_while_the_page_is_open_is_a_line(study, tmp_path):
+def test_a_checkpoint_that_goes_while_the_page_is_open_is_asked_on(study, tmp_path):
     path = tmp_path / "mine.safetensors"
     shutil.copy(predict.find(study[0])["lora_r8"], path)
-    here = demo.Answerers(study[0], False, None, {"mine": path})
-    assert "ms per" in demo.ask_sentences(here, "a film", ["mine"])
+    tokenizer, methods, _ = demo.load_asked(study[0], False, None, {"mine": path})
     path.unlink()
-    one_line_exit(lambda: demo.ask_sentences(here, "a film", ["mine"]),
-                  "cannot read the checkpoint")
+    table, *_ = demo.ask_sentences(tokenizer, methods, "a film")
+    assert table["headers"] == ["", "mine"] and len(table["data"]) == 4
 
 
 def test_any_checkpoints_can_be_asked(study, tmp_path, monkeypatch, capsys):
@@ -187,9 +178,10 @@ def test_any_checkpoints_can_be_asked(study, tmp_path, monkeypatch, capsys):
     assert address in capsys.readouterr().out
     try:
         client = Client(address, verbose=False)
-        answers = client.predict("A good film.", [path.stem for path in paths], api_name="/ask")
-        assert all(f"<th>{path.stem}</th>" in answers for path in paths)
-        said = client.predict("Who?", "A passage.", [], api_name="/ask_passage")
+        names = [path.stem for path in paths]
+        table, *_ = client.predict("A good film.", names, api_name="/ask")
+        assert table["headers"] == ["", *names]
+        _, said, _ = client.predict("Who?", "A passage.", [], api_name="/ask_passage")
         assert "no --checkpoint was trained on questions" in said
     finally:
         pages[0].close()
@@ -202,8 +194,8 @@ def test_a_checkpoint_that_does_not_fit_is_said_at_the_start(study, tmp_path):
     one_line_exit(lambda: demo.make_page(tmp_path, None, [good, bad]), "half.safetensors")
     about = read_about(good)
     save_file(read_tensors(good), bad, as_metadata(about | {"base": "another"}))
-    said = demo.Answerers(study[0], False, None, {"a": good, "b": bad}).missing
-    assert "half.safetensors was trained on another base" in said
+    _, methods, said = demo.load_asked(study[0], False, None, {"a": good, "b": bad})
+    assert not methods and "half.safetensors was trained on another base" in said
 
 
 def test_a_fresh_clone_shows_the_answer_and_its_examples_can_be_asked(tmp_path, monkeypatch):
@@ -212,9 +204,10 @@ def test_a_fresh_clone_shows_the_answer_and_its_examples_can_be_asked(tmp_path, 
     monkeypatch.setattr(demo, "EXAMPLES", tmp_path / "examples")
     page, port = demo.make_page(tmp_path), free_port()
     demo.launch(page, port)
-    answers = Client(f"http://127.0.0.1:{port}", verbose=False).predict(
+    table, *_ = Client(f"http://127.0.0.1:{port}", verbose=False).predict(
         "A wonderful film.\nA waste of time.", ["lora_r8", "bitfit"], api_name="/ask")
-    assert answers.count(">positive ") == 2 and answers.count(">negative ") == 2
+    labels = [[cell.split()[0] for cell in row[1:]] for row in table["data"][:2]]
+    assert labels == [["positive"] * 2, ["negative"] * 2]
     config = str(page.config)
     page.close()
     assert "**Lost.**" in config and "data:image/png;base64" in config
@@ -222,13 +215,26 @@ def test_a_fresh_clone_shows_the_answer_and_its_examples_can_be_asked(tmp_path, 
         demo.files_to_ask(tmp_path / "metrics", False)
 
 
-def test_columns_without_a_number_are_left_out(study):
-    entries = demo.load_study(study[0])[0]["entries"]
-    header, rows = demo.table_of(entries)
-    assert {len(row) for row in rows} == {len(header)} and header[0] == "method"
-    assert all(any(row[j] is not None for row in rows) for j in range(len(header)))
-    unmeasured = {name: entry | {"nll": None} for name, entry in entries.items()}
-    assert demo.table_of(unmeasured)[0] == [name for name in header if name != "NLL"]
+def shown_results(figures):
+    """What stands below Compare: the values of its components by their names."""
+    with gradio.Blocks() as page:
+        demo.show_results(figures)
+    return {block.elem_id: block.value for block in page.blocks.values()
+            if hasattr(block, "value")}
+
+
+def test_the_page_shows_what_the_study_wrote(study, tmp_path):
+    for figures, table, picture in ((ROOT / "figures", "answer.md", "glance.png"),
+                                    (study[0] / "figures", "summary.md", "summary.png")):
+        shown = shown_results(figures)
+        assert list(shown) == ["glance", "verdict"]  # the picture on top
+        assert shown["verdict"].strip() == (figures / table).read_text().strip()
+        png = base64.b64encode((figures / picture).read_bytes()).decode()
+        assert png in shown["glance"]
+    (tmp_path / "answer.md").write_text("a table")
+    assert shown_results(tmp_path) == {"verdict": "a table"}
+    said, = shown_results(tmp_path / "figures").values()
+    assert "bash run_all.sh" in said
 
 
 def test_an_output_without_results_ends_in_one_line(tmp_path):
@@ -314,19 +320,23 @@ def test_typing_ticking_and_reading_in_a_browser(width, browser, served, tmp_pat
     text = browser.send("/element", {"using": "css selector", "value": "#sentences textarea"})
     element = f"/element/{next(iter(text.values()))}"
     browser.send(f"{element}/clear", {})
-    browser.send(f"{element}/value", {"text": "A typed film."})
+    browser.send(f"{element}/value", {"text": "A <b>typed</b> film."})
     # without the last method
     browser.js("[...document.querySelectorAll('#ask_methods input')].at(-1).click()")
     browser.js("document.querySelector('#ask').click()")
-    rows = browser.wait("document.querySelectorAll('#ask_answers td').length && [...document."
-                        "querySelectorAll('#ask_answers tr')].map(row => row.innerText)")
+    rows = browser.wait("document.querySelector('#ask_answers').innerText.includes('ms per') && "
+                        "[...document.querySelectorAll('#ask_answers [role=row]')]"
+                        ".map(row => row.innerText)")
     assert "lora_r8" in rows[0] and "adapter" not in rows[0]
-    assert rows[1].startswith("A typed film.") and "ms per sentence" in rows[2]
+    assert rows[1].startswith("A <b>typed</b> film.") and "ms per sentence" in rows[2]
     # nothing is wider than the window
     assert browser.js("return document.documentElement.scrollWidth") <= width
     browser.js("[...document.querySelectorAll('button[role=tab]')].at(-1).click()")
     browser.wait("!!document.querySelector('#glance img') && "
-                 "document.querySelector('#results').innerText.includes('LoRA r=8')")
+                 "document.querySelector('#verdict').innerText.includes('LoRA r=8')")
+    assert browser.js("return document.documentElement.scrollWidth") <= width
+    # nor squeezed into it
+    assert browser.js("return document.querySelector('#verdict table').offsetWidth") > 700
     asked = [json.loads(entry["message"])["message"] for entry in
              browser.send("/se/log", {"type": "performance"})]
     urls = {m["params"]["request"]["url"] for m in asked

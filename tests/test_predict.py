@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_disagreement_is_marked(monkeypatch, capsys):
     answers = {"a": ("yes", 0.9), "b": ("yes", 0.6), "c": ("no", 0.8)}
     monkeypatch.setattr(predict, "classify",
                         lambda method, tokenizer, sentence: answers[method.name])
-    monkeypatch.setattr(predict, "probabilities", lambda *_, **__: ([], 0))
+    monkeypatch.setattr(predict, "encode", lambda *_: SimpleNamespace(n_cut=0))
     methods = [predict.Trained(name, None, {}, 1.0, 2.0) for name in answers]
     predict.compare_sentences(methods, None, ["perhaps"])
     out = capsys.readouterr().out

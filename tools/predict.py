@@ -230,17 +230,13 @@ def answer(method, tokenizer, question, context):
     return spans(method, tokenizer, asked, is_file=False)[0]
 
 
-def say_cut(abouts, n):
-    """Say that n texts were cut. abouts: the metadata of the methods."""
-    lengths = sorted({about["settings"].max_length for about in abouts})
+def say_cut(methods, n):
+    """Say that n texts were cut, if there are any."""
+    if not n:
+        return ""
+    lengths = sorted({method.about["settings"].max_length for method in methods})
     return (f"{n:,} of the texts were cut at the {' or '.join(map(str, lengths))} tokens that "
             "training had")
-
-
-def warn_cut(methods, n):
-    """Warn that n texts were cut, if there are any."""
-    if n:
-        warn(say_cut([method.about for method in methods], n))
 
 
 # --- single texts --------------------------------------------------------------------------------
@@ -259,39 +255,55 @@ def print_table(rows):
         print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
-def compare_sentences(methods, tokenizer, sentences):
-    """Print the table: one row per sentence, one column per method. A * marks a label that is not
-    the one of most methods."""
-    # this warms up, too
-    warn_cut(methods, max(probabilities(method, tokenizer, sentences, is_file=False)[1]
-                          for method in methods))
-    rows, times = [["", *(method.name for method in methods)]], [[] for _ in methods]
-    for sentence in sentences:
-        asked = [milliseconds(lambda: classify(method, tokenizer, sentence)) for method in methods]
-        for own, (_, ms) in zip(times, asked):
-            own.append(ms)
-        usual = most_say(label for (label, _), _ in asked)
-        short = sentence if len(sentence) <= 60 else sentence[:59] + "…"
-        rows.append([short, *(f"{'' if label == usual else '* '}{label} {probability:.2f}"
-                              for (label, probability), _ in asked)])
+def sentence_rows(methods, tokenizer, sentences):
+    """Return (rows of strings: a header, one row per sentence, times and sizes; what say_cut says).
+    A * marks a label that is not the one of most methods."""
+    columns, speeds, n_cut = [], [], 0
+    for method in methods:
+        n_cut = max(n_cut, encode(method, tokenizer, sentences).n_cut)
+        classify(method, tokenizer, sentences[0])  # to warm up
+        begin = time.perf_counter()
+        columns.append([classify(method, tokenizer, sentence) for sentence in sentences])
+        ms = 1000 * (time.perf_counter() - begin) / len(sentences)
+        speeds.append(f"{ms:.1f}")
 
-    rows.append(["ms per sentence", *(f"{statistics.median(own):.1f}" for own in times)])
+    rows = [["", *(method.name for method in methods)]]
+    for sentence, *answers in zip(sentences, *columns):
+        usual = most_say(label for label, _ in answers)
+        rows.append([sentence, *(f"{'' if label == usual else '* '}{label} {probability:.2f}"
+                                 for label, probability in answers)])
+    rows.append(["ms per sentence", *speeds])
     rows.append(["ms to switch to it, from its file",
                  *(f"{method.switch_ms:.0f}" for method in methods)])
     rows.append(["its file (MB)", *(f"{method.megabytes:.2f}" for method in methods)])
-    print_table(rows)
-    if any("* " in cell for row in rows for cell in row[1:]):
+    return rows, say_cut(methods, n_cut)
+
+
+def compare_sentences(methods, tokenizer, sentences):
+    """Print the table, with the beginnings of the sentences."""
+    rows, cut = sentence_rows(methods, tokenizer, sentences)
+    if cut:
+        warn(cut)
+    print_table([[first if len(first) <= 60 else first[:59] + "…", *cells]
+                 for first, *cells in rows])
+    if any(cell.startswith("* ") for _, *cells in rows for cell in cells):
         print("* not what most methods say")
 
 
-def compare_answers(methods, tokenizer, question, context):
-    """Print the table: one row per method."""
-    rows = [["", "answer", "ms", "ms to switch to it, from its file", "its file (MB)"]]
+def answer_rows(methods, tokenizer, question, context):
+    """Return (rows of strings: a header, one row per method; where each answer starts)."""
+    rows, starts = [["", "answer", "ms", "ms to switch to it, from its file", "its file (MB)"]], []
     for method in methods:
-        (text, _), ms = milliseconds(lambda: answer(method, tokenizer, question, context))
+        (text, at), ms = milliseconds(lambda: answer(method, tokenizer, question, context), n=1)
+        starts.append(at)
         rows.append([method.name, text, f"{ms:.1f}", f"{method.switch_ms:.0f}",
                      f"{method.megabytes:.2f}"])
-    print_table(rows)
+    return rows, starts
+
+
+def compare_answers(methods, tokenizer, question, context):
+    """Print the table."""
+    print_table(answer_rows(methods, tokenizer, question, context)[0])
 
 
 # --- a file of texts -----------------------------------------------------------------------------
@@ -421,7 +433,8 @@ def predict_rows(methods, tokenizer, args):
         print(f"wrote {args.to}: {counts['rows']:,} rows")
     if counts["empty"]:
         warn(f"{counts['empty']:,} of the texts are empty and have no label")
-    warn_cut(methods, counts["cut"])
+    if counts["cut"]:
+        warn(say_cut(methods, counts["cut"]))
 
 
 # --- a file of questions -------------------------------------------------------------------------
