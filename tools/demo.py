@@ -68,8 +68,8 @@ HOSTS = ["127.0.0.1", "localhost"]  # the names of the server that it answers to
 POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
           "connect-src 'self' ws://127.0.0.1:* http://127.0.0.1:* data: blob:")
 # in a narrow window the verdict's tables scroll and keep their words whole
-CSS = ("#verdict { overflow-x: auto; } "
-       "#verdict table { overflow-wrap: normal; word-break: normal; }")
+CSS = ("#table { overflow-x: auto; } "
+       "#table table { overflow-wrap: normal; word-break: normal; }")
 
 
 # --- the methods that answer ---------------------------------------------------------------------
@@ -171,14 +171,18 @@ def show_asking(loaded, inputs, label, is_qa):
 
 
 def show_results(figures):
-    """Put what the study has written on the page: its picture and below it table and verdict."""
+    """Put what the study has written on the page: its picture, its verdict and its table."""
     for table, picture in (("answer.md", "glance.png"), ("summary.md", "summary.png")):
         if (figures / table).exists():
             if (figures / picture).exists():
                 png = base64.b64encode((figures / picture).read_bytes()).decode()
                 gradio.HTML(f'<img src="data:image/png;base64,{png}" style="max-width: 100%" '
                             'alt="What each method loses and gains">', elem_id="glance")
-            gradio.Markdown((figures / table).read_text(encoding="utf-8"), elem_id="verdict")
+            # as plots.answer_markdown joins them
+            numbers, bullet, said = (figures / table).read_text(encoding="utf-8").partition(
+                "\n- **")
+            gradio.Markdown(bullet + said, elem_id="verdict")
+            gradio.Markdown(numbers, elem_id="table")
             return
     gradio.Markdown("no results: `bash run_all.sh` makes them")
 
