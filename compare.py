@@ -25,7 +25,7 @@ import numpy as np
 
 from common import fail, start, write_csv, write_json, write_whole
 from methods import CASES, FOLD_STUDY, STUDY, row_of
-from rates import TRAIN, best_rate, first_rates, plan, search, trained
+from rates import TRAIN, best_rate, edge_mark, first_rates, plan, search, trained
 from settings import (
     Parser,
     any_seed,
@@ -211,7 +211,8 @@ def combine(runs, baseline, comparisons, n_folds=None, tried=None):
     fold = np.repeat(range(size), [len(run["test_predictions"]) for run in runs[:size]])
     entry = summarise(runs) | {
         "tried": tried,
-        "marks": marks_of(labels, predicted, [run["history"] for run in runs], tried, fold),
+        "marks": [*marks_of(labels, predicted, [run["history"] for run in runs], fold),
+                  *edge_mark(tried)],
         "vs_full": None if is_full else
         paired_interval(labels, predicted, full, fold, comparisons)}
     if not n_folds:

@@ -11,7 +11,6 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.text import Text
 
@@ -203,7 +202,8 @@ def table(entries, columns):
             "trainable": f"{entry['trainable_params']:,}",
             KINDS: "everything" if name == "full" else parts.strip(),
             "% trained": f"{pct:.2g}" if pct < 1 else f"{pct:.1f}", "n": f"{entry['n']}",
-            "macro-F1": plus_minus(entry, "f1_macro", 4), "vs full (points)": points(entry["vs_full"]),
+            "macro-F1": plus_minus(entry, "f1_macro", 4),
+            "vs full (points)": points(entry["vs_full"]),
             UNDER: is_close(entry["vs_full"], test_rows(entry)),
             NEW_ROWS: points(entry.get("vs_full_new_rows")),
             "accuracy": plus_minus(entry, "accuracy", 4),
@@ -244,8 +244,8 @@ def calibration_markdown(study):
     scaled = ("scaled: at the temperature with the best NLL on the validation rows; "
               if "nll_scaled" in kinds else "")
     return (f"{markdown_table(header, rows)}\nNLL in nats, ECE with 15 bins: means over the "
-            f"{study['entries']['full']['n']} trainings ± their standard deviation; [ ] is the 95 % "
-            f"t interval of the difference over the folds; {scaled}made by "
+            f"{study['entries']['full']['n']} trainings ± their standard deviation; [ ] is the "
+            f"95 % t interval of the difference over the folds; {scaled}made by "
             f"`{study['command']}`.\n")
 
 

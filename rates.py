@@ -1,9 +1,6 @@
 """Which learning rates a study tries, and which one it takes: the rules of run_all.sh, run_grid.sh
 and tools.sweep. Validation rows alone decide.
 
-    python rates.py --method full --data DIR      prints how many training examples there are and
-                                                  how long a step takes, as JSON
-
 A rate that suits one method, model or data set can leave another untrained, and then a comparison
 is one of rates, not of methods. So each method tries three rates, a factor of two apart. While the
 best is the highest or the lowest, one beyond it is tried: first two, then four times as far, up to
@@ -13,13 +10,12 @@ import json
 import math
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common import fail, start, warned
+from common import fail, warned
 from methods import label_of
 from settings import (
     asked_settings,
@@ -89,6 +85,16 @@ def said_rates(tried):
                                               f"{e['validation']:.4g}") for e in ordered)
 
 
+def edge_mark(tried):
+    """Return a list with the mark of a best rate that is the highest or lowest of those tried, or
+    an empty list."""
+    if not tried or (further := beyond(tried)) is None:
+        return []
+    best = best_rate(tried)["lr"]
+    end = "highest" if further > best else "lowest"
+    return [f"the best learning rate, {short(best)}, is the {end} that was tried"]
+
+
 # --- trainings -----------------------------------------------------------------------------------
 
 class Progress:
@@ -105,12 +111,13 @@ class Progress:
 
 
 def run_program(program, flags, stdout=None):
-    """Run a program of a study with these flags of train.py, and return the finished process. It
-    prints where this program does, also under redirect_stdout. All of them share the file of what
-    was warned of."""
-    return subprocess.run([sys.executable, program, *flags], stdin=subprocess.DEVNULL,
+    """Run a program of a study, a list of Python's arguments, with these flags of train.py, and
+    return the finished process. It prints where this program does, also under redirect_stdout. All
+    of them share the file of what was warned of."""
+    path = os.pathsep.join([str(TRAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run([sys.executable, *program, *flags], stdin=subprocess.DEVNULL,
                           stdout=stdout or sys.stdout, text=True,
-                          env={"BERT_WARNED": warned().name, **os.environ})
+                          env={"BERT_WARNED": warned().name, **os.environ, "PYTHONPATH": path})
 
 
 def trained(flags, progress=None):
@@ -120,7 +127,7 @@ def trained(flags, progress=None):
     if not run.result.exists():
         said, begin = f"[{progress}] " if progress else "", time.perf_counter()
         print(f"== {said}python train.py {shlex.join(flags)}", flush=True)
-        if run_program(TRAIN, flags).returncode:
+        if run_program([TRAIN], flags).returncode:
             return None  # it has said why
         if progress:
             progress.times.append(time.perf_counter() - begin)
@@ -177,8 +184,8 @@ def said_time(seconds):
 
 def probe(flags):
     """Return {examples: training examples, seconds: of one step of full fine-tuning} for the flags
-    of train.py, as a process of its own measures them. What it says of the data is printed."""
-    done = run_program(__file__, flags, subprocess.PIPE)
+    of train.py, as tools.probe measures them. What it says of the data is printed."""
+    done = run_program(["-P", "-m", "tools.probe"], flags, subprocess.PIPE)
     if done.returncode:
         sys.exit(1)  # it has said why
     *said, last = done.stdout.splitlines()
@@ -209,33 +216,3 @@ def plan(flags, parts, study, s, searches):
     print(f"{how_many} trainings, those that are finished included, {how_long} in all, if each "
           "takes as long as full fine-tuning", flush=True)
     return flags, steps, Progress(least, seconds)
-
-
-def main():
-    start()
-    run = read_flags()
-    import numpy as np  # slow, as all that follows
-    import torch
-
-    import train
-    from data import encode_splits
-    from model import amp_dtype, autocast, build, join_processes, load_pretrained, trained_tensors
-    from qa import load_task
-    s, device, dtype = run.settings, join_processes(), amp_dtype(run.settings.amp)
-    task = load_task(s, run.data)
-    tokenizer, model = load_pretrained(run.model, task.label_names)
-    model = build(model, s, device, dtype).train()
-    split = encode_splits(task, tokenizer, s)[0]["train"]
-    optimizer = train.make_optimizer(list(trained_tensors(model).values()), s.lr)
-    amp, scaler = autocast(device, dtype), torch.amp.GradScaler(device.type, enabled=False)
-    times = []
-    for rows in split.batches(s.batch_size, np.random.default_rng(s.seed))[:6]:
-        begin = time.perf_counter()
-        train.step(model, optimizer, split, rows, device, amp, scaler, s.accumulation).item()
-        times.append(time.perf_counter() - begin)
-    seconds = statistics.median(times[1:] or times)  # the first step is slow
-    print(json.dumps({"examples": len(split.usable), "seconds": seconds}))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,5 @@
-"""How far to trust a number: macro-F1, mean and standard deviation, and the interval of a difference
-over trainings and test rows. And how far to trust a probability: its log-likelihood, its
+"""How far to trust a number: macro-F1, mean and standard deviation, and the interval of a
+difference over trainings and test rows. And how far to trust a probability: its log-likelihood, its
 calibration, and both at the best temperature."""
 import math
 import statistics

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rates import best_rate, beyond
-from settings import short
 from spread import macro_f1, paired_interval
 
 CLOSE = 2  # points below the best that a method may be to be taken for its time, memory or file
@@ -41,10 +39,9 @@ def largest_class(labels):
             "accuracy": n / len(labels)}
 
 
-def marks_of(labels, predicted, histories, tried=None, folds=None):
-    """Return why a method is not ranked, a list of texts. labels (rows,), predicted (trainings, rows)
-    and folds as paired_interval takes them; histories: of its runs; tried: what the search for its
-    learning rate tried."""
+def marks_of(labels, predicted, histories, folds=None):
+    """Return why a method is not ranked, a list of texts. labels (rows,), predicted (trainings,
+    rows) and folds as paired_interval takes them; histories: of its runs."""
     marks, parts = [], [0] * len(labels) if folds is None else folds
     floor = np.full(predicted.shape, largest_class(labels)["label"])
     if paired_interval(labels, predicted, floor, folds)["low"] <= 0:
@@ -57,17 +54,7 @@ def marks_of(labels, predicted, histories, tried=None, folds=None):
     least = [min(epoch["train_loss"] for epoch in history) for history in histories]
     if statistics.mean(least) > LEARNED * entropy:
         marks.append("the training loss has hardly left its start, so that more epochs may help")
-    return marks + edge_mark(tried)
-
-
-def edge_mark(tried):
-    """Return a list with the mark of a best rate that is the highest or lowest of those tried, or
-    an empty list."""
-    if not tried or (further := beyond(tried)) is None:
-        return []
-    best = best_rate(tried)["lr"]
-    end = "highest" if further > best else "lowest"
-    return [f"the best learning rate, {short(best)}, is the {end} that was tried"]
+    return marks
 
 
 # --- sentences -----------------------------------------------------------------------------------

@@ -109,7 +109,8 @@ def test_a_number_of_folds_that_is_none(folds):
 
 
 @pytest.mark.parametrize("flags, word", [("--folds 5 --seeds 42 43", "--repeats 3"),
-                                         ("--repeats 3", "--folds"), ("--folds 5 --repeats 0", "0")])
+                                         ("--repeats 3", "--folds"),
+                                         ("--folds 5 --repeats 0", "0")])
 def test_repetitions_go_with_folds_and_seeds_do_not(flags, word):
     one_line_exit(lambda: compare.split_folds(flags.split()), word)
 

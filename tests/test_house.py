@@ -58,7 +58,7 @@ def reached(name, on_the_way=()):
 def test_both_floors_are_seen():
     assert {"train", "lora", "common"} <= set(TOP) and {"tools.predict", "tools.grid"} <= set(TOOLS)
     assert imports("tools.predict") >= {"train", "tools.export"}
-    assert len(TOP) <= 19 and len(TOOLS) <= 10
+    assert len(TOP) <= 19 and len(TOOLS) <= 11
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -103,7 +103,7 @@ def functions(name):
 def test_what_a_reader_meets_is_short():
     assert lines(ROOT / "train.py") <= 175 and lines(ROOT / "plots.py") <= 415
     assert lines(ROOT / "CONTRIBUTING.md") <= 40
-    assert sum(map(lines, MODULES.values())) <= 8430
+    assert sum(map(lines, MODULES.values())) <= 8432
     for name in MODULES:
         for node in functions(name):
             if (name, node.name) != ("train", "main"):  # the loop, as one story

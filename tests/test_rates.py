@@ -84,7 +84,7 @@ def made_up(tmp_path, monkeypatch):
 
     def run_program(command, **_):
         program, flags = command[1], command[2:]
-        if str(program).endswith("rates.py"):
+        if program == "-P":
             size = json.dumps({"examples": 200, "seconds": 1})
             return subprocess.CompletedProcess(command, 0, f"200 rows\n{size}")
         asked.append(flags)
@@ -189,7 +189,7 @@ def test_a_method_for_which_no_rate_works_ends_the_study(made_up, monkeypatch):
 
 def test_what_there_is_to_train_on_is_measured(data_dir, tmp_path):
     model = save_small_bert(tmp_path / "small")
-    done = program("rates.py", "--method", "full", "--data", data_dir, "--model", model, "--amp",
+    done = program("tools.probe", "--method", "full", "--data", data_dir, "--model", model, "--amp",
                    "off")
     size = json.loads(done.stdout.splitlines()[-1])
     assert size["examples"] == 80 and 0 < size["seconds"] < 60, done.stderr

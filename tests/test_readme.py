@@ -25,7 +25,8 @@ SHOWN = {"answer": "README.md", "sweep_squad_en": "docs/questions.md",
          "sweep_sst2": "docs/how-much-data.md"}
 LINKED = {"crossvalidation": "docs/measuring.md", "calibration": "docs/measuring.md",
           "summary": "docs/measuring.md", "grid": "docs/questions.md",
-          "sweep_synthetic": "docs/questions.md", "multitask": "docs/use.md", "growth_all-MiniLM-L6-v2": "docs/speed.md",
+          "sweep_synthetic": "docs/questions.md", "multitask": "docs/use.md",
+          "growth_all-MiniLM-L6-v2": "docs/speed.md",
           "growth_bert-base-uncased": "docs/speed.md"}
 
 

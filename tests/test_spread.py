@@ -1,4 +1,5 @@
-"""The intervals against slow ones, the cases whose answer is known, and how often they are right."""
+"""The intervals against slow ones, the cases whose answer is known, and how often they are
+right."""
 import numpy as np
 import pytest
 from scipy import stats
@@ -74,7 +75,8 @@ def test_interval_is_that_of_a_bootstrap_written_out(task):
     exact = 100 * (f1(labels, bad) - f1(labels, good))
     assert got["points"] == pytest.approx(exact) and got["low"] < exact < got["high"] < 0
     # points, of a width of 17
-    assert [got["low"], got["high"]] == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=1)
+    assert [got["low"], got["high"]] == pytest.approx(np.percentile(differences, [2.5, 97.5]),
+                                                      abs=1)
     five = paired_bootstrap(labels, bad, good, comparisons=5)
     assert [five["low"], five["high"]] == pytest.approx(np.percentile(differences, [0.5, 99.5]),
                                                         abs=2)

@@ -8,8 +8,9 @@ from conftest import ROOT
 from test_readme import committed
 
 import plots
+from rates import edge_mark
 from tools import grid
-from verdict import Line, best_line, edge_mark, largest_class, marks_of, verdict
+from verdict import Line, best_line, largest_class, marks_of, verdict
 
 
 def line(name, score, points=None, seconds=10.0, gb=1.0, mb=1.0, marks=(), half=1.0):
@@ -120,7 +121,7 @@ def test_a_fold_that_predicts_one_class_is_marked():
     predicted, folds = labels.copy(), np.array([1] * 50 + [2] * 50)
     predicted[50:] = 0
     history = [[{"train_loss": 0.1}]]
-    marks = marks_of(labels, predicted[None], history, None, folds)
+    marks = marks_of(labels, predicted[None], history, folds)
     assert marks == ["not shown to beat the largest class", "predicts one class only"]
     assert not marks_of(labels, predicted[None], history)
 

@@ -108,17 +108,16 @@ def runs_of(path, content):
     """Return {method: the result of its first run, with the learning rate that was chosen} of a
     study's JSON."""
     if path.name == "grid.json":
-        from tools.grid import best_of, rows_of
         results = content["runs"]
         if any(result.get("trainer") for result in results.values()):
             fail(f"{path} is of Trainer's runs, whose checkpoints are not here")
-        return {row["method"]: results[row["run"]] for row in best_of(rows_of(results))}
+        return {method: results[run] for method, run in content["best"].items()}
     entries = content["entries"]
     if path.name.startswith("sweep_"):  # of the largest number of training rows
         n = max(entry["rows"]["train"] for entry in entries.values())
-        from tools.sweep import method_and_rows
         names = {case.flags: name for name, case in CASES.items()}
-        entries = {names.get(f"--method {method_and_rows(name)[0]}", name): entry
+        # an entry is called "lora --r 16, all rows"
+        entries = {names.get(f"--method {name.rpartition(', ')[0]}", name): entry
                    for name, entry in entries.items() if entry["rows"]["train"] == n}
     return {name: entry["runs"][0] for name, entry in entries.items()}
 

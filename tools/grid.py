@@ -49,7 +49,7 @@ from common import (
 from compare import decide_amp, explain, mixed_hardware, print_commands, print_next, refuse
 from fetch import model_folder, synthetic_folder
 from methods import CASES, label_of
-from rates import TRAIN, best_rate, plan, search, trained
+from rates import TRAIN, best_rate, edge_mark, plan, search, trained
 from settings import (
     DEFAULT_MODEL,
     Parser,
@@ -63,7 +63,7 @@ from settings import (
 )
 from spread import two_way_interval
 from tools.synthetic import CHANCE
-from verdict import RANDOM, Line, edge_mark, verdict
+from verdict import RANDOM, Line, verdict
 
 GRID_METHODS = ("full", "lora", "qlora", "dora", "qdora")
 STYLES = CASES | {"lora": CASES["lora_r16"]}
@@ -414,10 +414,11 @@ def redraw(output):
 
 def write_grid(output, made_by, results, missing, tried):
     """Write the JSON, the CSV file, the figure and the tables of a grid's results."""
-    metrics = output / "metrics"
-    write_json(metrics / "grid.json", {"command": made_by, "missing": missing,
-                                       "tried": tried, "runs": results})
-    write_csv(metrics / "grid_results.csv", rows_of(results))
+    metrics, rows = output / "metrics", rows_of(results)
+    best = {row["method"]: row["run"] for row in best_of(rows)}  # which tools.export takes
+    write_json(metrics / "grid.json", {"command": made_by, "missing": missing, "tried": tried,
+                                       "best": best, "runs": results})
+    write_csv(metrics / "grid_results.csv", rows)
     redraw(output)
 
 
