@@ -2,7 +2,7 @@
 
     python compare.py               five runs per seed, on the task's own test rows:
                                     metrics/comparison.json
-    python compare.py --folds 5     eight methods in each of five folds, so that every sentence is
+    python compare.py --folds 5     eight settings in each of five folds, so that every sentence is
                                     tested once: metrics/crossvalidation.json
                       --repeats 3   and three times, each training with a seed of its own
 
@@ -310,7 +310,7 @@ def write_study(output, model, command, runs, tried, folds):
     write_arrays(metrics / f"{name}_probabilities.npz", likely)
     from plots import draw_study, lines_of  # matplotlib is slow to import
     draw_study(output, name)
-    print_next(output, lines_of(entries), {name: own[0] for name, own in runs.items()}, model)
+    print_next(output, lines_of({"entries": entries}), {name: own[0] for name, own in runs.items()}, model)
 
 
 def main(argv):

@@ -2,8 +2,8 @@ r"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021,
 https://arxiv.org/abs/2106.09685), and DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al. 2024,
 https://arxiv.org/abs/2402.09353).
 
-A frozen linear layer W0 gets a trainable low-rank neighbour, with s = alpha / r (LoRA's section
-4.1):
+A frozen linear layer with weight W0 and bias b, which makes h of x, gets a trainable neighbour of
+rank r: A with r rows, B with r columns, scaled by s = alpha / r (LoRA's section 4.1):
 
     LoRA    h = W0 x + b + s B A dropout(x)               equation (3) of the LoRA paper
 
@@ -70,7 +70,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / r
 
     def forward(self, x):
-        # h = W0 x + b + s B A dropout(x), scaled while it is only r wide
+        # h = W0 x + b + s B A dropout(x); s multiplies A dropout(x), which is only r wide
         low_rank = self.scaling * F.linear(self.dropout(x), self.lora_A)  # (..., r)
         return self.base(x) + F.linear(low_rank, self.lora_B)  # (..., out)
 

@@ -10,7 +10,7 @@
 | houlsby  | two bottlenecks a layer               | bottlenecks, LayerNorms, head  | adapters.py |
 | pfeiffer | one bottleneck a layer                | bottlenecks, head              | adapters.py |
 | bitfit   | nothing                               | biases, the pooler's too, head |             |
-| head     | nothing                               | head: the floor                |             |
+| head     | nothing                               | head                           |             |
 
 The head is the same nn.Linear in all of them: on BERT's pooled [CLS] for sentences, on every token
 for questions (start and end). The pooler is part of BERT: only `full` trains its weight, `bitfit`

@@ -137,19 +137,32 @@ def memory_key(entries):
     return "peak_rss_gb", "peak resident memory (GB)"
 
 
-def lines_of(entries):
-    """Return what the verdict reads of each entry, a list of Lines."""
+def peaks_of(study):
+    """Return ({method: GB}, "" or the model that they are of): the peaks that tools.memory
+    predicted, if it did so for all methods of the study, else the measured ones."""
+    entries, predicted = study["entries"], study.get("memory")
+    if predicted and entries.keys() <= predicted["methods"].keys():
+        model = Path(predicted["model"]).name.removesuffix("-uncased")
+        return {name: predicted["methods"][name]["peak"] / 1e9 for name in entries}, model
     key, _ = memory_key(entries)
+    return {name: entry[key] for name, entry in entries.items()}, ""
+
+
+def lines_of(study):
+    """Return what the verdict reads of each method of a study, a list of Lines."""
+    peaks, _ = peaks_of(study)
     return [Line(name, label_of(read_settings(e["runs"][0])), 100 * e["f1_macro"], e["vs_full"],
-                 e["epoch_time_s"], e[key], e["checkpoint_mb"], e["marks"])
-            for name, e in entries.items()]
+                 e["epoch_time_s"], peaks[name], e["checkpoint_mb"], e["marks"])
+            for name, e in study["entries"].items()]
 
 
 def study_verdict(study, what_varies):
     """Write the verdict on a comparison.json or crossvalidation.json, as Markdown. what_varies
     between the runs of a method: the seed, the fold."""
-    full = study["entries"]["full"]
-    return verdict(lines_of(study["entries"]), "macro-F1", test_rows(full), full["n"], what_varies)
+    full, (_, model) = study["entries"]["full"], peaks_of(study)
+    measured = memory_key(study["entries"])[1].removesuffix(" (GB)")
+    return verdict(lines_of(study), "macro-F1", test_rows(full), full["n"], what_varies,
+                   f"memory on {model} (predicted)" if model else measured)
 
 
 def said_search(entries):
@@ -161,8 +174,8 @@ def said_search(entries):
 def said_interval(entries, n, drawn):
     """Say what the interval of a study with n trainings of each row is about."""
     how = f"over {drawn}" if n > 1 else f"over {drawn} alone, by a paired bootstrap"
-    return (f"[ ] is the 95 % interval of the difference, {how}, with an allowance for "
-            f"{len(entries) - 1} comparisons at once")
+    return (f"[ ] is the 95 % interval of the difference, {how}, widened because "
+            f"{len(entries) - 1} methods are compared at once")
 
 
 def caption(study, columns):
@@ -258,8 +271,10 @@ def answer_markdown(study, columns=ANSWER):
 # --- figures of the sentence study ---------------------------------------------------------------
 
 def read_study(path):
-    """Read a comparison.json or crossvalidation.json."""
-    return read_json(path, "entries", "floor")
+    """Read a comparison.json or crossvalidation.json, and what tools.memory has left beside it."""
+    beside = path.with_name("memory.json")
+    return read_json(path, "entries", "floor") | {
+        "memory": read_json(beside, "methods", "model") if beside.exists() else None}
 
 
 def draw_study(output, name):
@@ -267,32 +282,20 @@ def draw_study(output, name):
     tables. name: comparison or crossvalidation."""
     figures, study = output / "figures", read_study(output / "metrics" / f"{name}.json")
     if name == "comparison":
-        glance(study["entries"], "seed", output, "summary.png")
+        glance(study, "seed", figures / "summary.png")
         write_table(figures / "summary.md", answer_markdown(study, SUMMARY))
         return
-    glance(study["entries"], "training", output, "glance.png")
+    glance(study, "training", figures / "glance.png")
     write_table(figures / "crossvalidation.md", markdown(study, FOLDS))
     write_table(figures / "calibration.md", calibration_markdown(study))
     write_table(figures / "answer.md", answer_markdown(study, ANSWER))
 
 
-def peaks_of(entries, output):
-    """Return ({method: GB}, of what): the peaks that tools.memory predicted for a model in
-    output/metrics/memory.json, if it did so for all methods of the entries, else the measured
-    ones."""
-    path, key = output / "metrics" / "memory.json", memory_key(entries)[0]
-    predicted = read_json(path, "methods", "model") if path.exists() else {"methods": {}}
-    if entries.keys() <= predicted["methods"].keys():
-        peaks = {name: predicted["methods"][name]["peak"] / 1e9 for name in entries}
-        return peaks, f"peak, {Path(predicted['model']).name.removesuffix('-uncased')}"
-    return {name: entry[key] for name, entry in entries.items()}, "peak memory"
-
-
-def glance(entries, what, output, name):
-    """Draw into output/figures/ what each method loses and what it gains, full fine-tuning on top,
-    then the least loss first. A loss of more than FAR points is an arrow. what: of which each
-    method has a run, a seed or a training; name: of the file."""
-    path, (peaks, memory_title) = output / "figures" / name, peaks_of(entries, output)
+def glance(study, what, path):
+    """Draw what each method loses and what it gains, full fine-tuning on top, then the least loss
+    first. A loss of more than FAR points is an arrow. what: of which each method has a run, a seed
+    or a training."""
+    entries, (peaks, model) = study["entries"], peaks_of(study)
     others = sorted((name for name in entries if name != "full"),
                     key=lambda name: -entries[name]["vs_full"]["points"])
     names = ["full", *others]
@@ -333,7 +336,7 @@ def glance(entries, what, output, name):
     name_rows(lost, [entry_label(entries[name]) for name in names])
     lost.set(title="LOST: points of macro-F1", xlim=(left - 0.5, right + 0.2 * (right - left) + 1),
              xlabel=f"bar: 95 % interval; if it contains 0, no loss is shown; |: one {what}")
-    for ax, title in ((seconds, "COST: epoch time"), (memory, memory_title),
+    for ax, title in ((seconds, "COST: epoch time"), (memory, f"memory, {model}" if model else "peak memory"),
                       (disk, "trained file")):
         ax.set(title=title, xticks=[])
         ax.margins(x=0.35)

@@ -92,7 +92,7 @@ def quality(others, rows, n):
         size = f"{-least.vs['points']:.1f} points"
         said.append(f"- **Lost.** A lower score{where} is shown for "
                     + several([o.label for o in lost])
-                    + (f": {size}." if len(lost) == 1 else f"; {least.label} loses least, {size}."))
+                    + (f": {size}." if len(lost) == 1 else f"; of these, {least.label} loses least, {size}."))
     if close := [o.label for o in others if is_close(o.vs, rows) == "yes"]:
         said.append(f"- **Close.** A loss of {CLOSE} points or more is ruled out{where} for "
                     f"{several(close)}.")
@@ -117,12 +117,12 @@ def saved(full, others, key, what):
     if not less:
         return [f"No other method needs less {what}."]
     if len(less) > len(not_less):
-        but = f" except {several(not_less)}" if not_less else ""
-        return [f"All other methods{but} need less {what}."]
+        who = f"All but {several(not_less)} need" if not_less else "All other methods need"
+        return [f"{who} less {what}."]
     return [f"{several(less)} need{'s' * (len(less) == 1)} less {what}."]
 
 
-def choices(full, others):
+def choices(full, others, memory):
     """Return the rows (what counts, what to take, why) of the verdict's table."""
     ranked = sorted([full, *others], key=lambda line: -line.score)
     best = ranked[0]
@@ -135,7 +135,7 @@ def choices(full, others):
     close = [line for line in ranked if line.score >= best.score - CLOSE]
     for what, key, unit, write in (
             ("time", "seconds", "s an epoch", "{:.1f}".format),
-            ("memory", "gb", "GB", "{:.2f}".format),
+            (memory, "gb", "GB", "{:.2f}".format),
             ("many tasks", "mb", "MB a task",
              lambda v: f"{v:.2g}" if v < 1 else f"{v:.1f}")):
         if None in [getattr(line, key) for line in ranked]:
@@ -149,11 +149,11 @@ def choices(full, others):
     return rows
 
 
-def verdict(lines, unit, rows, n, what_varies="seed"):
+def verdict(lines, unit, rows, n, what_varies="seed", memory="memory"):
     """Write the verdict on a study, as Markdown.
 
     lines: one Line per method; unit: the score's name; rows: how many were tested; n: trainings of
-    each method; what_varies between the trainings of a method.
+    each method; what_varies between the trainings of a method; memory: what that is of.
     """
     full = next((line for line in lines if line.name == "full"), None)
     marked = [line for line in lines if line.marks]
@@ -162,7 +162,7 @@ def verdict(lines, unit, rows, n, what_varies="seed"):
     out = []
     if ranks:
         gains = [*saved(full, others, "seconds", "time an epoch"),
-                 *saved(full, others, "gb", "memory"),
+                 *saved(full, others, "gb", memory),
                  *saved(full, others, "mb", "disk for a trained file")]
         out = [*quality(others, rows, n), f"- **Gained.** {' '.join(gains)}"]
     elif not full:
@@ -183,7 +183,7 @@ def verdict(lines, unit, rows, n, what_varies="seed"):
     if ranks:
         half = statistics.median((o.vs["high"] - o.vs["low"]) / 2 for o in others)
         half = max(half, 100 * UNSEEN / rows)
-        unknown.append(f"A difference of less than about {half:.1f} points often stays unseen.")
+        unknown.append(f"Runs like these often miss a difference of less than {half:.1f} points.")
         if half > CLOSE and what_varies == "seed" and unit == "macro-F1":
             unknown.append("With `--folds 5` every row is tested, which tells more.")
     if n == 1:
@@ -195,7 +195,7 @@ def verdict(lines, unit, rows, n, what_varies="seed"):
     text = "\n".join(out) + "\n"
     if ranks:
         header = ["If what counts is", f"take (within {CLOSE} points of the best)", "because"]
-        table = [header, ["---"] * 3, *choices(full, others)]
+        table = [header, ["---"] * 3, *choices(full, others, memory)]
         text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     return text
 

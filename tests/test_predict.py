@@ -106,7 +106,7 @@ def test_disagreement_is_marked(monkeypatch, capsys):
     predict.compare_sentences(methods, None, ["perhaps"])
     out = capsys.readouterr().out
     assert [bool(star) for star, *_ in cells(out.splitlines()[1])] == [False, False, True]
-    assert out.endswith("* not what most methods say\n")
+    assert out.endswith("* the methods disagree, and most do not say this\n")
     answers["c"] = ("yes", 0.5)
     predict.compare_sentences(methods, None, ["perhaps"])
     assert "*" not in capsys.readouterr().out

@@ -145,7 +145,7 @@ def show_asking(loaded, inputs, label, is_qa):
     shows what ask_sentences or ask_passage returns, or as the note the line with which it exits."""
     tokenizer, methods, missing = loaded
     ask, name, legend = ((ask_passage, "ask_passage", "Answers") if is_qa else
-                         (ask_sentences, "ask", "* not what most methods say"))
+                         (ask_sentences, "ask", "* the methods disagree, and most do not say this"))
 
     def answer(*values):
         *texts, ticked = values

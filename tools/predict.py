@@ -287,7 +287,7 @@ def compare_sentences(methods, tokenizer, sentences):
     print_table([[first if len(first) <= 60 else first[:59] + "…", *cells]
                  for first, *cells in rows])
     if any(cell.startswith("* ") for _, *cells in rows for cell in cells):
-        print("* not what most methods say")
+        print("* the methods disagree, and most do not say this")
 
 
 def answer_rows(methods, tokenizer, question, context):
