@@ -258,7 +258,7 @@ def calibration_markdown(study):
               if "nll_scaled" in kinds else "")
     return (f"{markdown_table(header, rows)}\nNLL in nats, ECE with 15 bins: means over the "
             f"{study['entries']['full']['n']} trainings ± their standard deviation; [ ] is the "
-            f"95 % t interval of the difference over the folds; {scaled}made by "
+            f"95 % t interval of one difference over the folds; {scaled}made by "
             f"`{study['command']}`.\n")
 
 

@@ -112,8 +112,8 @@ class Settings:
     max_steps: int | None = flag(None, count, "stop after N steps, for smoke runs (default: none)")
     # data and model
     task: str = flag(None, str, "the last three are questions (default: movies)", choices=TASKS)
-    text_column: str | None = flag(None, str, "texts of --data (default: see it)", metavar="NAME")
-    label_column: str | None = flag(None, str, "labels of --data (default: see it)", metavar="NAME")
+    text_column: str | None = flag(None, str, "texts of --data (default: found)", metavar="NAME")
+    label_column: str | None = flag(None, str, "labels of --data (default: found)", metavar="NAME")
     train_rows: int | None = flag(None, count, "train on N rows; a larger N contains them "
                                   "(default: all)")
     whole_sentences: bool = flag(False, bool, "hold out whole sentences, no phrases (for SST-2)")

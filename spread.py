@@ -116,9 +116,9 @@ def paired_bootstrap(labels, method, baseline, folds=None, comparisons=1):
 
     A fold brings a training of its own, and drawing folds lets that count. Folds already differ by
     their sentences, which are then drawn once more: where trainings differ little, that makes the
-    interval up to sqrt(1.8) = 1.34 times too wide with five folds, on the safe side. On the other
-    side, any two of five folds share about two thirds of their training rows, so that they differ
-    less than trainings on new rows would: see corrected_interval.
+    interval up to sqrt(1.8) = 1.34 times too wide with five folds. Where they differ much, it is
+    too narrow, since five resampled folds vary only 4 / 5 times as much as new ones would. And any
+    two of five folds share about two thirds of their training rows: see corrected_interval.
     """
     rng = np.random.default_rng(0)
     folds = np.zeros_like(labels) if folds is None else folds
@@ -150,14 +150,14 @@ def two_way_interval(differences, folds=None, groups=None, comparisons=1):
     """Return {points, low, high} of differences (trainings, rows), for other trainings and other
     rows. A single training's interval is about other rows alone.
 
-    folds (rows,): each fold has been tested by trainings of its own. groups (rows,): rows that were
-    drawn together, such as the questions about one passage.
+    folds (rows,): each fold, of about the same size, has been tested by trainings of its own. Or
+    groups (rows,): rows that were drawn together, such as the questions about one passage.
 
     Trainings and rows are both drawn at random, as readers and cases in Hillis 2007,
     https://doi.org/10.1002/sim.2532; the trainings of a fold are readers of its own cases. From the
     mean squares of trainings, rows and what is left, of R trainings and N rows:
 
-        v = (MS_T + max(MS_C - MS_E, 0)) / (R N)        df = (R N v)^2 / (MS_T^2 / df_T) <= df_C
+        v = (MS_T + max(MS_C - MS_E, 0)) / (R N)        df = (R N v)^2 / (MS_T^2 / df_T) at most df_C
     """
     differences = np.atleast_2d(differences)
     if groups is not None:
@@ -203,8 +203,8 @@ def f1_shares(labels, predictions):
 
 def paired_interval(labels, method, baseline, folds=None, comparisons=1):
     """Subtract the macro-F1 of `baseline` from that of `method`, in points: {points, low, high}.
-    labels, folds: (sentences,); method, baseline: (trainings, sentences), ints. One training of
-    each sentence is resampled, of several the spread is known."""
+    labels, folds: (sentences,); method, baseline: (trainings, sentences), ints. With one training
+    that tests each sentence the interval is a bootstrap, with several an analysis of variance."""
     if len(method) == 1:
         return paired_bootstrap(labels, method[0], baseline[0], folds, comparisons)
     labels = np.asarray(labels)

@@ -1,12 +1,11 @@
-"""Compute the published intervals again, from the answers in metrics/ and without a training; NLL
-and ECE, too, where the probabilities are there.
+"""Compute the published intervals again, from the answers in metrics/ and without a training.
 
     python -m tools.recompute                    of the project's own results; some seconds
     python -m tools.recompute --output DIR       of the study in this folder
 
 Prints every difference to full fine-tuning of comparison.json, crossvalidation.json and the sweeps
-as it is published and as it comes out again. The answers behind grid.json and multitask.json are
-not kept.
+as it is published and as it comes out again; NLL and ECE, too, where the probabilities are there.
+The answers behind grid.json and multitask.json are not kept.
 """
 if not __package__:
     raise SystemExit("error: run this from the project's folder: python -m tools.recompute")
