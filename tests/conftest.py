@@ -1,5 +1,6 @@
 import fcntl
 import functools
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,12 @@ def pytest_configure(config):
     """Start what program() needs in each process that runs tests."""
     if not config.getoption("numprocesses", None):  # it has xdist's workers
         forks.start()
+
+
+def pytest_collection_finish(session):
+    """Leave what was imported out of all garbage collections, which would look at a million objects
+    each time. gc.collect() then takes 1 ms instead of 0.4 s."""
+    gc.freeze()
 
 
 def flags_of(name):
