@@ -106,11 +106,16 @@ def load_folder(folder, *flags):
 
 
 @functools.cache
+def default_model():
+    """The folder of the default model, which is read as a whole to check it."""
+    from fetch import model_folder
+    return model_folder()
+
+
+@functools.cache
 def default_tokenizer():
     from transformers import AutoTokenizer
-
-    from fetch import model_folder
-    return AutoTokenizer.from_pretrained(model_folder())
+    return AutoTokenizer.from_pretrained(default_model())
 
 
 def tiny_bert(seed=0, head_class=None):
@@ -218,15 +223,12 @@ def save_small_bert(folder, **config):
     tokenizer."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
-
-    from fetch import model_folder
     torch.manual_seed(0)
     config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=96, **config)
     BertForSequenceClassification(config).save_pretrained(folder)
-    source = model_folder()  # reads all of it, to check it
     for name in "tokenizer.json", "tokenizer_config.json", "vocab.txt":
-        (folder / name).write_bytes((source / name).read_bytes())
+        (folder / name).write_bytes((default_model() / name).read_bytes())
     return folder
 
 
