@@ -262,7 +262,7 @@ def study(tmp_path_factory):
         base = base.parent
     base = base / "study"
     flags = ["--data", base / "mine", "--lr", "1e-3", "--max-steps", 4, "--epochs", 2,
-             "--batch-size", 64, "--output", base / "out"]
+             "--batch-size", 16, "--output", base / "out"]
     with open(base.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base / "done.json").exists():
