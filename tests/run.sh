@@ -20,10 +20,12 @@ for extra in tests/requirements.txt requirements-demo.txt; do
   fi
 done
 if [[ -n "${is_new:-}" ]]; then  # compile what setup.sh did not, and nothing else
-  for import in "import pytest" "import peft" "import gradio" "import datasets, IPython" \
-                "from transformers import Trainer, pipeline"; do
-    "$python" -c "$import" 2> /dev/null || true  # what is missing is skipped by the tests, too
-  done
+  "$python" - 2> /dev/null <<'END' || true
+import contextlib, importlib
+for name in "pytest", "peft", "gradio", "datasets", "IPython", "transformers.trainer", "transformers.pipelines":
+    with contextlib.suppress(ImportError):  # the tests skip what is missing, too
+        importlib.import_module(name)
+END
 fi
 "$python" -m compileall -q "$here"/*.py "$here"/tools "$here"/tests || true
 "$python" "$here/fetch.py"
