@@ -1,5 +1,6 @@
 import fcntl
 import functools
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,12 @@ def pytest_configure(config):
     """Start what program() needs in each process that runs tests."""
     if not config.getoption("numprocesses", None):  # it has xdist's workers
         forks.start()
+
+
+def pytest_collection_finish(session):
+    """Leave what was imported out of all garbage collections, which would look at a million objects
+    each time. gc.collect() then takes 1 ms instead of 0.4 s."""
+    gc.freeze()
 
 
 def flags_of(name):
@@ -99,11 +106,16 @@ def load_folder(folder, *flags):
 
 
 @functools.cache
+def default_model():
+    """The folder of the default model, which is read as a whole to check it."""
+    from fetch import model_folder
+    return model_folder()
+
+
+@functools.cache
 def default_tokenizer():
     from transformers import AutoTokenizer
-
-    from fetch import model_folder
-    return AutoTokenizer.from_pretrained(model_folder())
+    return AutoTokenizer.from_pretrained(default_model())
 
 
 def tiny_bert(seed=0, head_class=None):
@@ -211,15 +223,12 @@ def save_small_bert(folder, **config):
     tokenizer."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
-
-    from fetch import model_folder
     torch.manual_seed(0)
     config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=96, **config)
     BertForSequenceClassification(config).save_pretrained(folder)
-    source = model_folder()  # reads all of it, to check it
     for name in "tokenizer.json", "tokenizer_config.json", "vocab.txt":
-        (folder / name).write_bytes((source / name).read_bytes())
+        (folder / name).write_bytes((default_model() / name).read_bytes())
     return folder
 
 
@@ -253,7 +262,7 @@ def study(tmp_path_factory):
         base = base.parent
     base = base / "study"
     flags = ["--data", base / "mine", "--lr", "1e-3", "--max-steps", 4, "--epochs", 2,
-             "--batch-size", 64, "--output", base / "out"]
+             "--batch-size", 16, "--output", base / "out"]
     with open(base.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base / "done.json").exists():

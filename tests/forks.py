@@ -6,6 +6,7 @@ each program that is asked for in a fork of itself. ask() is how a test asks. ma
 what a shell script calls as python; that is this file, which asks the same.
 """
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -50,6 +51,7 @@ def start():
 
     # isort: split
     import bitsandbytes  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
     import safetensors.torch  # noqa: F401
     import sklearn.model_selection  # noqa: F401
     import tqdm  # noqa: F401
@@ -82,7 +84,10 @@ def start():
 def wait(listener, ended):
     """Answer until the other end of the pipe `ended` is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, and that ends this
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever answers is waited for by nobody
+    woken, wakes = socket.socketpair()
+    wakes.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wakes.fileno())  # a program that ends wakes select
     # the project's own modules are each program's own, and found only if it finds them itself
     ours = ROOT, ROOT / "tools", ROOT / "tests"
     for name, module in list(sys.modules.items()):
@@ -90,31 +95,39 @@ def wait(listener, ended):
             del sys.modules[name]
     sys.path[:] = [path for path in sys.path if path and Path(path).resolve() not in ours]
     gc.freeze()
-    while listener in select.select([listener, ended], [], [])[0]:
-        asking, _ = listener.accept()
-        if not os.fork():
-            answer(asking)
-        asking.close()
+    running = {}
+    while ended not in (ready := select.select([listener, woken, ended], [], [])[0]):
+        if woken in ready:
+            woken.recv(1000)
+            while running and (found := os.waitpid(-1, os.WNOHANG))[0]:
+                # whoever asked may have been killed meanwhile
+                with running.pop(found[0]) as asking, contextlib.suppress(OSError):
+                    asking.sendall(b"%d\n" % os.waitstatus_to_exitcode(found[1]))
+        if listener in ready:
+            asking, _ = listener.accept()
+            if not (child := os.fork()):
+                signal.set_wakeup_fd(-1)
+                for other in (listener, woken, wakes, *running.values()):
+                    other.close()
+                answer(asking)
+            running[child] = asking
 
 
 def answer(asking):
-    """Run what is asked for in one more fork, and say how it ended."""
+    """Run what is asked for in this process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(300)  # ends one that hangs
     _, streams, *_ = socket.recv_fds(asking, 1, 3)
     command, env, cwd = json.loads(asking.makefile().readline())
-    if not os.fork():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.alarm(300)  # ends one that hangs
-        for i, stream in enumerate(streams):
-            os.dup2(stream, i)
-            os.close(stream)
-        asking.close()
-        os.environ.clear()
-        os.environ.update(env)
-        os.chdir(cwd)
-        run(command)
-    asking.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.wait()[1]))
-    os._exit(0)
+    for i, stream in enumerate(streams):
+        os.dup2(stream, i)
+        os.close(stream)
+    asking.close()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    run(command)
 
 
 def run(command):
@@ -148,6 +161,12 @@ def run(command):
     for stream in sys.stdout, sys.stderr:
         stream.flush()
     os._exit(status)
+
+
+def echo(files, model_name, label_names, needs_base, pipe):
+    """Take the place of tools.multitask.hold, in a module that is quick to import in a new
+    process."""
+    pipe.send([os.getpid(), files, needs_base])
 
 
 if __name__ == "__main__":

@@ -6,17 +6,28 @@
 set -euo pipefail
 # shellcheck source=../setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
+unset PYTHONDONTWRITEBYTECODE  # many programs start in forks, and each compiles anew what is not kept
 # peft, which the tests compare with, and gradio, which the page needs. Without them their tests are skipped.
 for extra in tests/requirements.txt requirements-demo.txt; do
   installed="$venv/installed-${extra//\//-}"
   if ! cmp -s "$here/$extra" "$installed"; then
     if "$python" -m pip install -qq --disable-pip-version-check --no-compile -r "$here/requirements.txt" -r "$here/$extra"; then
       cp "$here/$extra" "$installed"
+      is_new=yes
     else
       echo "warning: $extra could not be installed; tests that need it are skipped" >&2
     fi
   fi
 done
+if [[ -n "${is_new:-}" ]]; then  # compile what setup.sh did not, and nothing else
+  "$python" - 2> /dev/null <<'END' || true
+import contextlib, importlib
+for name in "pytest", "peft", "gradio", "datasets", "IPython", "transformers.trainer", "transformers.pipelines":
+    with contextlib.suppress(ImportError):  # the tests skip what is missing, too
+        importlib.import_module(name)
+END
+fi
+"$python" -m compileall -q "$here"/*.py "$here"/tools "$here"/tests || true
 "$python" "$here/fetch.py"
 "$python" -m ruff check --quiet "$here"
 # Two workers of one thread each: most of the time goes into starting processes, and more threads than cores would wait

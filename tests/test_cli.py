@@ -481,21 +481,24 @@ def test_help_names_every_flag_with_default():
     (["--method", "lora", "--r", 0], ["--r", "at least 1"]),
     *[(["--method", "lora", "--dropout", p], ["--dropout", "to 0.99"]) for p in (1, 0.999995)],
     (["--method", "lora", "--lr", "fast"], ["--lr", "not a number"]),
-    (["--method", "full", "--data", "/nonexistent"], ["/nonexistent"]),
     (["--method", "full", "--model", "./nonexistent"], ["./nonexistent", "no such folder"]),
     (["--method", "full", "--output", ROOT / "train.py" / "x"], ["cannot write", "--output"]),
-    ([], ["--method"]),
 ])
 def test_bad_flags(flags, words):
+    one_line_exit(lambda: main(train_module, *flags), *words)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], ["--method"]), (["--method", "full", "--data", "/nonexistent"], ["/nonexistent"])])
+def test_bad_flags_of_a_program(flags, words):
     one_line_error(train(*flags), *words)
 
 
-@pytest.mark.parametrize("name", [250 * "x", "caf\udce9"], ids=["long", "undecodable"])
-def test_a_name_that_cannot_be_written_is_refused_before_the_training(name, data_dir, tmp_path):
-    folder = tmp_path / name
-    data_dir.rename(folder)
-    one_line_error(train("--method", "lora", "--data", folder, "--output", tmp_path / "out"),
-                   "cannot write")
+def test_a_name_that_cannot_be_written_is_refused_before_the_training(data_dir, tmp_path):
+    long = data_dir.rename(tmp_path / (250 * "x"))
+    flags = ["--method", "lora", "--output", tmp_path / "out", "--data"]
+    one_line_exit(lambda: main(train_module, *flags, long), "cannot write")
+    one_line_error(train(*flags, long.rename(tmp_path / "caf\udce9")), "cannot write")
 
 
 # --- models, tasks and files that are not what they should be ------------------------------------

@@ -124,7 +124,7 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(data_dir, tmp_path):
     done = program(tmp_path / "terminal.py", "ascii", ROOT / "train.py", *flags)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "donn\\xe9es \\u4e2d: splits as given" in done.stdout
-    listed = ["--list", "--lr", "1e-3", "--data", folder]
+    listed = ["--list", "--amp", "off", "--lr", "1e-3", "--data", folder]
     for encoding in "ascii", "latin-1", "cp1252":
         done = program(tmp_path / "terminal.py", encoding, ROOT / "train.py", *flags)
         assert done.returncode == 0 and done.stdout.startswith("finished already"), done.stderr
@@ -151,7 +151,7 @@ def test_a_closed_terminal_is_no_error(closed):
 def test_a_full_disk_is_one_line():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    done = run("bash", "-c", f"{sys.executable} {ROOT / 'compare.py'} --list > /dev/full")
+    done = run("bash", "-c", f"{sys.executable} {ROOT / 'compare.py'} --list --amp off > /dev/full")
     line, = done.stderr.splitlines()
     assert done.returncode != 0 and line.startswith("error: ") and "No space" in line
 

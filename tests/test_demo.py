@@ -137,10 +137,10 @@ def test_half_a_character_is_a_line(texts):
     one_line_exit(lambda: demo.check_asked(texts, ["a"]), "surrogate", "no character")
 
 
-def test_a_proxy_is_not_asked_for_the_page(study, monkeypatch):
+def test_a_proxy_is_not_asked_for_the_page(monkeypatch):
     for name in "http_proxy", "HTTPS_PROXY", "ALL_PROXY":
         monkeypatch.setenv(name, "socks5://127.0.0.1:9")
-    page, port = demo.make_page(study[0]), free_port()
+    page, port = demo.make_page(ROOT / "nothing"), free_port()
     demo.launch(page, port)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://127.0.0.1:{port}") as answer:
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_goes_while_the_page_is_open_is_asked_on(study, tmp_pa
 
 
 def test_any_checkpoints_can_be_asked(study, tmp_path, monkeypatch, capsys):
-    paths = [predict.find(study[0])[name] for name in ("lora_r8", "qlora")]
+    paths = [predict.find(study[0])[name] for name in ("lora_r8", "adapter")]
     given = [arg for path in paths for arg in ("--checkpoint", str(path))]
     port, pages = free_port(), []
     # the program would wait here for as long as the page is served

@@ -87,14 +87,18 @@ def test_a_pool_of_one_s_own_and_of_few_rows(tmp_path):
     (["--task", "sst2"], ["sst2", "given", "movies"]),
     (["--task", "ag_news"], ["ag_news", "given"]),
     (["--task", "synthetic"], ["run_grid.sh"]),
-    (["--data", "HERE"], ["dev.tsv", "one pool"]),
     (["--fold", "1/5"], ["--fold"]),
     (["--targets", "all"], ["--targets"])])
-def test_what_has_no_folds_is_refused_before_anything_runs(flags, words, tmp_path):
-    write_splits(tmp_path / "mine", {"train": 80, "dev": 12},
-                 lambda i, split: f"{split} {i}\t{i % 2}")
-    flags = [tmp_path / "mine" if flag == "HERE" else flag for flag in flags]
-    one_line_error(program("compare.py", "--list", "--folds", 5, *flags), *words)
+def test_what_has_no_folds_is_refused_before_anything_runs(flags, words, monkeypatch):
+    monkeypatch.setattr(compare, "start", lambda: None)
+    one_line_exit(lambda: compare.main(["--list", "--folds", "5", *flags]), *words)
+
+
+def test_a_program_refuses_what_has_no_folds(tmp_path):
+    mine = write_splits(tmp_path / "mine", {"train": 80, "dev": 12},
+                        lambda i, split: f"{split} {i}\t{i % 2}")
+    one_line_error(program("compare.py", "--list", "--folds", 5, "--data", mine),
+                   "dev.tsv", "one pool")
 
 
 @pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "2", "a/b", "1/5/2", "-1/5"])

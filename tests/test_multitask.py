@@ -5,8 +5,9 @@ import os
 from subprocess import CompletedProcess
 from types import SimpleNamespace
 
+import forks
 import pytest
-from conftest import one_line_exit, save_small_bert
+from conftest import ROOT, one_line_exit, program, save_small_bert
 
 import data
 import rates
@@ -55,7 +56,29 @@ def measured(flags, *methods):
     return json.loads((args.output / "metrics" / "multitask.json").read_text())
 
 
-def test_all_of_it(seven_runs, capfd):
+# What memory_of does, in a fork that has imported torch already. It prints what hold() would send.
+MEASURE = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, sys.argv[1])
+from tools.multitask import hold
+
+files, *others = json.loads(sys.argv[2])
+hold(list(map(Path, files)), *others, SimpleNamespace(send=lambda found: print(json.dumps(found))))
+"""
+
+
+def test_all_of_it(seven_runs, tmp_path, monkeypatch, capfd):
+    def memory_of(files, *others):
+        asked = json.dumps([list(map(str, files)), *others])
+        done = program(tmp_path / "measure.py", ROOT, asked)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    (tmp_path / "measure.py").write_text(MEASURE)
+    monkeypatch.setattr(multitask, "memory_of", memory_of)
     flags, output = seven_runs
     result = measured(flags, "lora_r8")
     out = capfd.readouterr().out
@@ -130,6 +153,13 @@ def test_a_deleted_checkpoint_is_said_and_its_result_kept(seven_runs):
     with pytest.raises(SystemExit, match=f"error: .*{path.name} is gone.*delete"):
         multitask.main(*multitask.parse_args(flags))
     assert sorted(output.rglob("*")) == before
+
+
+def test_memory_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(multitask, "hold", forks.echo)
+    files = [tmp_path / "a", tmp_path / "b"]
+    process, *said = multitask.memory_of(files, "model", ["0", "1"], True)
+    assert said == [files, True] and process != os.getpid()
 
 
 def test_a_process_that_dies_is_said(tmp_path, monkeypatch):

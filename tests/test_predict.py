@@ -5,16 +5,13 @@ import io
 import json
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, default_tokenizer, one_line_exit, program, settings, tiny_bert
+from conftest import default_tokenizer, one_line_exit, program, settings, tiny_bert
 from transformers import BertForQuestionAnswering
 
 import tools.predict as predict
@@ -67,10 +64,11 @@ def cells(line):
     return re.findall(r"(\* )?(\S+) ([01]\.\d\d)(?=\s|$)", line)
 
 
-def test_five_sentences_by_five_methods(study):
-    done = program("tools.predict", "--output", study[0])
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    head, *rows = done.stdout.splitlines()
+def test_five_sentences_by_five_methods(act, capsys):
+    act()
+    done = capsys.readouterr()
+    head, *rows = done.out.splitlines()
+    assert not done.err
     assert head.split() == list(RUNS)
     for sentence, row in zip(predict.SENTENCES, rows):
         assert row.startswith(sentence) and len(cells(row)) == 5
@@ -374,18 +372,32 @@ def test_a_file_name_may_be_no_utf_8(tmp_path, act):
     assert len(read(tmp_path / "o.csv")) == len(TEXTS)
 
 
+# Runs tools.predict in a fork of itself, and kills it as soon as a file like PART is there.
+KILLED = """
+import glob, os, runpy, signal, sys, time
+
+PART = sys.argv.pop(1)
+sys.path[0] = os.getcwd()
+if not (child := os.fork()):
+    signal.alarm(300)
+    runpy.run_module("tools.predict", run_name="__main__", alter_sys=True)
+    os._exit(0)
+while not glob.glob(PART) and not os.waitpid(child, os.WNOHANG)[0]:
+    time.sleep(0.001)
+os.kill(child, signal.SIGKILL)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
 def test_a_killed_process_leaves_no_output_and_the_same_command_then_works(study, act, tmp_path):
-    """A real process and a real signal, while rows are answered."""
-    texts = [f"{'very ' * (i % 8)}long film {i}" for i in range(300)]
+    """A process of its own and a real signal, while rows are answered."""
+    texts = [f"{'very ' * (i % 8)}long film {i}" for i in range(100)]
     source, out = write(tmp_path / "in.txt", texts), tmp_path / "out.jsonl"
     flags = ["--method", "lora_r8", "--input", source, "--to", out]
-    command = [sys.executable, "-m", "tools.predict", "--output", study[0], *flags]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, cwd=ROOT)
-    end = time.time() + 200
-    while not list(tmp_path.glob("*.part")) and time.time() < end and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not out.exists()
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = program(tmp_path / "killed.py", tmp_path / "*.part", "--output", study[0], *flags)
+    assert done.stdout.split() == ["-9"], done.stderr
+    assert not out.exists() and list(tmp_path.glob("*.part"))
     act(*flags)
     assert [row["text"] for row in read(out)] == texts
 

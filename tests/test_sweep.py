@@ -205,7 +205,8 @@ def entries_of(output):
     return json.loads((output / "metrics" / "sweep_mine.json").read_text())["entries"]
 
 
-def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept, capsys):
+def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept, capsys,
+                                                                           monkeypatch):
     flags, output = swept
     asked = [*flags, "--methods", "full", "lora --r 16", "--seeds", "42", "43"]
     sweep.main(asked)
@@ -239,6 +240,7 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     path = output / "metrics" / "sweep_mine.json"
     before, answers = path.read_text(), path.with_suffix(".csv").read_text()
     shutil.rmtree(output / "metrics" / "runs")
+    monkeypatch.setattr(sweep, "draw_sweep", lambda path: None)
     sweep.main([*asked, "--train-rows", "all", "30"])
     assert "== python train.py" not in capsys.readouterr().out
     assert entries_of(output) == json.loads(before)["entries"]
@@ -267,6 +269,7 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
 def test_a_sweep_goes_on_in_one_precision(swept, monkeypatch):
     flags, output = swept
     methods = ["--methods", "full", "lora --r 16"]
+    monkeypatch.setattr(sweep, "draw_sweep", lambda path: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     asked, own = [], settings("--method", "full", *flags).amp
     sweep.main([*flags, *methods])
@@ -295,6 +298,7 @@ def test_a_sweep_that_adds_its_row_is_alone(swept, monkeypatch):
         held.append(args)
         return add_entry(*args)
 
+    monkeypatch.setattr(sweep, "draw_sweep", lambda path: None)
     monkeypatch.setattr(sweep, "add_entry", watched)
     sweep.main([*flags, "--methods", "full"])
     assert len(held) == 1

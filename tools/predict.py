@@ -162,8 +162,8 @@ def check_kinds(files, is_qa, has_input):
                  "sentence and sentence2 asks it")
 
 
-def milliseconds(act, n=3):
-    """Return (what act() returns, the median of n times it takes)."""
+def milliseconds(act, n=1):
+    """Return (what act() returns, the median of n times that it takes, after one that warms up)."""
     result, times = act(), []
     for _ in range(n):
         begin = time.perf_counter()
@@ -294,7 +294,7 @@ def answer_rows(methods, tokenizer, question, context):
     """Return (rows of strings: a header, one row per method; where each answer starts)."""
     rows, starts = [["", "answer", "ms", "ms to switch to it, from its file", "its file (MB)"]], []
     for method in methods:
-        (text, at), ms = milliseconds(lambda: answer(method, tokenizer, question, context), n=1)
+        (text, at), ms = milliseconds(lambda: answer(method, tokenizer, question, context))
         starts.append(at)
         rows.append([method.name, text, f"{ms:.1f}", f"{method.switch_ms:.0f}",
                      f"{method.megabytes:.2f}"])
