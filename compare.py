@@ -355,10 +355,10 @@ def main(argv):
             if not (result := trained([*flags, *part, *own.split(), *rate], own_progress)):
                 sys.exit(1)
             runs[name].append(result | {"checkpoint_mb": checkpoint_mb(args.output, result)})
+            if line := mixed_hardware([run for own in runs.values() for run in own]):
+                fail(line)  # now, not after hours
             if progress:
                 print(so_far(runs), flush=True)
-    if line := mixed_hardware([run for name in runs for run in runs[name]]):
-        fail(line)
     model = args.model if s.model_sha256 else None
     write_study(args.output, model, command, runs, tried, folds)
 
