@@ -336,7 +336,8 @@ def glance(study, what, path):
     name_rows(lost, [entry_label(entries[name]) for name in names])
     lost.set(title="LOST: points of macro-F1", xlim=(left - 0.5, right + 0.2 * (right - left) + 1),
              xlabel=f"bar: 95 % interval; if it contains 0, no loss is shown; |: one {what}")
-    for ax, title in ((seconds, "COST: epoch time"), (memory, f"memory, {model}" if model else "peak memory"),
+    memory_title = f"memory, {model}" if model else "peak memory"
+    for ax, title in ((seconds, "COST: epoch time"), (memory, memory_title),
                       (disk, "trained file")):
         ax.set(title=title, xticks=[])
         ax.margins(x=0.35)

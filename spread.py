@@ -157,7 +157,8 @@ def two_way_interval(differences, folds=None, groups=None, comparisons=1):
     https://doi.org/10.1002/sim.2532; the trainings of a fold are readers of its own cases. From the
     mean squares of trainings, rows and what is left, of R trainings and N rows:
 
-        v = (MS_T + max(MS_C - MS_E, 0)) / (R N)        df = (R N v)^2 / (MS_T^2 / df_T) at most df_C
+        v = (MS_T + max(MS_C - MS_E, 0)) / (R N)
+        df = (R N v)^2 / (MS_T^2 / df_T), at most df_C
     """
     differences = np.atleast_2d(differences)
     if groups is not None:

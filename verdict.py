@@ -92,7 +92,8 @@ def quality(others, rows, n):
         size = f"{-least.vs['points']:.1f} points"
         said.append(f"- **Lost.** A lower score{where} is shown for "
                     + several([o.label for o in lost])
-                    + (f": {size}." if len(lost) == 1 else f"; of these, {least.label} loses least, {size}."))
+                    + (f": {size}." if len(lost) == 1 else
+                       f"; of these, {least.label} loses least, {size}."))
     if close := [o.label for o in others if is_close(o.vs, rows) == "yes"]:
         said.append(f"- **Close.** A loss of {CLOSE} points or more is ruled out{where} for "
                     f"{several(close)}.")
