@@ -310,7 +310,8 @@ def write_study(output, model, command, runs, tried, folds):
     write_arrays(metrics / f"{name}_probabilities.npz", likely)
     from plots import draw_study, lines_of  # matplotlib is slow to import
     draw_study(output, name)
-    print_next(output, lines_of({"entries": entries}), {name: own[0] for name, own in runs.items()}, model)
+    first = {method: own[0] for method, own in runs.items()}
+    print_next(output, lines_of({"entries": entries}), first, model)
 
 
 def main(argv):
