@@ -86,6 +86,6 @@ def test_the_readme_s_lines_lead_from_a_file_to_a_pipeline(blocks, tmp_path, mon
 
 
 def run_fork(command):
-    """Run python FILE FLAGS in a fork, as subprocess.run does."""
-    done = program(command[1], *command[2:])
+    """Run python FILE FLAGS, or python -P -m MODULE FLAGS, in a fork, as subprocess.run does."""
+    done = program(*command[3:] if command[1] == "-P" else command[1:])
     return subprocess.CompletedProcess(command, done.returncode, done.stdout)

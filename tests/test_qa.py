@@ -629,7 +629,8 @@ def test_a_question_is_asked_from_the_command_line(finished, tmp_path):
     """tools.predict takes the best run of every method in the grid; here there is one, of QDoRA."""
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "grid.json").write_text(json.dumps(
-        {"command": "bash run_grid.sh", "runs": {"qdora_epoch-2_lr_2e-4": finished.result}}))
+        {"command": "bash run_grid.sh", "best": {"qdora": "qdora_epoch-2_lr_2e-4"},
+         "runs": {"qdora_epoch-2_lr_2e-4": finished.result}}))
     shutil.copytree(finished.output / "checkpoints", tmp_path / "checkpoints")
     context = "It was Anna who wrote the letter, and Karl who read it."
     done = program("tools.predict", "--output", tmp_path, "--model", finished.model,
