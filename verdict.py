@@ -147,6 +147,13 @@ def choices(full, others, memory):
             why = (f"{write(getattr(take, key))} instead of {write(getattr(full, key))} {unit}, "
                    f"for {take.vs['points']:+.1f} points")
         rows.append([what, take.label, why])
+    costs = "seconds", "gb", "mb"
+    if None not in [getattr(line, key) for line in ranked for key in costs]:
+        saving = [line for line in close
+                  if all(getattr(line, key) < getattr(full, key) for key in costs)]
+        rows.append(["nothing in particular", *(
+            (saving[0].label, "scores best of those that save time, memory and disk") if saving
+            else (best.label, "none that is close to it saves time, memory and disk"))])
     return rows
 
 
