@@ -501,11 +501,11 @@ def draw_growth(path):
     ax.errorbar(list(bound), list(bound.values()), fmt="k--", label="by counted matrix products")
     ax.axhline(1, color=CASES["full"].color, linewidth=1)
     ax.set(title=f"{case_label(GROWN[1])} trains how many times as fast as full fine-tuning",
-           xlabel="tokens in a row", ylabel="times as fast", xscale="log")
+           xlabel="tokens in a row; bar: range of the rounds", ylabel="times as fast", xscale="log")
     ax.set_xticks(lengths, list(map(str, lengths)))
     ax.minorticks_off()
     ax.legend(fontsize=10)
-    fig.suptitle(growth_caption(growth).replace("; ", "\n") + ", bars: their range", fontsize=9)
+    fig.suptitle(growth_caption(growth).partition("; ")[0], fontsize=9)
     save_figure(fig, figure)
     write_table(figure.with_suffix(".md"), growth_markdown(growth))
 
