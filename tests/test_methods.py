@@ -3,17 +3,20 @@ the papers."""
 import copy
 import functools
 import re
+from types import SimpleNamespace
 
+import adapters_reference
 import pytest
 import torch
-from conftest import BUILDS, METHODS, build, randomize, settings, tiny_bert, tiny_inputs
+from conftest import BUILDS, METHODS, ROOT, build, randomize, settings, tiny_bert, tiny_inputs
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
 import fast
-from adapters import Adapter
+from adapters import Adapter, put_houlsby, put_pfeiffer
 from lora import DoRALinear, LoRALinear, frozen_weight, merge_lora
 from model import apply_method, count_params, trained_tensors
 from quant import to_nf4
@@ -411,6 +414,29 @@ def test_pfeiffer_wiring_against_a_written_out_layer():
     skip_after_norm = module.LayerNorm(u + bottleneck(module.adapter, u, F.relu) + a)
     assert not torch.allclose(expected, skip_after_norm, atol=1e-2)
     assert type(layer.attention.output).__name__ == "BertSelfOutput"
+
+
+@pytest.mark.parametrize("kind, put", [("houlsby", put_houlsby), ("pfeiffer", put_pfeiffer)])
+def test_adapters_give_what_the_library_adapters_gives(kind, put):
+    kept = load_file(ROOT / "tests" / "adapters_reference.safetensors")
+    model = BertForSequenceClassification(BertConfig(**adapters_reference.CONFIG))
+    put(model, SimpleNamespace(bottleneck=adapters_reference.BOTTLENECK))
+    model = model.double().eval()
+    of_base = {name.removeprefix("base."): p for name, p in kept.items() if name.startswith("base.")}
+    own = {name.removeprefix(f"{kind}.").replace("adapters.it.adapter_down.0", "adapter.down")
+           .replace("adapters.it.adapter_up", "adapter.up"): p
+           for name, p in kept.items() if name.startswith(f"{kind}.encoder")}
+    model.bert.load_state_dict(of_base | own)  # each tensor has its place
+
+    def distance():
+        out = model.bert(kept["ids"], attention_mask=kept["mask"]).last_hidden_state
+        return (out - kept[f"{kind}.out"]).abs().max()
+
+    assert distance() < 1e-12
+    for name, p in model.named_parameters():
+        if ".adapter." in name:
+            p.data.zero_()
+    assert distance() > 0.1  # without them it is another function
 
 
 @pytest.mark.parametrize("method, std, cut", [("houlsby", 0.88e-3, 2e-3), ("pfeiffer", 0.02, None)])
