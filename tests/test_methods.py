@@ -422,7 +422,8 @@ def test_adapters_give_what_the_library_adapters_gives(kind, put):
     model = BertForSequenceClassification(BertConfig(**adapters_reference.CONFIG))
     put(model, SimpleNamespace(bottleneck=adapters_reference.BOTTLENECK))
     model = model.double().eval()
-    of_base = {name.removeprefix("base."): p for name, p in kept.items() if name.startswith("base.")}
+    of_base = {name.removeprefix("base."): p for name, p in kept.items()
+               if name.startswith("base.")}
     own = {name.removeprefix(f"{kind}.").replace("adapters.it.adapter_down.0", "adapter.down")
            .replace("adapters.it.adapter_up", "adapter.up"): p
            for name, p in kept.items() if name.startswith(f"{kind}.encoder")}
