@@ -197,9 +197,9 @@ def verdict(lines, unit, rows, n, what_varies="seed", memory="memory"):
     if n == 1:
         unknown.append("Each method was trained once: the intervals are over test rows alone, and "
                        "another seed may change the order, another hour the times.")
-    others_may = "Other" if n == 1 else f"Other {what_varies}s, other"
-    out.append("- **Not told.** " + " ".join(unknown) + f" {others_may} data, another model or "
-               "more rows may give another order.")
+    other = "Other" if n == 1 else f"Other {what_varies}s, other"
+    unknown.append(f"{other} data, another model or more rows may give another order.")
+    out.append(f"- **Not told.** {' '.join(unknown)}")
     text = "\n".join(out) + "\n"
     if ranks:
         header = ["If what counts is", f"take (within {CLOSE} points of the best)", "because"]
