@@ -250,9 +250,8 @@ def calibration_markdown(study):
         for key, (_, scale, digits) in kinds.items():
             own = entry["calibration"][key]
             cells.append(f"{scale * own['mean']:.{digits}f} ± {scale * own['std']:.{digits}f}")
-            low, middle, high = (f"{scale * own['vs_full'][end]:+.{digits}f}" for end in
-                                 ("low", "points", "high")) if own["vs_full"] else ("",) * 3
-            cells.append(f"{middle} [{low}, {high}]" if middle else "")
+            vs = own["vs_full"] and {end: scale * x for end, x in own["vs_full"].items()}
+            cells.append(points(vs, digits))
         rows.append(cells)
     scaled = ("scaled: at the temperature with the best NLL on the validation rows; "
               if "nll_scaled" in kinds else "")

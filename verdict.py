@@ -59,9 +59,10 @@ def marks_of(labels, predicted, histories, folds=None):
 
 # --- sentences -----------------------------------------------------------------------------------
 
-def points(vs):
+def points(vs, digits=1):
     """Write a difference to full fine-tuning with its interval, or nothing where there is none."""
-    return "" if vs is None else f"{vs['points']:+.1f} [{vs['low']:+.1f}, {vs['high']:+.1f}]"
+    return "" if vs is None else (f"{vs['points']:+.{digits}f} [{vs['low']:+.{digits}f}, "
+                                  f"{vs['high']:+.{digits}f}]")
 
 
 def is_close(vs, rows):

@@ -238,7 +238,7 @@ def test_made_up_folds_are_pooled_and_compared(made_up, capsys, monkeypatch):
     assert "3 folds, each 70 training" in table and "seeds 42 to 47 (n = 6 trainings)" in table
     recompute.main(["--output", str(folder)])
     said = capsys.readouterr().out
-    assert said.count(", NLL and ECE: ") == 8 and "22 results came out as published" in said
+    assert said.count(", NLL and ECE: ") == 8 and "50 results came out as published" in said
     answer = (folder / "figures" / "answer.md").read_text()
     assert answer in done.stdout and "**Not told.**" in answer
     assert answer.startswith("| method | % trained | macro-F1 |")

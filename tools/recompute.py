@@ -56,6 +56,12 @@ def study_intervals(path, answers):
                 rows = full["runs"][0]["rows"]
                 yield (name, ", for new rows", entry["vs_full_new_rows"],
                        corrected_interval(differences, rows["test"], rows["train"]))
+                for key, own in entry["calibration"].items():
+                    each = [run[key] - other[key] for run, other in
+                            zip(entry["runs"], study["entries"]["full"]["runs"], strict=True)]
+                    by_fold = np.reshape(each, (-1, entry["folds"])).mean(0)
+                    yield (name, f", {key}", own["vs_full"],
+                           corrected_interval(by_fold, 0, rows["train"]))
     except (OSError, ValueError, KeyError) as e:
         fail(f"{answers} does not hold the answers behind {path} ({type(e).__name__}: {e})")
 
@@ -92,7 +98,8 @@ def main(argv):
     n = 0
     for file, intervals in found.items():
         for method, what, *both in intervals:
-            published, again = (points(own) if "points" in own else
+            digits = 1 if what in ("", ", for new rows") else 3
+            published, again = (points(own, digits) if "points" in own else
                                 "{nll:.3f}, {ece:.3f}".format(**own) for own in both)
             print(f"{file}: {method}{what}: {published}, again {again}", flush=True)
             if max(abs(both[0][key] - both[1][key]) for key in both[0]) > TOLERANCE:
