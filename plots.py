@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from common import fail, read_json, start, write_text
 from methods import CASES, label_of
-from settings import is_synthetic, read_settings, short
+from settings import has_searched_rates, is_synthetic, read_settings, short
 from verdict import CLOSE, LARGEST, Line, is_close, points, verdict
 
 plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
@@ -138,10 +138,12 @@ def memory_key(entries):
 
 
 def peaks_of(study):
-    """Return ({method: GB}, "" or the model that they are of): the peaks that tools.memory
-    predicted, if it did so for all methods of the study, else the measured ones."""
+    """Return ({method: GB}, "" or the model that they are of): of the project's own study on a CPU
+    the peaks that tools.memory predicted for bert-base, else the measured ones."""
     entries, predicted = study["entries"], study.get("memory")
-    if predicted and entries.keys() <= predicted["methods"].keys():
+    first = entries["full"]["runs"][0] if "full" in entries else None
+    is_own = first and has_searched_rates(read_settings(first)) and first["peak_vram_gb"] is None
+    if is_own and predicted and entries.keys() <= predicted["methods"].keys():
         model = Path(predicted["model"]).name.removesuffix("-uncased")
         return {name: predicted["methods"][name]["peak"] / 1e9 for name in entries}, model
     key, _ = memory_key(entries)
@@ -241,7 +243,7 @@ def calibration_markdown(study):
     kinds = {"nll": ("NLL", 1, 3), "ece": ("ECE (%)", 100, 1),
              "nll_scaled": ("NLL, scaled", 1, 3), "ece_scaled": ("ECE (%), scaled", 100, 1)}
     kinds = {key: kind for key, kind in kinds.items()
-             if all(key in entry["calibration"] for entry in study["entries"].values())}
+             if all(key in entry.get("calibration", {}) for entry in study["entries"].values())}
     header, rows = ["method"], []
     for what, _, _ in kinds.values():
         header += [what, "vs full"]

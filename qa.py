@@ -58,9 +58,12 @@ def make_question(q):
     question = Question(q["context"], q["question"].strip(), q["answers"]["text"], None, None,
                         q.get("level"), group_of(q))
     for text, start in zip(q["answers"]["text"], q["answers"]["answer_start"]):
-        if text.strip() and start >= 0 and q["context"][start:start + len(text)] == text:
-            start += len(text) - len(text.lstrip())  # no token stands on white space
-            return question._replace(start=start, end=start + len(text.strip()))
+        if start >= 0 and q["context"][start:start + len(text)] == text:
+            # no token stands on what is not seen
+            seen = [start + i for i, c in enumerate(text)
+                    if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf")]
+            if seen:
+                return question._replace(start=seen[0], end=seen[-1] + 1)
     return question
 
 

@@ -161,7 +161,7 @@ def two_way_interval(differences, folds=None, groups=None, comparisons=1):
         df = (R N v)^2 / (MS_T^2 / df_T), at most df_C
     """
     differences = np.atleast_2d(differences)
-    if groups is not None:
+    if groups is not None and len(set(groups)) > 1:  # of a single one the rows are all there is
         differences = group_shares(differences, groups)
     R, N = differences.shape
     names, parts = np.unique(np.zeros(N) if folds is None else folds, return_inverse=True)
@@ -174,6 +174,8 @@ def two_way_interval(differences, folds=None, groups=None, comparisons=1):
         ss_e += np.sum((own - training - row + mean) ** 2)
     df_t, df_c = len(names) * (R - 1), max(1, N - len(names))
     ms_t, ms_c, ms_e = ss_t / max(1, df_t), ss_c / df_c, ss_e / max(1, (R - 1) * df_c)
+    if df_t and ms_t < ms_e:  # by chance: trainings differ at least as much as what is left
+        ms_t, df_t = ms_e, (R - 1) * df_c
     # v = (MS_T + max(MS_C - MS_E, 0)) / (R N)
     total = ms_t + max(ms_c - ms_e, 0)
     # df = (R N v)^2 / (MS_T^2 / df_T) <= df_C

@@ -312,6 +312,16 @@ def test_answers_reach_over_what_belongs_to_no_token(context, answer, tokenizer)
     assert {i for i, c in enumerate(context) if not c.isspace() and c not in unseen} <= reached
 
 
+@pytest.mark.parametrize("context, answer", [
+    ("\u200bParis is big", "\u200bParis"), ("\u00adParis is", "\u00adParis"),
+    ("it is Paris\u200b", "Paris\u200b"), ("Paris\x07", " Paris\x07".strip())])
+def test_an_answer_that_ends_in_what_is_not_seen_is_trained_on(context, answer, tokenizer):
+    windows = qa.Windows([question(context, answer)], tokenizer, lengths(64, 8))
+    (start, end), offsets = windows.spans[0].tolist(), windows.offsets[0]
+    assert windows.usable.tolist() == [0]
+    assert context[offsets[start][0]:offsets[end][1]] == "Paris"
+
+
 def test_a_mark_at_the_edge_of_a_window(tokenizer):
     words = [f"cafe\u0301{i}" if i % 3 else "e\u0301" for i in range(60)]
     context = " ".join(words)

@@ -211,12 +211,25 @@ def test_trainings_and_rows_are_both_drawn():
     assert apart["high"] - apart["low"] < 2  # without folds it is 9
 
 
+def test_trainings_that_differ_less_than_chance_count_as_chance():
+    rest = np.random.default_rng(5).normal(0, 3, (2, 300))
+    values = rest - rest.mean(1, keepdims=True)  # the trainings' means are the same
+    got = two_way_interval(values)
+    mean_squares = [300 * values.mean(1).var(ddof=1), (values[0] - values[1]).var(ddof=1) / 2]
+    assert mean_squares[0] < 1e-9
+    larger = max(mean_squares[1], 2 * values.mean(0).var(ddof=1))
+    half = stats.t.ppf(0.975, 299) * (larger / 600) ** 0.5
+    assert ends(got) == pytest.approx([-half, half], abs=1e-9)
+
+
 def test_rows_of_a_group_count_once():
     rng = np.random.default_rng(2)
     means = rng.normal(0, 5, (3, 40))
     groups = rng.permutation(np.repeat(np.arange(40), 25))
     values = means[:, groups]  # the rows of a group are the same
     assert two_way_interval(values, groups=groups) == pytest.approx(two_way_interval(means))
+    one = two_way_interval(values, groups=np.zeros(1000))  # all about one passage
+    assert one == two_way_interval(values)
     uneven = np.repeat(np.arange(40), rng.integers(1, 50, 40))
     got = two_way_interval(means[:, uneven], groups=uneven)
     assert got["points"] == pytest.approx(means[:, uneven].mean())

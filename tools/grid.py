@@ -406,6 +406,11 @@ def redraw(output):
     if not path.exists():
         fail(f"there is no {path}; bash run_grid.sh makes it")
     content = read_json(path, "command", "runs")
+    try:
+        for result in content["runs"].values():
+            read_settings(result)
+    except (LookupError, TypeError, AttributeError) as e:
+        fail(f"{path} is damaged or of an earlier version ({e}); bash run_grid.sh makes it anew")
     grid_bars(content["runs"], figures / "grid_f1.png")
     write_table(figures / "grid.md", grid_markdown(content))
 
