@@ -158,12 +158,12 @@ def lines_of(study):
             for name, e in study["entries"].items()]
 
 
-def study_verdict(study, what_varies):
-    """Write the verdict on a comparison.json or crossvalidation.json, as Markdown. what_varies
-    between the runs of a method: the seed, the fold."""
+def study_verdict(study):
+    """Write the verdict on a comparison.json or crossvalidation.json, as Markdown."""
     full, (_, model) = study["entries"]["full"], peaks_of(study)
     measured = memory_key(study["entries"])[1].removesuffix(" (GB)")
-    return verdict(lines_of(study), "macro-F1", test_rows(full), full["n"], what_varies,
+    return verdict(lines_of(study), "macro-F1", test_rows(full), full["n"],
+                   "fold" if "folds" in full else "seed",
                    f"memory on {model} (predicted)" if model else measured)
 
 
@@ -265,8 +265,7 @@ def calibration_markdown(study):
 
 def answer_markdown(study, columns=ANSWER):
     """Make a table of a study and its verdict, as Markdown."""
-    what_varies = "fold" if "folds" in study["entries"]["full"] else "seed"
-    return f"{markdown(study, columns)}\n{study_verdict(study, what_varies)}"
+    return f"{markdown(study, columns)}\n{study_verdict(study)}"
 
 
 # --- figures of the sentence study ---------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_the_committed_verdicts_are_true_of_the_committed_numbers():
         study = json.loads(committed(f"metrics/{name}.json"))
         study["memory"] = json.loads(committed("metrics/memory.json"))
         lines = plots.lines_of(study)
-        text = plots.study_verdict(study, "fold")
+        text = plots.study_verdict(study)
         losers = [o.label for o in lines[1:] if o.vs["high"] < 0]
         shown = re.split(" is shown for |; |: ", text)[1] if losers else ""
         assert set(shown.replace(" and ", ", ").split(", ")) - {""} == set(losers)
