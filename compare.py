@@ -15,10 +15,10 @@ On other data, or with another model, each method first tries some learning rate
 of all, and takes the one that validates best (rates.py). Where three epochs are few steps, there
 are more epochs. --lr X takes one rate for all methods instead.
 """
+import sys; sys.path.insert(0, __file__.rpartition("/")[0])  # isort: skip (for PYTHONSAFEPATH=1)
 import contextlib
 import os
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -211,8 +211,7 @@ def combine(runs, baseline, comparisons, n_folds=None, tried=None):
     fold = np.repeat(range(size), [len(run["test_predictions"]) for run in runs[:size]])
     entry = summarise(runs) | {
         "tried": tried,
-        "marks": [*marks_of(labels, predicted, [run["history"] for run in runs], fold),
-                  *edge_mark(tried)],
+        "marks": [*marks_of(labels, predicted, runs, fold), *edge_mark(tried)],
         "vs_full": None if is_full else
         paired_interval(labels, predicted, full, fold, comparisons)}
     if not n_folds:
@@ -346,14 +345,12 @@ def main(argv):
     runs = {name: [] for name in study}
     for part in parts:
         for name, own in study.items():
-            rate, is_first = [], part is parts[0]
+            rate = []
             if searches:
-                if is_first:
+                if part is parts[0]:
                     tried[name] = search([*flags, *part, *own.split()], steps, progress)
                 rate = ["--lr", f"{best_rate(tried[name])['lr']:g}"]
-            # the search has counted the runs of the first part
-            own_progress = None if searches and is_first else progress
-            if not (result := trained([*flags, *part, *own.split(), *rate], own_progress)):
+            if not (result := trained([*flags, *part, *own.split(), *rate], progress)):
                 sys.exit(1)
             runs[name].append(result | {"checkpoint_mb": checkpoint_mb(args.output, result)})
             if line := mixed_hardware([run for own in runs.values() for run in own]):

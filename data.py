@@ -321,6 +321,7 @@ class Encoded:
     metric     the score that picks the best epoch
     ids        list of 1-D int64 tensors, one a row; lengths: their lengths
     usable     the row numbers that may be trained on
+    counts     of sentences: the number of rows of each label that occurs; None of questions
     note       what a user should know of these rows, or ""
     collate    row numbers -> the model's inputs, and what the loss needs
     forward    a model and these inputs -> its output, with `loss`, the mean over the rows
@@ -329,6 +330,7 @@ class Encoded:
                question, and for sentences "probabilities": [[of each label]]}
     score      this outcome -> {measure: value}
     """
+    counts = None
 
     def batches(self, batch_size, rng=None, by_length=True):
         """Make batches: arrays of row numbers, each row in exactly one, rows of one length
@@ -374,7 +376,7 @@ class Sentences(Encoded):
         self.types = ([torch.tensor(t) for t in out["token_type_ids"]]
                       if isinstance(rows.sentences[0], tuple) and "token_type_ids" in out else None)
         self.lengths = np.array([len(i) for i in self.ids])
-        self.labels = torch.tensor(rows.labels)
+        self.labels, self.counts = torch.tensor(rows.labels), [*Counter(rows.labels).values()]
         self.n, self.pad_id = len(self.ids), tokenizer.pad_token_id
         self.usable = np.arange(self.n)
         full = [rows.sentences[i] for i in np.flatnonzero(self.lengths == s.max_length)]

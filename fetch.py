@@ -6,11 +6,11 @@ same functions when it needs them. Both packages are checked against their SHA-2
 unpacked, the weights and the sentences again before every use. Files are put in place whole or not
 at all.
 """
+import sys; sys.path.insert(0, __file__.rpartition("/")[0])  # isort: skip (for PYTHONSAFEPATH=1)
 import hashlib
 import io
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile

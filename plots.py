@@ -4,7 +4,7 @@ metrics/ and nothing else; and what the figures of tools/ share with them.
     python plots.py [FOLDER]      reads FOLDER/metrics/, writes FOLDER/figures/
                                   (default: beside this file)
 """
-import sys
+import sys; sys.path.insert(0, __file__.rpartition("/")[0])  # isort: skip (for PYTHONSAFEPATH=1)
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from common import fail, read_json, start, write_text
 from methods import CASES, label_of
-from settings import has_searched_rates, is_synthetic, read_settings, short
+from settings import Parser, has_searched_rates, is_synthetic, read_settings, short
 from verdict import CLOSE, LARGEST, Line, is_close, points, verdict
 
 plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
@@ -404,12 +404,16 @@ def draw_layers(path):
 
 if __name__ == "__main__":
     start()
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    names = "comparison", "crossvalidation"
-    found = [name for name in names if (folder / "metrics" / f"{name}.json").exists()]
+    parser = Parser(description="Draw the sentence study again.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent,
+                        help="with metrics/ and figures/ (default: beside this file)")
+    folder = parser.parse_args().folder
+    found = [name for name in ("comparison", "crossvalidation")
+             if (folder / "metrics" / f"{name}.json").exists()]
     if not found:
-        fail(f"{folder / 'metrics'} holds none of {', '.join(names)}.json, which run_all.sh makes; "
-             "python -m tools.NAME --redraw draws those of grid, sweep, memory, multitask, bench")
+        fail(f"{folder / 'metrics'} holds neither comparison.json nor crossvalidation.json, which "
+             "run_all.sh makes; python -m tools.NAME --redraw draws those of grid, sweep, memory, "
+             "multitask, bench")
     for name in found:
         draw_study(folder, name)
     draw_layers(folder / "figures" / "layers.png")

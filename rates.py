@@ -100,14 +100,17 @@ def edge_mark(tried):
 class Progress:
     """Count the trainings of a study, and say how long the rest will take.
 
-    n: how many are planned; seconds: of one, as expected, until some were timed."""
+    n: how many are planned; seconds: of one, as expected, until some were timed; at_once: how many
+    train side by side."""
 
-    def __init__(self, n, seconds):
-        self.n, self.expected, self.done, self.times = n, seconds, 0, []
+    def __init__(self, n, seconds, at_once=1):
+        self.n, self.expected, self.at_once = n, seconds, at_once
+        self.begun, self.times = set(), []  # results, and seconds
 
     def __str__(self):
-        seconds = sum(self.times) / len(self.times) if self.times else self.expected
-        return f"{self.done + 1} of {self.n}, {said_time(seconds * (self.n - self.done))} left"
+        each = sum(self.times) / len(self.times) / self.at_once if self.times else self.expected
+        left = each * (self.n - len(self.begun) + 1)
+        return f"{len(self.begun)} of {self.n}, {said_time(left)} left"
 
 
 def run_program(program, flags, stdout=None):
@@ -124,6 +127,8 @@ def trained(flags, progress=None):
     """Return the result of train.py with these flags, trained if it is not there; None if that
     failed."""
     run = read_flags(flags)
+    if progress:
+        progress.begun.add(run.result)
     if not run.result.exists():
         said, begin = f"[{progress}] " if progress else "", time.perf_counter()
         print(f"== {said}python train.py {shlex.join(flags)}", flush=True)
@@ -131,8 +136,6 @@ def trained(flags, progress=None):
             return None  # it has said why
         if progress:
             progress.times.append(time.perf_counter() - begin)
-    if progress:
-        progress.done += 1
     return read_result(run.result)
 
 
@@ -193,10 +196,11 @@ def probe(flags):
     return json.loads(last)
 
 
-def plan(flags, parts, study, s, searches):
+def plan(flags, parts, study, s, searches, more=0, at_once=1):
     """Say what a study will train and how long that will take: (the flags, with --epochs, if those
     of the settings `s` are too few; optimizer steps of a run; Progress). searches: whether learning
-    rates are searched first."""
+    rates are searched first; more: trainings beyond those of parts and study; at_once: Progress'.
+    """
     size, epochs = probe([*flags, *parts[0], *study["full"].split()]), s.epochs
     if searches and not s.max_steps and not given("--epochs", flags):
         epochs = max(epochs, math.ceil(LEAST_STEPS / steps_of(s, size["examples"], 1)))
@@ -206,7 +210,7 @@ def plan(flags, parts, study, s, searches):
         print(f"{s.epochs} epochs would be {steps_of(s, size['examples'])} steps, too few to learn "
               f"from: {epochs} epochs, {steps} steps (--epochs takes another number)")
     seconds = START_SECONDS + EVALUATION * steps * size["seconds"]
-    least = most = len(parts) * len(study)
+    least = most = len(parts) * len(study) + more
     if searches:
         least, most = least + 2 * len(study), most + (MOST - 1) * len(study)
         print(f"No learning rate is known for these data: each of {len(study)} methods tries 3 to "
@@ -215,4 +219,4 @@ def plan(flags, parts, study, s, searches):
                           (str, lambda n: said_time(n * seconds)))
     print(f"{how_many} trainings, those that are finished included, {how_long} in all, if each "
           "takes as long as full fine-tuning", flush=True)
-    return flags, steps, Progress(least, seconds)
+    return flags, steps, Progress(least, seconds, at_once)

@@ -165,7 +165,7 @@ def main(argv=None):
         "command": command(), **params, **scores, "best_epoch": about["epoch"],
         "train_time_s": sum(seconds), "epoch_time_s": float(np.mean(seconds)), **peaks,
         "history": history, "splits": note, "label_names": task.label_names, "settings": vars(s),
-        "rows": {name: split.n for name, split in splits.items()},
+        "rows": {name: split.n for name, split in splits.items()}, "label_counts": train.counts,
         "environment": environment(device, dtype), "validation": validated,
         **{f"test_{what}": values for what, values in outcome.items()}})
     print(f"test {train.show(scores)} (epoch {about['epoch']}), wrote {run.result}")

@@ -39,20 +39,28 @@ def largest_class(labels):
             "accuracy": n / len(labels)}
 
 
-def marks_of(labels, predicted, histories, folds=None):
+def entropy(counts):
+    """Return the loss, in nats, of an answer that is the shares of the classes among so many
+    rows."""
+    shares = np.array(counts) / sum(counts)
+    # H = -sum p log p
+    return -float(np.sum(shares * np.log(shares)))
+
+
+def marks_of(labels, predicted, runs, folds=None):
     """Return why a method is not ranked, a list of texts. labels (rows,), predicted (trainings,
-    rows) and folds as paired_interval takes them; histories: of its runs."""
+    rows) and folds as paired_interval takes them; runs: its results."""
     marks, parts = [], [0] * len(labels) if folds is None else folds
     floor = np.full(predicted.shape, largest_class(labels)["label"])
     if paired_interval(labels, predicted, floor, folds)["low"] <= 0:
         marks.append("not shown to beat the largest class")
     if any(len(np.unique(own[np.equal(parts, k)])) == 1 for own in predicted for k in set(parts)):
         marks.append("predicts one class only")
-    shares = np.unique(labels, return_counts=True)[1] / len(labels)
-    # H = -sum p log p, the loss of an answer that is the classes' shares
-    entropy = -float(np.sum(shares * np.log(shares)))
-    least = [min(epoch["train_loss"] for epoch in history) for history in histories]
-    if statistics.mean(least) > LEARNED * entropy:
+    # results of earlier versions do not hold how often each label was trained on
+    tested = np.unique(labels, return_counts=True)[1]
+    start = [entropy(run.get("label_counts", tested)) for run in runs]
+    least = [min(epoch["train_loss"] for epoch in run["history"]) for run in runs]
+    if sum(least) > LEARNED * sum(start):
         marks.append("the training loss has hardly left its start, so that more epochs may help")
     return marks
 

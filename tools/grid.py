@@ -101,17 +101,20 @@ def two_rates(tried):
 
 def grid_runs(run, flags):
     """Return the twenty runs of the grid that full fine-tuning's Run is one of, {run: flags of
-    train.py}, and {method: what its search tried}. On one's own questions each method's learning
-    rate is searched; what is trained already answers at once. flags: the study's."""
-    runs, tried = SYNTHETIC_RUNS if is_synthetic(run.settings) else GRID_RUNS, {}
+    train.py}, {method: what its search tried}, and the Progress of both, if there is a search. On
+    one's own questions each method's learning rate is searched; what is trained already answers at
+    once. flags: the study's."""
+    runs, tried, progress = SYNTHETIC_RUNS if is_synthetic(run.settings) else GRID_RUNS, {}, None
     if run.data:
-        longer, steps, progress = plan(flags, [[]], GRID_FLAGS, run.settings, True)
-        tried = {name: search([*longer, *own.split()], steps, progress)
-                 for name, own in GRID_FLAGS.items()}
+        # beside those of the search there are two runs of each method with fewer epochs
+        longer, steps, progress = plan(flags, [[]], GRID_FLAGS, run.settings, True,
+                                       2 * len(GRID_FLAGS), share_cores())
+        tried = dict(zip(GRID_FLAGS, side_by_side(
+            lambda own: search([*longer, *own.split()], steps, progress), GRID_FLAGS.values())))
         n = make_parser().parse_args([*longer, "--method", "full"]).epochs
         runs = twenty_runs({name: two_rates(tried[name]) for name in GRID_METHODS},
                            (math.ceil(2 * n / 3), n))
-    return {name: [*flags, *own.split()] for name, own in runs.items()}, tried
+    return {name: [*flags, *own.split()] for name, own in runs.items()}, tried, progress
 
 
 def fetch_first(run):
@@ -122,20 +125,29 @@ def fetch_first(run):
         synthetic_folder(run.settings.data_sha256)
 
 
-def train_all(runs):
+def share_cores():
+    """Return how many runs train side by side: one on a GPU; on CPUs two, each on half of the
+    cores, for such small batches cannot keep all cores busy."""
+    import torch  # slow
+    if torch.cuda.is_available():
+        return 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // 2)))
+    os.environ |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    return 2
+
+
+def side_by_side(function, items):
+    """Return what a function that trains makes of each of the items."""
+    warned()  # makes the file that the runs share, before two of them ask for it
+    with ThreadPoolExecutor(share_cores()) as pool:
+        return list(pool.map(function, items))
+
+
+def train_all(runs, progress=None):
     """Train what is missing of {run: flags of train.py}; return {run: result} of those that
     worked."""
-    import torch  # slow
-    at_once = 1
-    if not torch.cuda.is_available():
-        # two at a time, each on half of the cores: such small batches cannot keep all cores busy
-        at_once = 2
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // 2)))
-        os.environ |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-    warned()  # makes the file that the runs share, before two of them ask for it
-    with ThreadPoolExecutor(at_once) as pool:
-        results = dict(zip(runs, pool.map(trained, runs.values())))
-    return {name: result for name, result in results.items() if result}
+    results = zip(runs, side_by_side(lambda flags: trained(flags, progress), runs.values()))
+    return {name: result for name, result in results if result}
 
 
 # --- runs of Hugging Face's Trainer ---------------------------------------------------------------
@@ -482,10 +494,11 @@ def main(argv):
     # stdout is for the commands
     with contextlib.redirect_stdout(sys.stderr if is_list else sys.stdout):
         fetch_first(run)
-        runs, tried = grid_runs(run, flags)
+        runs, tried, progress = grid_runs(run, flags)
     if is_list:
         return print_commands(runs.values())
-    write_results(run, runs, train_all(runs), tried, shlex.join(["bash", "run_grid.sh", *asked]))
+    write_results(run, runs, train_all(runs, progress), tried,
+                  shlex.join(["bash", "run_grid.sh", *asked]))
 
 
 if __name__ == "__main__":

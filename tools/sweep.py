@@ -139,8 +139,7 @@ def entry_of(results, tried, rates_from):
         entry["marks"] = [] if beats["low"] > 0 else [f"not shown to beat {RANDOM}"]
     else:
         labels = np.array([label for label, _ in first["test_predictions"]])
-        entry["marks"] = marks_of(labels, np.array([answers_of(r) for r in results]),
-                                  [r["history"] for r in results])
+        entry["marks"] = marks_of(labels, np.array([answers_of(r) for r in results]), results)
     for key, own in values.items():
         entry[key], entry[f"{key}_std"] = mean_std(own)
     kept = "settings", "best_epoch", "history", "splits", "environment"
