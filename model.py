@@ -247,7 +247,7 @@ def environment(device, dtype):
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return {"device": f"{WORLD} x {name}" if WORLD > 1 else name,
             "amp": str(dtype).removeprefix("torch.") if dtype else "off",
-            "bf16_speedup": bf16_speedup(),
+            "cpu": torch.backends.cpu.get_cpu_capability(), "bf16_speedup": bf16_speedup(),
             "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "bitsandbytes": version("bitsandbytes"),
             "git_commit": git_commit()}

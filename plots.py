@@ -185,7 +185,8 @@ def caption(study, columns):
     entries = study["entries"]
     n, n_folds = (entries["full"].get(key) for key in ("n", "folds"))
     what = "trainings" if n_folds else "seeds" if n > 1 else "epochs"
-    times = ", for the time over all epochs" if n > 1 else ""
+    times = (f", for the time over {study['timed']}" if "timed" in study else
+             ", for the time over all epochs" if n > 1 else "")
     how_often = "once" if n == n_folds else f"{n // (n_folds or 1)} times"
     drawn = f"{what} and test sentences" if n > 1 else "test sentences"
     said = [study_of(entries)]

@@ -1,6 +1,8 @@
 """tools.bench end to end on a tiny model, --growth on one that is a configuration alone, their
 arithmetic on made-up times, and the flags that they refuse."""
 import json
+import math
+import re
 
 import numpy as np
 import pytest
@@ -134,6 +136,25 @@ def test_bench_measures_every_method(data_dir, tmp_path):
             assert flops(name) < flops(f"{name} peer") and cases[name]["vs_peer"][0] > 0
 
 
+def test_times_go_into_a_study_of_folds(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    study, measured = (json.loads((ROOT / "metrics" / f"{name}.json").read_text())
+                       for name in ("crossvalidation", "bench"))
+    bench.write_json(bench.study_path(tmp_path), study)
+    bench.time_study(tmp_path, measured)
+    timed = json.loads(bench.study_path(tmp_path).read_text())["entries"]
+    steps = math.ceil(7056 / 32)
+    for name, entry in study["entries"].items():
+        seconds = [steps * ms / 1000 for ms in measured["cases"][name]["step_ms_rounds"]]
+        assert timed[name]["epoch_time_s"] == sorted(seconds)[1]
+        entry |= {key: timed[name][key] for key in ("epoch_time_s", "epoch_time_s_std")}
+    assert timed == study["entries"]  # and nothing else
+    row, = re.findall(r"\| head only \|.*", (tmp_path / "figures" / "answer.md").read_text())
+    assert f"| {timed['head']['epoch_time_s']:.1f} ± " in row
+    assert "time over 3 rounds of `python -m tools.bench`" in (
+        tmp_path / "figures" / "answer.md").read_text()
+
+
 def test_a_process_of_a_tool_run_as_a_module_gets_as_far_as_the_model(data_dir, tmp_path):
     """When it ends, it says why in one line, and the program says so in another one."""
     model = save_small_bert(tmp_path / "model")
@@ -150,7 +171,8 @@ def test_a_process_of_a_tool_run_as_a_module_gets_as_far_as_the_model(data_dir, 
     (["--lr", "1e-3"], ["--lr"]), (["--output", ROOT / "train.py"], ["--output"]),
     (["--task", "synthetic"], ["sentence"]), (["--epochs", 0], ["--epochs"]),
     (["--growth", "--model", "bert-base-uncased", "--max-length", 64], ["--max-length"]),
-    (["--growth", "--tricks"], ["--tricks"]), (["--redraw", "--tricks"], ["--tricks"])])
+    (["--growth", "--tricks"], ["--tricks"]), (["--redraw", "--study"], ["--study"]),
+    (["--study", "--output", "nothing"], ["no nothing/metrics/crossvalidation.json", "--folds"])])
 def test_bad_flags(flags, words):
     one_line_exit(lambda: bench.parse_args([str(flag) for flag in flags]), *words)
 

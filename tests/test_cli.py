@@ -85,7 +85,7 @@ def test_run_all_leaves_the_comparison(study):
             r["history"][0]["validation_loss"], rel=1e-4)
         assert (r["settings"]["task"], r["settings"]["model"], r["settings"]["seed"]) == (
             "mine", "all-MiniLM-L6-v2", 42)
-        assert {"device", "amp", "bf16_speedup", "torch", "transformers", "bitsandbytes",
+        assert {"device", "cpu", "amp", "bf16_speedup", "torch", "transformers", "bitsandbytes",
                 "git_commit"} <= set(r["environment"])
         assert r["command"].startswith("python train.py ")
         assert f"--data {flags[1]}" in r["command"]

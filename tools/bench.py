@@ -3,6 +3,9 @@ them alike.
 
     python -m tools.bench            every method; the peer is Hugging Face's Trainer, with peft for
                                      LoRA and DoRA, where accelerate and peft are installed
+    python -m tools.bench --study    and puts the seconds of an epoch into
+                                     metrics/crossvalidation.json, whose runs trained side by side
+                                     or on several machines
     python -m tools.bench --tricks   what each speed trick gains, alone and after all the others;
                                      those of fast.py act on a CPU alone
     python -m tools.bench --growth [--model bert-base-uncased]
@@ -52,11 +55,11 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     explain(__doc__, argv)
     parser = Parser(add_help=False, allow_abbrev=False)
-    for flag in "--tricks", "--growth", "--redraw":
+    for flag in "--study", "--tricks", "--growth", "--redraw":
         parser.add_argument(flag, action="store_true")
     args, flags = parser.parse_known_args(argv)
-    if args.tricks and (args.growth or args.redraw):
-        fail("--tricks goes neither with --growth nor with --redraw, which is for growth's figures")
+    if sum((args.study, args.tricks, args.growth, args.redraw)) > 1:
+        fail("take one of --study, --tricks, --growth and --redraw, which is for growth's figures")
     refuse(["--method", "--r", "--targets", "--accumulation", "--lr", "--epochs", "--warmup",
             "--max-steps", "--fold"], argv, "is not for tools.bench, which times some steps of "
                                             "every method")
@@ -68,7 +71,14 @@ def parse_args(argv=None):
     if args.run.settings.is_qa:
         fail("tools.bench measures sentence classification")
     check_writable(args.run.output / "metrics")
+    if args.study and not study_path(args.run.output).exists():
+        fail(f"there is no {study_path(args.run.output)}; bash run_all.sh --folds 5 makes it")
     return args
+
+
+def study_path(output):
+    """Return where the study is whose times --study measures."""
+    return output / "metrics" / "crossvalidation.json"
 
 
 ARGS = parse_args() if __name__ == "__main__" else None  # before the slow imports
@@ -99,7 +109,8 @@ from model import (
     to_device,
     trained_tensors,
 )
-from plots import markdown_table, plt, save_figure, write_table
+from plots import draw_study, markdown_table, plt, save_figure, write_table
+from spread import mean_std
 from tools import memory
 from train import make_optimizer, step
 
@@ -400,6 +411,25 @@ def measure_speed(args):
     path = args.run.output / "metrics" / f"{name}.json"
     write_json(path, study)
     print(f"{table(study)}\nwrote {path}")
+    if args.study:
+        time_study(args.run.output, study)
+
+
+def time_study(output, bench):
+    """Put the times of a bench.json into the study of folds, and draw it again: of each method an
+    epoch's seconds in every round, their median and standard deviation."""
+    study = read_json(study_path(output), "entries")
+    rounds, where = len(bench["cases"]["full"]["step_ms_rounds"]), bench["environment"]
+    for name, entry in study["entries"].items():
+        run = entry["runs"][0]
+        steps = math.ceil(run["rows"]["train"] / run["settings"]["batch_size"])
+        seconds = [steps * ms / 1000 for ms in bench["cases"][name]["step_ms_rounds"]]
+        entry["epoch_time_s"] = statistics.median(seconds)
+        entry["epoch_time_s_std"] = mean_std(seconds)[1]
+    study["timed"] = (f"{rounds} rounds of `{bench['command']}` ({where['device']}, "
+                      f"amp {where['amp']})")
+    write_json(study_path(output), study)
+    draw_study(output, "crossvalidation")
 
 
 # --- growth --------------------------------------------------------------------------------------
