@@ -30,6 +30,7 @@ from common import (
 
 STDIN = Path("-")
 SECOND = "sentence2"  # the column of the second sentence
+HEADER_EDGES = '\ufeff" '  # around a name in a header that other files' rows precede
 
 LOOKS_LIKE_TABLE = (*TABLES, QUESTIONS, ".parquet", ".arrow", ".xls", ".xlsx", ".ods")
 NUMBER = "-?[0-9]+([.][0-9]+)?"  # a label that is a number
@@ -91,15 +92,17 @@ def read_fields(file, path, needed):
     reader = csv.reader(file, **style)
     start = 1
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         check_header(path, header, needed, reader.dialect.delimiter)
         start = reader.line_num + 1
         for fields in reader:
+            if len(header) == 1:
+                fields = fields or [""]  # an empty text, alone in its row
             if fields and len(fields) != len(header):
                 lost = f"; no {header[len(fields)]}" if len(fields) < len(header) else ""
                 fail(f"{path}, line {start}: fields found {len(fields)}, expected "
                      f"{len(header)}{lost}")
-            if fields:  # a blank line has none
+            if fields:  # a blank line between several columns has none
                 yield start, dict(zip(header, fields))
             start = reader.line_num + 1
     except csv.Error as e:
@@ -190,6 +193,14 @@ def find_columns(path, text, label):
         own, other = (" or ".join(names) or "none looks like it" for names in (texts, labels))
         fail(f"{path}: which columns hold the texts ({own}) and the labels ({other})? --text-column"
              f" and --label-column say it; there are {', '.join(columns)}")
+    if texts == ["sentence"] and not text and SECOND not in columns and (more := look("texts")):
+        warn(f"{path}: {some_of(more)} may hold texts, too, and is not read; the second text of "
+             f"a pair stands in {SECOND}")
+    seen = {str(row.get(labels[0])).strip() for row in rows
+            if str(row.get(texts[0])).strip(HEADER_EDGES) != texts[0]}  # no header in between
+    if labels[0] in seen and labels[0] not in (label, "label"):
+        fail(f"{path}, line 1: {labels[0]!r} is a label in other rows, too; are the columns' names "
+             f"missing? Write them above it; if it is a name, say --label-column {labels[0]}")
     return texts[0], labels[0]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from checks import (
+    HEADER_EDGES,
     NUMBER,
     SECOND,
     check_words,
@@ -84,7 +85,7 @@ def read_file(path, text="sentence", label="label"):
         if not sentence or not name or pair and not pair[1]:
             lost = text if not sentence else SECOND if pair and not pair[1] else label
             fail(f"{path}, line {start}: no {lost}")
-        if (sentence, name) == (text, label):
+        if (sentence.strip(HEADER_EDGES), name.strip(HEADER_EDGES)) == (text, label):
             fail(f"{path}, line {start}: the header again; delete that line")
         rows.sentences.append(pair or sentence)
         rows.labels.append(name)

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from checks import check_surrogates, files_to_read
+from checks import check_surrogates, files_to_read, warn_repeats
 from common import check_ordinary, fail
 from data import Encoded, Task, from_hub, load_sentences
 from fetch import synthetic_folder
 from settings import SPLIT_SEED, is_synthetic
 
+GENERATED = "synthetic-"  # how their ids begin
 MAX_QUESTION = 64  # tokens of a question that are read, as in BERT's own SQuAD code
 JOINERS = "\u200c\u200d"  # invisible themselves, they shape the letter before them
 
@@ -103,9 +104,12 @@ def read_squad(path):
                 answers = [(get(a, "text", str, f"{here}.answers"),
                             get(a, "answer_start", int, f"{here}.answers"))
                            for a in (get(qa, "answers", list, here) if "answers" in qa else [])]
+                answers = [answer for answer in answers if answer[0].strip()]
                 columns = dict(zip(("text", "answer_start"), map(list, zip(*answers))))
-                questions.append({"id": str(qa.get("id", here)), "context": context,
-                                  "question": question, "level": qa.get("level"),
+                name = str(qa.get("id", here))
+                questions.append({"id": name, "context": context, "question": question,
+                                  # other data sets have levels of their own
+                                  "level": qa.get("level") if name.startswith(GENERATED) else None,
                                   "answers": columns or {"text": [], "answer_start": []}})
     if not questions:
         fail(f"{path} has no questions")
@@ -203,6 +207,9 @@ def load_questions(s, folder=None):
     if n_misaligned:
         notes.append(f"{n_misaligned:,} questions left out of train and validation, their answers "
                      "do not stand at answer_start")
+    if folder:
+        asked = {split: [(q.context, q.question) for q in own] for split, own in splits.items()}
+        warn_repeats(asked.pop("train"), asked)
     note = "; ".join(notes) or "splits as given"
     task = Task(None, splits["train"], splits["validation"], splits["test"], note, Windows)
     return train_on_passages(task, s.train_rows) if s.train_rows else task

@@ -14,6 +14,7 @@ from conftest import (
     settings,
 )
 
+import checks
 import data
 import qa
 import tools.predict as predict
@@ -118,6 +119,12 @@ BAD = {
     "broken utf-8": (dict(train_tsv=TRAIN.encode() + b"caf\xe9\tno\n"),
                      ["train.tsv is not UTF-8", "0xe9"]),
     "the header again": (dict(train_tsv=TRAIN + TRAIN), ["train.tsv, line 62: the header again"]),
+    # as cat *.csv leaves it of files that a spreadsheet saved
+    "the header again with its mark": (dict(train_csv=2 * ("\ufeff" + TRAIN.replace("\t", ","))),
+                                       ["train.csv, line 62: the header again"]),
+    "no header": (dict(train_tsv="".join(f"{'ham spam'.split()[i % 2]}\tgo {i} to the bank now\n"
+                                         for i in range(60))),
+                  ["train.tsv, line 1: 'ham' is a label in other rows", "--label-column ham"]),
     "short row": (dict(train_tsv=TRAIN + "no tab here\n"), ["train.tsv, line 62", "no label"]),
     "one label": (dict(train_tsv=tsv(*[("a", 1)] * 60)), ["only one label"]),
     "too few": (dict(train_tsv=tsv(("a", 0), ("b", 1))), ["cannot split 2 training rows"]),
@@ -182,6 +189,27 @@ def texts(task):
 def test_good_files_warn_of_nothing(warned):
     assert warned(train_tsv=TRAIN, README_md="notes", __DS_Store="x")[1] == []
     assert warned(train_csv=GOOD_CSV + '\n"a ""quoted"", film",yes\n\n')[1] == []
+
+
+def test_blanks_after_the_commas_of_a_header_belong_to_no_name(warned):
+    rows = "".join(f"film {i} was, the film, {['no', 'yes'][i % 2]}\n" for i in range(60))
+    task, said = warned(train_csv="sentence, sentence2, label\n" + rows)
+    assert not said and task.label_names == ["no", "yes"]
+    assert {second for _, second in texts(task)} == {"the film"}
+
+
+def test_a_second_text_that_is_not_read_is_said(warned):
+    rows = "".join(f"{i}\twho plays role {i} in it\tTom plays it {i} times\t{i % 2}\n"
+                   for i in range(60))
+    _, (line,) = warned(train_tsv="index\tquestion\tsentence\tlabel\n" + rows)  # QNLI's
+    assert "question may hold texts, too, and is not read" in line and "sentence2" in line
+
+
+def test_an_empty_line_of_a_single_column_is_a_row(tmp_path):
+    for name in "a.tsv", "a.csv":
+        (tmp_path / name).write_text("text\na good film\n\na bad film\n")
+        assert [row["text"] for _, row in checks.read_table(tmp_path / name)] == [
+            "a good film", "", "a bad film"]
 
 
 def letter(i):

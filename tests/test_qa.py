@@ -392,6 +392,25 @@ def test_misaligned_answers_are_counted_and_left_out_of_training_only(tmp_path):
         load(tmp_path)
 
 
+def test_questions_that_are_trained_on_and_tested_are_said(tmp_path, capsys):
+    train = small_set(40)
+    for split, content in ("train", train), ("test", {"data": train["data"][:2]}):
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    load(tmp_path)
+    assert "test rows stand in the training rows, too" in capsys.readouterr().err
+
+
+def test_only_generated_questions_have_levels_and_groups_of_their_own(tmp_path):
+    content = squad(("it is here", [("where?", "here", 6)]))
+    question = content["data"][0]["paragraphs"][0]["qas"][0]
+    for name, level, group in (("5a7a", None, "it is here"),
+                               ("synthetic-test-1", "hard", "hard: where?")):
+        question |= {"id": name, "level": "hard"}  # as HotpotQA says it
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        (found,) = map(qa.make_question, qa.read_squad(tmp_path / "a.json"))
+        assert (found.level, found.group) == (level, group)
+
+
 GOOD = squad(("it is here", [("where?", "here", 6)]))
 
 
@@ -428,6 +447,7 @@ QAS = ("data", 0, "paragraphs", 0, "qas", 0)
        r"no key 'question' in data\[0\].paragraphs\[0\].qas\[0\]")
       for qa_ in ("where?", None, 5, ["where?"])],
     (without(0, *QAS, "answers"), "has no answer; SQuAD 2.0"),
+    (squad(("it is here", [("where?", " ", 5)])), "has no answer; SQuAD 2.0"),
 ])
 def test_json_that_is_not_squad(tmp_path, content, words):
     (tmp_path / "train.json").write_text(json.dumps(content))
