@@ -100,14 +100,6 @@ def read_about(path):
              "wrote it")
 
 
-def check_base(path, about, base):
-    """Exit if the checkpoint at `path` was trained on another base than the one with the hash
-    `base`. None: it does not say (peft's folders)."""
-    if about["base"] not in (None, base):
-        fail(f"{path} was trained on another base model: {about['settings'].model}, with the "
-             f"SHA-256 {about['base']}..., not {base}...")
-
-
 def check_tokenizer(path, about, tokenizer):
     """Exit if the checkpoint at `path`, which `about` describes, was trained with another
     tokenizer."""
@@ -162,7 +154,9 @@ def attach(base, base_hash, path, compute_dtype=torch.float32):
     trained, 4-bit weights and a frozen encoder in another `compute_dtype` are the new model's.
     """
     about, tensors = fit_length(read_about(path), base.config), read_tensors(path)
-    check_base(path, about, base_hash)
+    if about["base"] not in (None, base_hash):  # None: it does not say (peft's folders)
+        fail(f"{path} was trained on another base model: {about['settings'].model}, with the "
+             f"SHA-256 {about['base']}..., not {base_hash}...")
     model = share_storage(base)
     if about["label_names"]:  # tasks on one base may have other labels, and another number of them
         model.config.id2label = dict(enumerate(about["label_names"]))

@@ -41,17 +41,8 @@ from settings import (
     read_settings,
     settings_of,
 )
-from spread import (
-    best_temperature,
-    corrected_interval,
-    ece,
-    macro_f1,
-    mean_std,
-    nll,
-    paired_interval,
-    scaled,
-)
-from verdict import best_line, largest_class, marks_of
+from spread import calibrated, corrected_interval, macro_f1, mean_std, paired_interval
+from verdict import best_line, even_rows, largest_class, marks_of
 
 # of a result; too much for a study's file
 ROW_BY_ROW = {"test_predictions", "test_probabilities", "validation"}
@@ -170,8 +161,7 @@ def summarise(runs):
     for key, own in values.items():
         entry[key], entry[f"{key}_std"] = (None, None) if None in own else mean_std(own)
     entry["best_epoch"] = [run["best_epoch"] for run in runs]
-    entry["runs"] = [{key: run[key] for key in run
-                      if key not in ROW_BY_ROW} for run in runs]
+    entry["runs"] = [{key: run[key] for key in run if key not in ROW_BY_ROW} for run in runs]
     return entry
 
 
@@ -181,18 +171,6 @@ def joined(runs, n_folds, what):
     test_probabilities."""
     return np.array([[row for run in runs[i:i + n_folds] for row in run[what]]
                      for i in range(0, len(runs), n_folds)])
-
-
-def calibrated(run):
-    """Add to a result the NLL and ECE of its test rows at the temperature that suits its validation
-    rows best. Runs of earlier versions have kept none."""
-    if not (found := run.get("validation")):
-        return run
-    labels = np.array(run["test_predictions"])[:, 0]
-    temperature = best_temperature(np.array(found["predictions"])[:, 0], found["probabilities"])
-    probabilities = scaled(run["test_probabilities"], temperature)
-    return run | {"temperature": temperature, "nll_scaled": nll(labels, probabilities),
-                  "ece_scaled": ece(labels, probabilities)}
 
 
 def combine(runs, baseline, comparisons, n_folds=None, tried=None):
@@ -211,6 +189,7 @@ def combine(runs, baseline, comparisons, n_folds=None, tried=None):
     fold = np.repeat(range(size), [len(run["test_predictions"]) for run in runs[:size]])
     entry = summarise(runs) | {
         "tried": tried,
+        "even_rows": even_rows(labels),
         "marks": [*marks_of(labels, predicted, runs, fold), *edge_mark(tried)],
         "vs_full": None if is_full else
         paired_interval(labels, predicted, full, fold, comparisons)}

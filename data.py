@@ -24,7 +24,7 @@ from checks import (
     warn_quoting,
     warn_repeats,
 )
-from common import fail, one_line
+from common import fail, one_line, some_of, warn
 from fetch import ratings_file
 from settings import RATED_TASKS, SPLIT_SEED
 from spread import ece, macro_f1, nll
@@ -240,14 +240,11 @@ def load_rated(name, fold=None):
         _, rating, sentence = line.split("\t")
         if abs(float(rating)) >= 0.5:
             ratings.setdefault(sentence.strip(), float(rating))
-    n = min(1000, len(ratings) // 10)
     labels = ["positive" if r > 0 else "negative" for r in ratings.values()]
     rows = Rows(list(ratings), labels)
     if fold:
         return fold_task(rows, fold)
-    train, test = carve(rows, n)
-    train, validation = carve(train, n)
-    return make_task(train, validation, test)._replace(note=f"stratified with seed {SPLIT_SEED}")
+    return make_task(rows)._replace(note=f"stratified with seed {SPLIT_SEED}")
 
 
 def from_hub(name, config, revision, offline_task):
@@ -296,6 +293,10 @@ def load_folder(folder, s):
     task = (fold_task(splits["train"], s.fold) if s.fold else
             make_task(**splits, whole=s.whole_sentences))
     warn_labels(task.label_names)
+    untested = set(range(len(task.label_names))) - set(task.test.labels)
+    if untested:
+        warn("no test row has the label " + some_of([task.label_names[i] for i in untested])
+             + ": in macro-F1 a class that is only predicted counts as 0")
     warn_repeats(task.train.sentences, {"validation": task.validation.sentences,
                                         "test": task.test.sentences})
     return task

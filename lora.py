@@ -82,10 +82,6 @@ class LoRALinear(nn.Module):
             w0 = frozen_weight(self.base).to(self.lora_A.dtype)
             return torch.addmm(w0, self.lora_B, self.lora_A, alpha=self.scaling)
 
-    def merged(self):
-        """Make an nn.Linear, in fp32, that does the same."""
-        return plain_linear(self.base, self.merged_weight())
-
 
 def row_norms_of(weight):
     """Compute the row norms (out,) of a weight (out, in), clamped above 0 so that pruned rows do
@@ -154,4 +150,5 @@ def merge_lora(model):
     """Fold every LoRALinear and DoRALinear of the model into a plain nn.Linear; where there is
     none, nothing happens."""
     for kind in LoRALinear, DoRALinear:
-        replace_modules(model.bert.encoder, kind, lambda module: module.merged())
+        replace_modules(model.bert.encoder, kind,
+                        lambda module: plain_linear(module.base, module.merged_weight()))

@@ -78,7 +78,7 @@ TARGETS = {DEFAULT_TARGETS: (ATTENTION[0], ATTENTION[2]),  # the LoRA paper's ow
            "all": (*ATTENTION, "intermediate.dense", "output.dense")}
 # the default rate of the other two on the default model, where 1e-3 ends at chance with "all"
 # (docs/measuring.md)
-WIDE_RATE = 5e-4
+WIDE_LR = 5e-4
 
 # On the command line the two adapters are one method with a placement.
 PLACEMENTS = [name for name, row in METHODS.items() if "placement" in row.flags]
@@ -132,11 +132,6 @@ def named(text, methods):
         if len(found) == 1:
             return found[0]
     return None
-
-
-def is_4bit(s):
-    """Tell whether the method of the settings `s` has a 4-bit base."""
-    return row_of(s).is_4bit
 
 
 def trains(row, name):

@@ -16,12 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-)
+from transformers import AutoTokenizer, BertForQuestionAnswering, BertForSequenceClassification
 
 import fast
 from adapters import put_houlsby, put_pfeiffer
@@ -29,7 +24,7 @@ from checks import check_config, check_length, check_loading, fit_tokenizer
 from common import fail, warn
 from fetch import model_folder
 from lora import put_dora, put_lora
-from methods import HEAD, is_4bit, kind_of, row_of, trains
+from methods import HEAD, kind_of, row_of, trains
 from settings import DEFAULT_MODEL, bf16_speedup
 
 # What puts a method into BERT: function(model, settings). The others add nothing.
@@ -71,7 +66,7 @@ def load_pretrained(name, label_names):
     head_class = BertForSequenceClassification if label_names else BertForQuestionAnswering
     folder = model_folder() if name == DEFAULT_MODEL else name
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
         check_config(name, config)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if not label_names and not tokenizer.is_fast:
@@ -121,7 +116,7 @@ def apply_method(model, s, compute_dtype=torch.float32, quantize=None, half_weig
     start from the same head.
     """
     row = row_of(s)
-    if is_4bit(s):
+    if row.is_4bit:
         if quantize is None:  # bitsandbytes is slow to import and needed here only
             from quant import quantize_encoder as quantize
         quantize(model, compute_dtype)

@@ -81,11 +81,10 @@ def markdown_table(header, rows):
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, rule, *rows])
 
 
-def plus_minus(entry, key, digits, scale=1):
+def plus_minus(entry, key, digits):
     """Write a mean of an entry with its standard deviation, if there is one."""
     std = entry[f"{key}_std"]
-    spread = "" if std is None else f" ± {scale * std:.{digits}f}"
-    return f"{scale * entry[key]:.{digits}f}{spread}"
+    return f"{entry[key]:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
 def floor_row(header, name, cells):
@@ -125,9 +124,10 @@ def study_of(entries):
     return study([run for entry in entries.values() for run in entry["runs"]])
 
 
-def test_rows(entry):
-    """Return the number of sentences that the runs of an entry tested."""
-    return entry.get("test_rows") or entry["runs"][0]["rows"]["test"]
+def even_rows(entry):
+    """Return verdict.even_rows of the sentences that the runs of an entry tested; studies of
+    earlier versions are of even classes."""
+    return entry.get("even_rows") or entry.get("test_rows") or entry["runs"][0]["rows"]["test"]
 
 
 def memory_key(entries):
@@ -162,22 +162,14 @@ def study_verdict(study):
     """Write the verdict on a comparison.json or crossvalidation.json, as Markdown."""
     full, (_, model) = study["entries"]["full"], peaks_of(study)
     measured = memory_key(study["entries"])[1].removesuffix(" (GB)")
-    return verdict(lines_of(study), "macro-F1", test_rows(full), full["n"],
+    splits, advice = full["runs"][0]["splits"], ""
+    if full["n"] == 2:
+        advice = "Three trainings or more (--seeds 42 43 44) tell far more than two."
+    elif "folds" not in full and ("of train are the test" in splits or "stratified" in splits):
+        advice = "With `--folds 5` every row is tested, which tells more."
+    return verdict(lines_of(study), "macro-F1", even_rows(full), full["n"],
                    "fold" if "folds" in full else "seed",
-                   f"memory on {model} (predicted)" if model else measured)
-
-
-def said_search(entries):
-    """Say how the learning rates were chosen."""
-    tried = {len(entry["tried"]) for entry in entries.values() if entry["tried"]}
-    return f"each learning rate is the best of {' or '.join(map(str, sorted(tried)))} by validation"
-
-
-def said_interval(entries, n, drawn):
-    """Say what the interval of a study with n trainings of each row is about."""
-    how = f"over {drawn}" if n > 1 else f"over {drawn} alone, by a paired bootstrap"
-    return (f"[ ] is the 95 % interval of the difference, {how}, widened because "
-            f"{len(entries) - 1} methods are compared at once")
+                   f"memory on {model} (predicted)" if model else measured, advice)
 
 
 def caption(study, columns):
@@ -188,15 +180,18 @@ def caption(study, columns):
     times = (f", for the time over {study['timed']}" if "timed" in study else
              ", for the time over all epochs" if n > 1 else "")
     how_often = "once" if n == n_folds else f"{n // (n_folds or 1)} times"
-    drawn = f"{what} and test sentences" if n > 1 else "test sentences"
+    over = f"{what} and test sentences" if n > 1 or n_folds else "test sentences alone"
+    tried = sorted({len(entry["tried"]) for entry in entries.values() if entry["tried"]})
     said = [study_of(entries)]
     if n_folds and "n" in columns:
         said.append(f"every one of the {entries['full']['test_rows']:,} sentences is tested "
                     f"{how_often}, and macro-F1 is of all of them together")
-    if "lr" in columns and any(entry["tried"] for entry in entries.values()):
-        said.append(said_search(entries))
+    if "lr" in columns and tried:
+        said.append(f"each learning rate is the best of {' or '.join(map(str, tried))} by "
+                    "validation")
     said += [f"± is the standard deviation over the {what}{times}",
-             said_interval(entries, n, drawn)]
+             f"[ ] is the 95 % interval of the difference, over {over}, widened because "
+             f"{len(entries) - 1} methods are compared at once"]
     if NEW_ROWS in columns:
         said.append(f"{NEW_ROWS}: Nadeau and Bengio's interval around the mean of the folds, for "
                     "one comparison")
@@ -220,7 +215,7 @@ def table(entries, columns):
             "% trained": f"{pct:.2g}" if pct < 1 else f"{pct:.1f}", "n": f"{entry['n']}",
             "macro-F1": plus_minus(entry, "f1_macro", 4),
             "vs full (points)": points(entry["vs_full"]),
-            UNDER: is_close(entry["vs_full"], test_rows(entry)),
+            UNDER: is_close(entry["vs_full"], even_rows(entry)),
             NEW_ROWS: points(entry.get("vs_full_new_rows")),
             "accuracy": plus_minus(entry, "accuracy", 4),
             "best epochs": ", ".join(map(str, entry["best_epoch"])),
@@ -327,9 +322,7 @@ def glance(study, what, path):
         lost.text(right + 0.2, y, said, va="center")
         for ax, value, form in ((seconds, entry["epoch_time_s"], "{:.0f} s"),
                                 (memory, peaks[name], "{:.2f} GB")):
-            ax.barh(y, value, color=color, height=0.6)
-            ax.annotate(form.format(value), (value, y), xytext=(4, 0),
-                        textcoords="offset points", va="center")
+            ax.bar_label(ax.barh(y, value, color=color, height=0.6), fmt=form, padding=4)
         mb = entry["checkpoint_mb"]
         disk.text(0, y, "–" if mb is None else f"{mb:.1f} MB" if mb >= 0.1 else
                   f"{1000 * mb:.0f} kB", va="center")

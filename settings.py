@@ -17,16 +17,7 @@ from timeit import timeit
 
 from checks import find_columns
 from common import check_name, data_files, fail, fingerprint, model_files, read_json
-from methods import (
-    CASES,
-    CHOICES,
-    DEFAULT_TARGETS,
-    METHODS,
-    PLACEMENTS,
-    TARGETS,
-    WIDE_RATE,
-    label_of,
-)
+from methods import CASES, CHOICES, DEFAULT_TARGETS, METHODS, PLACEMENTS, TARGETS, WIDE_LR, label_of
 
 SPLIT_SEED = 42  # splits are the same for every --seed: seeds are compared on the same test rows
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; other names are a folder or a hub id
@@ -281,7 +272,7 @@ def asked_settings(args):
     if model != DEFAULT_MODEL:
         rate = row.rates.questions if is_qa else row.rates.sentences
     elif own["targets"] not in (None, DEFAULT_TARGETS):
-        rate = WIDE_RATE
+        rate = WIDE_LR
     else:
         rate = row.rates.small
     names = {f.name for f in dataclasses.fields(Settings)}

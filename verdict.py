@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spread import macro_f1, paired_interval
+from spread import macro_f1, two_way_interval
 
 CLOSE = 2  # points below the best that a method may be to be taken for its time, memory or file
+NEAR = 1.05  # times the least cost; a smaller difference decides nothing
 LARGEST = "always the largest class"  # the floors of sentences and of questions
 RANDOM = "a random piece of the passage"
 UNSEEN = 3  # of n rows: what befalls 3 in n may befall none of n tested ones (the rule of three)
@@ -39,24 +40,21 @@ def largest_class(labels):
             "accuracy": n / len(labels)}
 
 
-def entropy(counts):
-    """Return the loss, in nats, of an answer that is the shares of the classes among so many
-    rows."""
-    shares = np.array(counts) / sum(counts)
-    # H = -sum p log p
-    return -float(np.sum(shares * np.log(shares)))
-
-
 def marks_of(labels, predicted, runs, folds=None):
     """Return why a method is not ranked, a list of texts. labels (rows,), predicted (trainings,
     rows) and folds as paired_interval takes them; runs: its results."""
     marks, parts = [], [0] * len(labels) if folds is None else folds
-    floor = np.full(predicted.shape, largest_class(labels)["label"])
-    if paired_interval(labels, predicted, floor, folds)["low"] <= 0:
-        marks.append("not shown to beat the largest class")
+    # chance: to be right with answers of the same shares that know nothing of the texts, which is
+    # what Cohen's kappa takes off
+    k = 1 + max(labels.max(), predicted.max())
+    chance = np.stack([np.bincount(own, minlength=k)[labels] / len(own) for own in predicted])
+    if two_way_interval((predicted == labels) - chance, folds)["low"] <= 0:
+        marks.append("not shown to beat chance")
     if any(len(np.unique(own[np.equal(parts, k)])) == 1 for own in predicted for k in set(parts)):
         marks.append("predicts one class only")
-    # results of earlier versions do not hold how often each label was trained on
+    from scipy.stats import entropy  # scikit-learn's own; slow, and needed here only
+    # H = -sum p log p, the loss of an answer that is the classes' shares; results of earlier
+    # versions do not hold how often each label was trained on
     tested = np.unique(labels, return_counts=True)[1]
     start = [entropy(run.get("label_counts", tested)) for run in runs]
     least = [min(epoch["train_loss"] for epoch in run["history"]) for run in runs]
@@ -73,9 +71,16 @@ def points(vs, digits=1):
                                   f"{vs['high']:+.{digits}f}]")
 
 
+def even_rows(labels):
+    """Return how many rows with as many of each class tell as much of the rarest as the labels
+    (rows,) do."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return len(counts) * int(min(counts))
+
+
 def is_close(vs, rows):
-    """Answer whether a method loses less than CLOSE points on so many test rows: yes, no, or open
-    if its interval holds both."""
+    """Answer whether a method loses less than CLOSE points on so many even test rows: yes, no, or
+    open if its interval holds both."""
     if vs is None:
         return ""
     if vs["high"] < -CLOSE:
@@ -89,7 +94,7 @@ def several(items):
 
 
 def quality(others, rows, n):
-    """Say what is lost on so many test rows by n trainings of each method, and whether that is
+    """Say what is lost on so many even test rows by n trainings of each method, and whether that is
     shown."""
     lost = [o for o in others if o.vs["high"] < 0]
     gained = [o for o in others if o.vs["low"] > 0]
@@ -117,17 +122,18 @@ def quality(others, rows, n):
     return said
 
 
-def saved(full, others, key, what):
+def saved(full, others, key, what, ranked=""):
     """Say which methods need less of something than full fine-tuning, or nothing if that is not
-    known."""
+    known. ranked: the word to add if others are not ranked."""
     if None in [getattr(line, key) for line in (full, *others)]:
         return []
     less, not_less = ([o.label for o in others if (getattr(o, key) < getattr(full, key)) is is_less]
                       for is_less in (True, False))
     if not less:
-        return [f"No other method needs less {what}."]
+        return [f"No other {ranked}method needs less {what}."]
     if len(less) > len(not_less):
-        who = f"All but {several(not_less)} need" if not_less else "All other methods need"
+        who = (f"All {ranked}but {several(not_less)} need" if not_less else
+               f"All other {ranked}methods need")
         return [f"{who} less {what}."]
     return [f"{several(less)} need{'s' * (len(less) == 1)} less {what}."]
 
@@ -150,7 +156,9 @@ def choices(full, others, memory):
              lambda v: f"{v:.2g}" if v < 1 else f"{v:.1f}")):
         if None in [getattr(line, key) for line in ranked]:
             continue
-        take = min(close, key=lambda line: getattr(line, key))
+        least = min(getattr(line, key) for line in close)
+        # the best score of those whose cost is hardly higher
+        take = next(line for line in close if getattr(line, key) <= NEAR * least)
         why = f"{write(getattr(take, key))} {unit}"
         if take is not full:
             why = (f"{write(getattr(take, key))} instead of {write(getattr(full, key))} {unit}, "
@@ -166,11 +174,12 @@ def choices(full, others, memory):
     return rows
 
 
-def verdict(lines, unit, rows, n, what_varies="seed", memory="memory"):
+def verdict(lines, unit, rows, n, what_varies="seed", memory="memory", advice=""):
     """Write the verdict on a study, as Markdown.
 
-    lines: one Line per method; unit: the score's name; rows: how many were tested; n: trainings of
-    each method; what_varies between the trainings of a method; memory: what that is of.
+    lines: one Line per method; unit: the score's name; rows: how many were tested (even_rows); n:
+    trainings of each method; what_varies between the trainings of a method; memory: what that is
+    of; advice: what would tell more.
     """
     full = next((line for line in lines if line.name == "full"), None)
     marked = [line for line in lines if line.marks]
@@ -178,9 +187,9 @@ def verdict(lines, unit, rows, n, what_varies="seed", memory="memory"):
     ranks = full and not full.marks and others
     out = []
     if ranks:
-        gains = [*saved(full, others, "seconds", "time an epoch"),
-                 *saved(full, others, "gb", memory),
-                 *saved(full, others, "mb", "disk for a trained file")]
+        what = {"seconds": "time an epoch", "gb": memory, "mb": "disk for a trained file"}
+        gains = [line for key, name in what.items()
+                 for line in saved(full, others, key, name, "ranked " * bool(marked))]
         out = [*quality(others, rows, n), f"- **Gained.** {' '.join(gains)}"]
     elif not full:
         out.append("- **No answer.** No run of full fine-tuning is finished, so that there is "
@@ -201,8 +210,8 @@ def verdict(lines, unit, rows, n, what_varies="seed", memory="memory"):
         half = statistics.median((o.vs["high"] - o.vs["low"]) / 2 for o in others)
         half = max(half, 100 * UNSEEN / rows)
         unknown.append(f"Runs like these often miss a difference of less than {half:.1f} points.")
-        if half > CLOSE and what_varies == "seed" and unit == "macro-F1":
-            unknown.append("With `--folds 5` every row is tested, which tells more.")
+        if half > CLOSE and advice:
+            unknown.append(advice)
     if n == 1:
         unknown.append("Each method was trained once: the intervals are over test rows alone, and "
                        "another seed may change the order, another hour the times.")
@@ -211,8 +220,9 @@ def verdict(lines, unit, rows, n, what_varies="seed", memory="memory"):
     out.append(f"- **Not told.** {' '.join(unknown)}")
     text = "\n".join(out) + "\n"
     if ranks:
-        header = ["If what counts is", f"take (within {CLOSE} points of the best)", "because"]
-        table = [header, ["---"] * 3, *choices(full, others, memory)]
+        take = f"take (measured within {CLOSE} points of the best)"
+        table = [["If what counts is", take, "because"], ["---"] * 3,
+                 *choices(full, others, memory)]
         text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
     return text
 

@@ -205,6 +205,11 @@ def test_a_second_text_that_is_not_read_is_said(warned):
     assert "question may hold texts, too, and is not read" in line and "sentence2" in line
 
 
+def test_a_class_that_is_not_tested_is_said(warned):
+    _, (line,) = warned(train_tsv=TRAIN, test_tsv=tsv(("t", "yes")))
+    assert "no test row has the label no: in macro-F1" in line
+
+
 def test_an_empty_line_of_a_single_column_is_a_row(tmp_path):
     for name in "a.tsv", "a.csv":
         (tmp_path / name).write_text("text\na good film\n\na bad film\n")
@@ -264,8 +269,9 @@ def test_quotes_that_a_tsv_does_not_know_are_named(warned):
 @pytest.mark.parametrize("name", ["validation", "val", "valid", "dev", "eval"])
 def test_names_of_the_validation_file(name, warned):
     task, said = warned(**{"train_tsv": TRAIN, f"{name}_tsv": tsv(("v", "no"), ("w", "yes")),
-                           "test_csv": "label,sentence\nyes,t\n"})
-    assert task.validation.sentences == ["v", "w"] and task.test.sentences == ["t"] and said == []
+                           "test_csv": "label,sentence\nyes,t\nno,u\n"})
+    assert task.validation.sentences == ["v", "w"] and task.test.sentences == ["t", "u"]
+    assert said == []
 
 
 def test_tables_that_are_not_read_are_named(warned):

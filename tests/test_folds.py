@@ -162,7 +162,7 @@ def make_run(flags, labels, right, rng):
         "history": [{"seconds": 1 + rng.random(), "train_loss": 0.1}],
         "settings": vars(made.settings),
         "rows": {"train": 70, "validation": 10, "test": len(labels)},
-        "environment": {"device": "CPU, 2 threads", "amp": "off"},
+        "splits": "", "environment": {"device": "CPU, 2 threads", "amp": "off"},
         "validation": outcome, **{f"test_{what}": own for what, own in outcome.items()}}
     made.result.parent.mkdir(parents=True, exist_ok=True)
     made.result.write_text(json.dumps(result))

@@ -26,12 +26,11 @@ def main(*flags):
     grid.main([str(flag) for flag in flags])
 
 
-def question_file(n):
+def question_file(split, n):
     """The text of a SQuAD file of n questions on n passages."""
-    paragraphs = [{"context": f"passage {i}: it is here.", "qas": [
+    paragraphs = [{"context": f"here is {split} passage {i}.", "qas": [
         {"id": f"{i}", "question": "where is it?",
-         "answers": [{"text": "here", "answer_start": len(f"passage {i}: it is ")}]}]}
-        for i in range(n)]
+         "answers": [{"text": "here", "answer_start": 0}]}]} for i in range(n)]
     return json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]})
 
 
@@ -41,7 +40,7 @@ def flags(tmp_path_factory):
     base = tmp_path_factory.mktemp("grid")
     (base / "mine").mkdir()
     for split, n in ("train", 40), ("dev", 10), ("test", 10):
-        (base / "mine" / f"{split}.json").write_text(question_file(n))
+        (base / "mine" / f"{split}.json").write_text(question_file(split, n))
     model = save_small_bert(base / "small")
     return ["--data", base / "mine", "--model", model, "--max-steps", 2, "--amp", "off"]
 

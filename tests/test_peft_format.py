@@ -24,7 +24,7 @@ from transformers import BertForQuestionAnswering, BertForSequenceClassification
 import checkpoint
 import tools.export as export
 import tools.predict as predict
-from methods import is_4bit, row_of
+from methods import row_of
 from model import trained_tensors
 from settings import checkpoint_path, read_settings
 
@@ -289,7 +289,7 @@ def test_peft_gives_the_same_logits(name, head_class, tmp_path):
     from peft import PeftModel
     model, _, folder = saved(tmp_path, name, head_class)
     base = tiny_bert(head_class=head_class)
-    if is_4bit(settings(*BUILDS[name])):
+    if row_of(settings(*BUILDS[name])).is_4bit:
         from quant import quantize_encoder
         quantize_encoder(base, torch.float32)
     assert_same(PeftModel.from_pretrained(base, folder).eval(), model, name)

@@ -3,9 +3,11 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import sys
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -157,6 +159,17 @@ def test_damaged_and_missing_checkpoints(study, tmp_path, ask):
     assert there.split() == [str(lora), str(study[0] / "checkpoints" / lora.name)]
     refused(ask, "--question", "who?", "--context", "he.", "--checkpoint", lora,
             words=["sentences"])
+
+
+def test_the_newest_study_is_asked(study, tmp_path):
+    shutil.copytree(study[0], tmp_path / "both")
+    old = tmp_path / "both" / "metrics" / "comparison.json"
+    new = old.with_name("crossvalidation.json")
+    entries = json.loads(old.read_text())["entries"]
+    new.write_text(json.dumps({"entries": {"lora_r8": entries["lora_r8"]}}))
+    for age, names in (60, ["lora_r8"]), (-60, list(entries)):
+        os.utime(old, (time.time() - age,) * 2)
+        assert list(predict.find(tmp_path / "both")) == names
 
 
 def test_a_sweep_alone_is_asked_at_its_rates_and_every_name_is_known(study, tmp_path, ask):

@@ -100,7 +100,7 @@ def made_up(tmp_path, monkeypatch):
             "trainable_by_kind": {"method": 8, "layer_norm": 0, "head": 2}, "total_params": 100,
             "trainable_pct": 10, "peak_vram_gb": None, "peak_rss_gb": 1.0, "epoch_time_s": 1.0,
             "train_time_s": 1.0, "rows": {"train": 200, "validation": 20, "test": 20},
-            "environment": {"device": "CPU", "amp": "off"},
+            "splits": "", "environment": {"device": "CPU", "amp": "off"},
             "test_predictions": [[y, y] for y in labels],
             "test_probabilities": [[0.5, 0.5]] * 20}))
         file = checkpoint_path(run.output, run.settings)

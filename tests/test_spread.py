@@ -157,6 +157,8 @@ def test_temperature():
     assert scaled(sure, 3) == pytest.approx(right) and scaled(sure, 1) == pytest.approx(sure)
     # a probability of 0 for what is right, as fp32 rounds it
     assert 1 < best_temperature([0, 0, 1], [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]) <= 20
+    # where nothing is wrong, the lower the better, without end
+    assert best_temperature([0, 1], [[0.9, 0.1], [0.2, 0.8]]) == 1
 
 
 # --- trainings and rows --------------------------------------------------------------------------
@@ -248,6 +250,14 @@ def test_one_training_is_resampled_and_of_several_the_spread_is_known(task):
     assert wide["low"] < got["low"] and wide["high"] > got["high"]
 
 
+def test_no_interval_is_longer_than_the_score():
+    labels = np.arange(300) % 2
+    right, half = labels.copy(), labels.copy()
+    half[:100] = 0
+    far = paired_interval(labels, np.stack([right, half]), np.stack([right, right]), comparisons=4)
+    assert far["low"] == -100 and -20 < far["points"] < 0 < far["high"] <= 100
+
+
 def drawn_study(rng, folds, repeats, rows=400):
     """Draw (labels, two methods that are equally good, (repeats, sentences) each, folds): sentences
     differ in how hard they are for all and for each method, trainings in how well they went."""
@@ -283,6 +293,7 @@ def test_intervals_hold_what_they_should_as_often_as_they_say(monkeypatch):
     count("the same, Nadeau and Bengio", 200,
           lambda *study: corrected_interval(by_fold(*study), 1, 4), 5, 3)
     count("3 seeds", 200, lambda *study: paired_interval(*study[:3]), 1, 3)
+    count("2 folds, 1 training each", 200, paired_interval, 2, 1)
     count("5 folds, 1 training each", 40, paired_interval, 5, 1)
     count("1 training, test rows alone", 60, lambda *study: paired_interval(*study[:3]), 1, 1)
     *right, alone = covered.values()

@@ -10,7 +10,7 @@ from test_readme import committed
 import plots
 from rates import edge_mark
 from tools import grid
-from verdict import Line, best_line, is_close, largest_class, marks_of, verdict
+from verdict import Line, best_line, even_rows, is_close, largest_class, marks_of, verdict
 
 
 def line(name, score, points=None, seconds=10.0, gb=1.0, mb=1.0, marks=(), half=1.0):
@@ -22,7 +22,7 @@ FULL = line("full", 90.0, seconds=20.0, gb=2.0, mb=90.0)
 
 
 def said(*lines, n=1):
-    return verdict([FULL, *lines], "macro-F1", 500, n)
+    return verdict([FULL, *lines], "macro-F1", 500, n, advice="Do this.")
 
 
 def taken(text):
@@ -40,7 +40,7 @@ def test_what_is_lost_is_told_from_what_is_not_shown():
     assert "**Better.** A higher score is shown for method c." in text
     assert "No difference is shown for method b, but up to 1.5 points may be lost." in text
     assert "often miss a difference of less than 1.0 points" in text
-    assert "--folds 5" not in text and "`--folds 5`" in said(line("a", 87.0, -3.0, half=9.0))
+    assert "Do this." not in text and "Do this." in said(line("a", 87.0, -3.0, half=9.0))
     several = said(line("a", 87.0, -3.0), line("d", 80.0, -10.0), line("e", 88.0, -2.0), n=3)
     assert ("A lower score is shown for method a, method d and method e; of these, method e loses "
             "least, 2.0 points.") in several
@@ -145,8 +145,40 @@ def test_a_fold_that_predicts_one_class_is_marked():
     predicted[50:] = 0
     runs = [{"history": [{"train_loss": 0.1}]}]
     marks = marks_of(labels, predicted[None], runs, folds)
-    assert marks == ["not shown to beat the largest class", "predicts one class only"]
+    assert marks == ["predicts one class only"]
     assert not marks_of(labels, predicted[None], runs)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_answers_that_know_nothing_of_the_texts_are_marked(share):
+    """A coin has a macro-F1 of 0.50 on even classes, the largest class one of 0.33."""
+    rng, run = np.random.default_rng(0), {"history": [{"train_loss": 0.01}]}
+    labels, *answers = (rng.random((4, 1000)) < share).astype(int)
+    assert marks_of(labels, np.stack(answers), 3 * [run]) == ["not shown to beat chance"]
+    assert marks_of(labels, answers[0][None], [run]) == ["not shown to beat chance"]
+    answers[0][:300] = labels[:300]  # something is known
+    assert not marks_of(labels, answers[0][None], [run])
+
+
+def test_a_rare_class_tells_less_than_its_rows():
+    """Of 10 rows of one class 3 might be missed, whatever the 990 others say."""
+    labels = np.array([0] * 990 + [1] * 10)
+    assert even_rows(labels) == 20 and even_rows(labels[980:]) == 20
+    vs = {"points": 0.0, "low": 0.0, "high": 0.0}
+    assert is_close(vs, even_rows(labels)) == "open" and is_close(vs, 1000) == "yes"
+
+
+@pytest.mark.parametrize("n, splits, words", [
+    (1, "no test rows: 50 of train are the test (seed 42); 50 of train validate", "--folds 5"),
+    (1, "splits as given", None), (2, "splits as given", "Three trainings"),
+    (3, "no test rows: the 9 labelled validation rows are the test", None)])
+def test_what_would_tell_more_can_be_done(n, splits, words):
+    entries = json.loads(committed("metrics/comparison.json"))["entries"]
+    for entry in entries.values():
+        entry["n"], entry["runs"][0]["splits"] = n, splits
+    said = plots.study_verdict({"entries": entries})
+    assert float(re.search("a difference of less than ([0-9.]+)", said)[1]) > 2
+    assert words in said if words else "`--folds" not in said and "Three" not in said
 
 
 def test_a_best_rate_at_an_edge_is_marked():

@@ -70,9 +70,9 @@ def parse_args(argv=None):
     args.run = read_flags(args.flags)
     if args.run.settings.is_qa:
         fail("tools.bench measures sentence classification")
-    check_writable(args.run.output / "metrics")
     if args.study and not study_path(args.run.output).exists():
         fail(f"there is no {study_path(args.run.output)}; bash run_all.sh --folds 5 makes it")
+    check_writable(args.run.output / "metrics")
     return args
 
 
@@ -99,16 +99,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from data import Encoded, load_sentences
 from lora import merge_lora
-from model import (
-    WORLD,
-    amp_dtype,
-    autocast,
-    build,
-    environment,
-    load_pretrained,
-    to_device,
-    trained_tensors,
-)
+from model import WORLD, amp_dtype, build, environment, load_pretrained, to_device, trained_tensors
 from plots import draw_study, markdown_table, plt, save_figure, write_table
 from spread import mean_std
 from tools import memory
@@ -229,7 +220,7 @@ def prepare(case, s, split, fresh):
         return timed(lambda _: a @ b, batches), batches
 
     torch.manual_seed(s.seed)
-    model, amp = fresh()[1], autocast(MACHINE, dtype)
+    model, amp = fresh()[1], torch.autocast(MACHINE.type, dtype, enabled=dtype is not None)
     batches = sample(split, s, "length_groups" not in case.without)
     if case.kind in INFERENCE:
         model = build(model, s, MACHINE).eval()

@@ -87,7 +87,7 @@ import checkpoint
 from checkpoint import attach, read_about, read_tensors
 from common import read_json, usual_mode, write_json, write_whole
 from lora import merge_lora
-from methods import CASES, HEAD, TARGETS, is_4bit, label_of, named, row_of
+from methods import CASES, HEAD, TARGETS, label_of, named, row_of
 from model import load_pretrained
 from settings import DEFAULT_MODEL, Settings, checkpoint_path, read_settings, result_path
 
@@ -123,10 +123,9 @@ def runs_of(path, content):
 
 
 def find(output, is_qa=False, only=None):
-    """Return {method: checkpoint} of the study in output/metrics: of sentences what run_all.sh
-    left, of questions run_grid.sh's best run of every method by validation F1, or else what
-    tools.sweep left. is_qa: None takes either, sentences first. only: a method's name, as anything
-    calls it."""
+    """Return {method: checkpoint} of the newest study in output/metrics: of sentences what
+    run_all.sh left, of questions run_grid.sh's best run of every method by validation F1, or else
+    what tools.sweep left. is_qa: None takes either. only: a method's name, as anything calls it."""
     script = "run_grid.sh" if is_qa else "run_all.sh"
     sentences, questions = ["comparison.json", "crossvalidation.json"], ["grid.json"]
     names = {False: sentences, True: questions, None: sentences + questions}[is_qa]
@@ -136,7 +135,7 @@ def find(output, is_qa=False, only=None):
         paths = sorted(metrics.glob("sweep_*.json"))
     if not paths:
         fail(f"{metrics / names[0]} is not there; bash {script} makes it (and --output says where)")
-    path = paths[0]
+    path = max(paths, key=lambda path: path.stat().st_mtime)
     content = read_json(path)
     try:
         runs = {name: read_settings(result) for name, result in runs_of(path, content).items()}
@@ -148,8 +147,7 @@ def find(output, is_qa=False, only=None):
     chosen = only and named(only, runs)
     if only is not None and not chosen:
         fail(f"--method {only}: {path} has {', '.join(runs)}")
-    files = {name: checkpoint_path(output, s) for name, s in runs.items()
-             if chosen in (None, name)}
+    files = {name: checkpoint_path(output, s) for name, s in runs.items() if chosen in (None, name)}
     for name, file in files.items():
         if not file.exists():
             result = result_path(output, runs[name])
@@ -303,7 +301,7 @@ def describe_folder(folder, config, tensors):
     is_ours = "settings" in checkpoint.read(file, lambda opened: opened.metadata() or {})
     about = read_about(file) if is_ours else describe_foreign(folder, config, is_qa, n_labels)
     method = "dora" if config.get("use_dora") else "lora"
-    if is_4bit(about["settings"]):
+    if row_of(about["settings"]).is_4bit:
         method = f"q{method}"
     # s = alpha / sqrt(r) = (alpha sqrt(r)) / r
     scale = math.sqrt(config["r"]) if config.get("use_rslora") else 1
@@ -339,7 +337,7 @@ def merge(model, s):
              "their two matrices, so that no weight of BERT's own does the same. LoRA, DoRA, QLoRA "
              "and QDoRA can")
     merge_lora(model)
-    if is_4bit(s):
+    if row_of(s).is_4bit:
         from quant import dequantize_encoder  # bitsandbytes is slow to import
         dequantize_encoder(model)
     # a wrapper that is left would be exported without a word

@@ -274,6 +274,7 @@ def add_scores(results):
         if levels := result.pop("test_levels", None):
             result["f1_by_level"] = {level: float(f1[name][np.array(levels) == level].mean())
                                      for level in dict.fromkeys(levels)}
+        result["grouped"] = groups is not None
         if full and name != full:
             result["vs_full"] = two_way_interval(f1[name] - f1[full], groups=groups)
         if random := result.pop("test_random", None):
@@ -370,11 +371,13 @@ def grid_markdown(content):
     floor = floor_of(runs)
     chance = [floor_row(header, floor[0], {"F1 (%)": f"{floor[1]:.1f}", "trainable": "0",
                                            "exact match (%)": floor[2]})] if floor else []
+    # of versions that drew single questions, also where they were generated and are alike
+    is_narrow = is_synthetic(read_settings(first)) and not first.get("grouped")
     best = [[row["run"], f"{row['f1']:.2f}", vs_full[row["run"]], f"{row['validation_f1']:.2f}",
              *(f"{row[f'f1_{level}']:.1f}" for level in levels)] for row in best_of(rows)]
     interval = ("; [ ] is a 95 % interval, over test questions only, of the "
                 "difference to full fine-tuning's run with the best validation F1"
-                + ", too narrow where questions are generated" * is_synthetic(read_settings(first))
+                + ", too narrow where questions are generated" * is_narrow
                 if kind == "test" else "")
 
     return "".join([
@@ -384,7 +387,7 @@ def grid_markdown(content):
         "\nBest configuration of each method, by validation F1",
         "; the last columns are the F1 of each level" if levels else "", ":\n\n",
         markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels], best),
-        "" if kind != "test" else "\n" + verdict(
+        "" if kind != "test" or is_narrow else "\n" + verdict(
             lines_of_grid(content), "F1", first["rows"]["test"], 1)])
 
 
@@ -395,14 +398,12 @@ def grid_bars(runs, path):
     from plots import name_rows, plt, save_figure
     rows, (title, kind) = rows_of(runs), title_of(runs)
     fig, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2))
-    ax.barh(range(len(rows)), [row["f1"] for row in rows],
-            color=[STYLES[row["method"]].color for row in rows], height=0.7)
+    bars = ax.barh(range(len(rows)), [row["f1"] for row in rows],
+                   color=[STYLES[row["method"]].color for row in rows], height=0.7)
+    ax.bar_label(bars, fmt="%.1f", padding=4)
     if floor := floor_of(runs):
         ax.axvline(floor[1], color="#AA3377", linestyle="--", label=floor[0])
         ax.legend(fontsize=9, loc="lower right")
-    for y, row in enumerate(rows):
-        ax.annotate(f"{row['f1']:.1f}", (row["f1"], y), xytext=(4, 0),
-                    textcoords="offset points", va="center")
     name_rows(ax, [row["run"] for row in rows])
     ax.margins(x=0.08, y=0.02)
     ax.set_xlabel(f"{kind} F1 (%)")

@@ -273,16 +273,11 @@ def ledger_caption(ledger):
             f"{ledger['max_length']} tokens, amp {ledger['amp']}, {modules}")
 
 
-def mb(n):
-    """Write bytes as MB."""
-    return f"{n / 1e6:,.1f}"
-
-
 def ledger_markdown(ledger):
     """Make the table and caption of a memory.json, as Markdown."""
     header = ["method", *(f"{name} (MB)" for name in PARTS.values()),
               *(f"largest batch in {x} GB" for x in ledger["methods"]["full"]["fits"])]
-    rows = [[row["label"], *(mb(row[part]) for part in PARTS),
+    rows = [[row["label"], *(f"{row[part] / 1e6:,.1f}" for part in PARTS),
              *(f"{n:,}" if n else "–" for n in row["fits"].values())]
             for row in ledger["methods"].values()]
     return markdown_table(header, rows) + (
@@ -300,11 +295,9 @@ def draw_ledger(ledger, path):
     for name, gb, color in (("weights", weights, "#332288"), ("optimizer", optimizer, "#44AA99"),
                             ("activations, gradients and the like", peak - weights - optimizer,
                              "#DDCC77")):
-        ax.barh(range(len(rows)), gb, left=left, color=color, label=name, height=0.65)
+        bars = ax.barh(range(len(rows)), gb, left=left, color=color, label=name, height=0.65)
         left += gb
-    for y, total in enumerate(left):
-        ax.annotate(f"{total:.2f}", (total, y), xytext=(6, 0), textcoords="offset points",
-                    va="center")
+    ax.bar_label(bars, [f"{total:.2f}" for total in left], padding=6)
 
     name_rows(ax, [row["label"] for row in rows])
     ax.margins(x=0.08)

@@ -23,7 +23,7 @@ import sys
 
 from common import check_writable, command, fail, read_json, start, write_json
 from compare import decide_amp, explain, refuse
-from methods import CASES, is_4bit, named
+from methods import CASES, named, row_of
 from rates import trained
 from settings import (
     RATED_TASKS,
@@ -54,7 +54,7 @@ def parse_args(argv):
     parser = Parser(add_help=False, allow_abbrev=False)
     # 4-bit methods do not share the base's weights
     all_settings = {name: case_settings(name) for name in CASES}
-    choices = [name for name, s in all_settings.items() if name != "full" and not is_4bit(s)]
+    choices = [name for name, s in all_settings.items() if name != "full" and not row_of(s).is_4bit]
     parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=choices,
                         type=lambda name: named(name, all_settings) or name)
     parser.add_argument("--redraw", action="store_true")
@@ -79,15 +79,7 @@ import numpy as np
 import torch
 
 from checkpoint import attach, check_tokenizer, hash_base, read_tensors
-from model import (
-    RSS_UNIT,
-    amp_dtype,
-    autocast,
-    environment,
-    load_pretrained,
-    place,
-    trained_tensors,
-)
+from model import RSS_UNIT, amp_dtype, environment, load_pretrained, place, trained_tensors
 from spread import paired_bootstrap
 from tools.predict import milliseconds
 
@@ -270,8 +262,9 @@ def measure(method, results, base, base_hash, tokenizer, splits, device):
     model = place(model, device)
     tensors = {task: on_device(read_tensors(result["file"]), device)
                for task, result in own.items()}
+    amp = torch.autocast(device.type, dtype, enabled=dtype is not None)
     scores = {} if method == "full" else score_together(model, tensors, splits, own, full, device,
-                                                        autocast(device, dtype))
+                                                        amp)
     slots, order = trained_tensors(model), iter(ROUND * SWITCHES)
     _, switch_ms = milliseconds(lambda: switch(slots, tensors[next(order)]), SWITCHES)
     _, load_ms = milliseconds(lambda: switch(slots, on_device(read_tensors(file), device)), 20)

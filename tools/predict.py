@@ -301,11 +301,6 @@ def answer_rows(methods, tokenizer, question, context):
     return rows, starts
 
 
-def compare_answers(methods, tokenizer, question, context):
-    """Print the table."""
-    print_table(answer_rows(methods, tokenizer, question, context)[0])
-
-
 # --- a file of texts -----------------------------------------------------------------------------
 
 def find_column(path, columns, asked, trained):
@@ -479,7 +474,7 @@ def main(args):
         methods = [method._replace(model=place(method.model, device)) for method in methods]
         (predict_questions if is_qa else predict_rows)(methods, tokenizer, args)
     elif is_qa:
-        compare_answers(methods, tokenizer, args.question.strip(), args.context)
+        print_table(answer_rows(methods, tokenizer, args.question.strip(), args.context)[0])
     else:
         compare_sentences(methods, tokenizer, args.sentences)
 

@@ -77,16 +77,12 @@ def sweep_intervals(path):
             yield name, "", entry["vs_full"], sweep.difference(answers, own, baseline)
 
 
-def parse_args(argv):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="DIR",
-                        help="train.py's --output (default: the project's folder)")
-    return parser.parse_args(argv)
-
-
 def main(argv):
     start()
-    metrics = parse_args(argv).output / "metrics"
+    parser = Parser(description="Compute the published intervals again.", allow_abbrev=False)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1], metavar="DIR",
+                        help="train.py's --output (default: the project's folder)")
+    metrics = parser.parse_args(argv).output / "metrics"
     found = {}
     for name, answers in (("comparison", "predictions"),
                           ("crossvalidation", "crossvalidation_predictions")):

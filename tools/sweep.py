@@ -45,17 +45,13 @@ METHOD_SETTINGS = {"method", "r", "alpha", "dropout", "placement", "bottleneck",
 FREE = METHOD_SETTINGS | {"lr", "seed", "train_rows"}  # in which the runs of one sweep differ
 
 
-def row_count(text):
-    """Convert an argparse value: a number of rows, or None for "all"."""
-    return None if text == "all" else number(int, 1)(text)
-
-
 def parse_args(argv):
     """Return the flags of a sweep. methods: [(a method's flags, its settings)]; rest: the flags of
     all runs; settings: full fine-tuning's, which are common to all but for FREE."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--methods", nargs="+", default=FOLD_STUDY)
-    parser.add_argument("--train-rows", nargs="+", type=row_count, default=[None])
+    parser.add_argument("--train-rows", nargs="+", default=[None],
+                        type=lambda n: None if n == "all" else number(int, 1)(n))
     parser.add_argument("--rates-from", type=number(int, 1))
     parser.add_argument("--redraw", action="store_true")
     args, rest = parser.parse_known_args(argv)

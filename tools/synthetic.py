@@ -195,20 +195,10 @@ def draw_facts(level, split, rng):
     return facts if level == "pronoun" else rng.sample(facts, 4)
 
 
-def state(kind, x, y, split, rng):
-    """Say in a sentence what is the y of x."""
-    return rng.choice(wordings(split, RELATIONS[kind][0], 2)).format(x=x, y=y)
-
-
-def state_by_pronoun(kind, pronoun, y, split, rng):
-    """Say it in one of the wordings that start with the person."""
-    own = [text for text in wordings(split, RELATIONS[kind][0], 2) if text.startswith("{x}")]
-    return rng.choice(own).format(x=pronoun, y=y)
-
-
-def ask_for(kind, x, split, rng):
-    """Ask for the y of x."""
-    return rng.choice(wordings(split, RELATIONS[kind][1], 1)).format(x=x)
+def state(kind, x, y, split, rng, start=""):
+    """Say in a sentence what is the y of x, in a wording that starts with `start`."""
+    own = [text for text in wordings(split, RELATIONS[kind][0], 2) if text.startswith(start)]
+    return rng.choice(own).format(x=x, y=y)
 
 
 def make_passage(level, split, rng):
@@ -222,13 +212,14 @@ def make_passage(level, split, rng):
     if level == "pronoun":
         for i in 1, 3:
             kind, _, pronoun, y = facts[i]
-            sentences[i] = state_by_pronoun(kind, pronoun, y, split, rng)
+            sentences[i] = state(kind, pronoun, y, split, rng, "{x}")
         asked = rng.choice((1, 3))
     kind, person, _, _ = facts[asked]
     if level == "join":
         other, y = next((k, y) for k, x, _, y in facts if x == person and k != kind)
         person = rng.choice(wordings(split, RELATIONS[other][2], 1)).format(y=y)
-    return sentences, ask_for(kind, person, split, rng), [fact[3] for fact in facts], asked
+    question = rng.choice(wordings(split, RELATIONS[kind][1], 1)).format(x=person)
+    return sentences, question, [fact[3] for fact in facts], asked
 
 
 def make_counts(split, rng):
