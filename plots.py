@@ -124,7 +124,7 @@ def study_of(entries):
     return study([run for entry in entries.values() for run in entry["runs"]])
 
 
-def even_rows(entry):
+def tested_rows(entry):
     """Return verdict.even_rows of the sentences that the runs of an entry tested; studies of
     earlier versions are of even classes."""
     return entry.get("even_rows") or entry.get("test_rows") or entry["runs"][0]["rows"]["test"]
@@ -167,7 +167,7 @@ def study_verdict(study):
         advice = "Three trainings or more (--seeds 42 43 44) tell far more than two."
     elif "folds" not in full and ("of train are the test" in splits or "stratified" in splits):
         advice = "With `--folds 5` every row is tested, which tells more."
-    return verdict(lines_of(study), "macro-F1", even_rows(full), full["n"],
+    return verdict(lines_of(study), "macro-F1", tested_rows(full), full["n"],
                    "fold" if "folds" in full else "seed",
                    f"memory on {model} (predicted)" if model else measured, advice)
 
@@ -215,7 +215,7 @@ def table(entries, columns):
             "% trained": f"{pct:.2g}" if pct < 1 else f"{pct:.1f}", "n": f"{entry['n']}",
             "macro-F1": plus_minus(entry, "f1_macro", 4),
             "vs full (points)": points(entry["vs_full"]),
-            UNDER: is_close(entry["vs_full"], even_rows(entry)),
+            UNDER: is_close(entry["vs_full"], tested_rows(entry)),
             NEW_ROWS: points(entry.get("vs_full_new_rows")),
             "accuracy": plus_minus(entry, "accuracy", 4),
             "best epochs": ", ".join(map(str, entry["best_epoch"])),

@@ -206,13 +206,23 @@ def test_the_committed_verdicts_are_true_of_the_committed_numbers():
         shown = re.split(" is shown for |; |: ", text)[1] if losers else ""
         assert set(shown.replace(" and ", ", ").split(", ")) - {""} == set(losers)
         close = [o for o in lines if o.score >= max(o.score for o in lines) - 2]
+
+        def least(cost):  # the best of those within 5 % of it
+            return max((o for o in close if cost(o) <= 1.05 * min(map(cost, close))),
+                       key=lambda o: o.score).label
+
         assert taken(text) == {
             "quality": max(lines, key=lambda o: o.score).label,
-            "time": min(close, key=lambda o: o.seconds).label,
-            "memory on bert-base (predicted)": min(close, key=lambda o: o.gb).label,
+            "time": least(lambda o: o.seconds),
+            "memory on bert-base (predicted)": least(lambda o: o.gb),
             "many tasks": min(close, key=lambda o: o.mb).label,
             "nothing in particular": next(o.label for o in sorted(close, key=lambda o: -o.score) if
                                           o.seconds < lines[0].seconds and o.gb < lines[0].gb)}
     content = json.loads(committed("metrics/grid.json"))
+    # its intervals draw single questions of those that are alike, and are too narrow to say so
+    assert "too narrow" in grid.grid_markdown(content)
+    assert "**Lost.**" not in grid.grid_markdown(content)
+    for run in content["runs"].values():
+        run["grouped"] = True
     assert "**Lost.**" in grid.grid_markdown(content)
     assert "**Lost.**" in (ROOT / "README.md").read_text(encoding="utf-8")
