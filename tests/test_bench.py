@@ -32,8 +32,12 @@ def test_tables_of_made_up_times():
     lines = bench.bench_markdown({"matmul_gflops": 1234.5, "caption": "here.",
                                   "cases": {"x": case("X", 10, 16, 20)}}).splitlines()
     assert ("1,234 GFLOP/s" in lines[0]
-            and lines[2] == "| X | 16 | 2000 | 50 | 2.00 (1.50 to 2.50) |  |"
+            and lines[2] == "| X | 16 | 2000 | 50 | 2.00 (1.50 to 2.50) |"
             and lines[-1] == "here.")
+    table = bench.bench_markdown({"matmul_gflops": 1, "caption": "here.", "cases": {
+        "x": case("X", 10, 16, 20) | {"vs_peer": (3, 3, 3), "vs_grouped_peer": (2, 2, 2)}}})
+    assert "| speed against the peer | speed against the grouped peer |\n" in table
+    assert "| 3.00 (3.00 to 3.00) | 2.00 (2.00 to 2.00) |\n" in table
     cases = {name: case(label, 10, 10, 10) for name, (label, *_) in bench.trick_cases().items()}
     cases["full none"] = case("", 40, 40, 40)
     cases["full only cls_only"], cases["full without cls_only"] = (case("", 20, 20, 20),
@@ -56,8 +60,9 @@ def test_trick_cases_leave_out_what_they_say():
         assert case.process == ("default" if "kept_memory" in case.without else "ours")
 
 
-@pytest.mark.parametrize("by_length", [True, False])
-def test_sampled_batches_are_as_long_as_the_epoch_s(by_length):
+@pytest.mark.parametrize("by_length, as_peer", [(True, False), (False, False), (True, True)])
+def test_sampled_batches_are_as_long_as_the_epoch_s(by_length, as_peer):
+    """Trainer's grouped ones are nearly as short as ours."""
     split = data.Encoded()
     # few are long, as in life
     split.lengths = 3 + np.random.default_rng(0).geometric(0.05, size=8000).clip(max=125)
@@ -67,7 +72,7 @@ def test_sampled_batches_are_as_long_as_the_epoch_s(by_length):
         return sum(len(b) * split.lengths[b].max() for b in batches) / sum(map(len, batches))
 
     s = settings("--method", "full", "--batch-size", 32, "--seed", 0)
-    sampled = bench.sample(split, s, by_length)
+    sampled = bench.sample(split, s, by_length, as_peer)
     assert len(sampled) == bench.STEPS and {len(b) for b in sampled} == {32}
     assert tokens(sampled) == pytest.approx(
         tokens(split.batches(32, np.random.default_rng(1), by_length)), rel=0.03)
@@ -134,6 +139,7 @@ def test_bench_measures_every_method(data_dir, tmp_path):
         if f"{name} peer" in cases:
             # padding, and the last layer for all tokens
             assert flops(name) < flops(f"{name} peer") and cases[name]["vs_peer"][0] > 0
+            assert cases[name]["vs_grouped_peer"][0] > 0
 
 
 def test_times_go_into_a_study_of_folds(tmp_path):

@@ -2,7 +2,8 @@
 them alike.
 
     python -m tools.bench            every method; the peer is Hugging Face's Trainer, with peft for
-                                     LoRA and DoRA, where accelerate and peft are installed
+                                     LoRA and DoRA, where accelerate and peft are installed, as it
+                                     is used and with group_by_length
     python -m tools.bench --study    and puts the seconds of an epoch into
                                      metrics/crossvalidation.json, whose runs trained side by side
                                      or on several machines
@@ -42,6 +43,7 @@ INFERENCE = {"plain": ("inference: BERT", "full"), "unmerged": ("inference: LoRA
 # The methods of the peer and the packages that it needs, which are not in requirements.txt. The
 # package with adapters needs an older transformers than ours.
 PEERS, PACKAGES = ("full", "lora_r8", "dora"), ("accelerate", "peft")
+GROUPED = "grouped_peer"  # its batches are of rows of about one length
 ROUNDS, STEPS = 3, 16
 # --growth: tokens in a row, of which a table shows some; rows in a batch, and tokens at most
 LENGTHS, SHOWN_LENGTHS = (16, 32, 64, 128, 256, 512), (32, 128, 512)
@@ -111,7 +113,7 @@ MACHINE = torch.device(memory.DEVICE)
 class Benchmark(NamedTuple):
     """Hold one case of what is measured."""
     label: str
-    kind: str  # "train", "peer", "product" or one of INFERENCE
+    kind: str  # "train", "peer", GROUPED, "product" or one of INFERENCE
     flags: str  # train.py's
     without: tuple = ()  # TRICKS that are left out
 
@@ -119,7 +121,7 @@ class Benchmark(NamedTuple):
     def process(self):
         """Name the process that runs it. The peer has one of its own, so that nothing that makes
         ours fast is in it. So has what keeps no memory: memory is kept for a whole process."""
-        if self.kind == "peer":
+        if self.kind in ("peer", GROUPED):
             return "peer"
         return "default" if "kept_memory" in self.without else "ours"
 
@@ -156,14 +158,20 @@ def load_rows(run, n_random):
             lambda: load_pretrained(run.model, task.label_names))
 
 
-def sample(split, s, by_length=True):
+def sample(split, s, by_length=True, as_peer=False):
     """Choose STEPS batches that stand for an epoch: of its batches, in order of their longest row,
     the middle one of each sixteenth.
 
     Their mean number of tokens, padding included, is the epoch's. Random batches would be an eighth
-    too long (movies) because of the longest of all, and their loader would seem too slow.
+    too long (movies) because of the longest of all, and their loader would seem too slow. as_peer:
+    the batches are Trainer's with group_by_length.
     """
     batches = split.batches(s.batch_size, np.random.default_rng(s.seed), by_length)
+    if as_peer:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+        torch.manual_seed(s.seed)
+        order = np.array(get_length_grouped_indices(split.lengths.tolist(), s.batch_size))
+        batches = [order[i:i + s.batch_size] for i in range(0, len(order), s.batch_size)]
     batches = [batch for batch in batches if len(batch) == s.batch_size] or batches
     batches.sort(key=lambda batch: split.lengths[batch].max())
     n = min(STEPS, len(batches))
@@ -181,8 +189,8 @@ def timed(run_batch, batches):
     return run_round
 
 
-def prepare_peer(s, split, fresh):
-    """Return what prepare() does for the peer's training, on random batches."""
+def prepare_peer(s, split, fresh, is_grouped):
+    """Return what prepare() does for the peer's training, on random batches or on grouped ones."""
     from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 
     torch.manual_seed(s.seed)
@@ -192,7 +200,7 @@ def prepare_peer(s, split, fresh):
         model = get_peft_model(model, LoraConfig(
             task_type="SEQ_CLS", r=s.r, lora_alpha=s.alpha, lora_dropout=s.dropout,
             target_modules=["query", "value"], use_dora=s.method == "dora"))
-    batches = sample(split, s, by_length=False)
+    batches = sample(split, s, by_length=False, as_peer=is_grouped)
     rows = [{"input_ids": split.ids[i].tolist(), "labels": int(split.labels[i])}
             for i in np.concatenate(batches)]
     arguments = transformers.TrainingArguments(
@@ -210,8 +218,8 @@ def prepare_peer(s, split, fresh):
 def prepare(case, s, split, fresh):
     """Return (a function that runs one round of a case and returns its seconds, the batches of a
     round). s: the settings of its flags; split, fresh: load_rows's."""
-    if case.kind == "peer":
-        return prepare_peer(s, split, fresh)
+    if case.kind in ("peer", GROUPED):
+        return prepare_peer(s, split, fresh, case.kind == GROUPED)
     dtype = amp_dtype(s.amp)
     if case.kind == "product":
         n = 8192 if MACHINE.type == "cuda" else 2048
@@ -324,6 +332,8 @@ def method_cases():
         for name in PEERS:
             label = f"{case_label(name)}, Trainer{'' if name == 'full' else ' + peft'}"
             cases[f"{name} peer"] = Benchmark(label, "peer", CASES[name].flags)
+            cases[f"{name} {GROUPED}"] = Benchmark(f"{label}, group_by_length", GROUPED,
+                                                   CASES[name].flags)
     return cases
 
 
@@ -342,24 +352,28 @@ def results_of(cases, timings, rate):
     results = {}
     for name, (seconds, flops, n_steps, n_rows) in timings.items():
         median, ms = statistics.median(seconds), [1000 * x / n_steps for x in seconds]
-        full, peer = timings["plain" if name in INFERENCE else "full"], timings.get(f"{name} peer")
+        full = timings["plain" if name in INFERENCE else "full"]
+        peers = {kind: timings.get(f"{name} {kind}") for kind in ("peer", GROUPED)}
         results[name] = {
             "label": cases[name].label, "step_ms": statistics.median(ms), "step_ms_rounds": ms,
             "sentences_per_s": n_rows / median, "matmul_share": flops / median / rate,
             "vs_full": speedup(full[0], seconds),
-            "vs_peer": speedup(peer[0], seconds) if peer else None}
+            **{f"vs_{kind}": peer and speedup(peer[0], seconds) for kind, peer in peers.items()}}
     return results
 
 
 def bench_markdown(study):
     """Make the table and caption of a bench.json, as Markdown."""
     share = f"share of the {study['matmul_gflops']:,.0f} GFLOP/s of a matmul (%)"
-    header = ["", "step (ms)", "sentences per s", share, "speed against full",
-              "speed against the peer"]
+    cases = study["cases"].values()
+    against = [kind for kind in ("full", "peer", GROUPED)  # earlier versions have no grouped peer
+               if any(case.get(f"vs_{kind}") for case in cases)]
+    names = {"full": "full", "peer": "the peer", GROUPED: "the grouped peer"}
+    header = ["", "step (ms)", "sentences per s", share,
+              *(f"speed against {names[kind]}" for kind in against)]
     rows = [[case["label"], f"{case['step_ms']:.0f}", f"{case['sentences_per_s']:.0f}",
-             f"{100 * case['matmul_share']:.0f}", show_speedup(case["vs_full"]),
-             show_speedup(case["vs_peer"])]
-            for case in study["cases"].values()]
+             f"{100 * case['matmul_share']:.0f}",
+             *(show_speedup(case[f"vs_{kind}"]) for kind in against)] for case in cases]
     return markdown_table(header, rows) + f"\n{study['caption']}\n"
 
 
