@@ -59,6 +59,14 @@ def is_head(model, name):
     return name.startswith(HEAD) or getattr(model, "new_pooler", False) and name.startswith(POOLER)
 
 
+def read_config(name, **where):
+    """Load the configuration of a hub id, folder or file; old BERTs do not say what they are."""
+    raw, _ = transformers.BertConfig.get_config_dict(name, **where)
+    is_old = "model_type" not in raw and "hidden_size" in raw
+    kind = transformers.BertConfig if is_old else transformers.AutoConfig
+    return kind.from_pretrained(name, **where)
+
+
 def load_pretrained(name, label_names):
     """Load a hub id or folder: (tokenizer, model in fp32) with a new head that comes from the seed.
     The model is a BertForSequenceClassification with these labels, or a BertForQuestionAnswering
@@ -66,9 +74,9 @@ def load_pretrained(name, label_names):
     head_class = BertForSequenceClassification if label_names else BertForQuestionAnswering
     folder = model_folder() if name == DEFAULT_MODEL else name
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         check_config(name, config)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
         if not label_names and not tokenizer.is_fast:
             fail(f"{name} has no fast tokenizer, which alone tells where in the passage a token "
                  "stands")

@@ -52,14 +52,14 @@ def step(model, optimizer, split, rows, device, amp, scaler, accumulation=1):
     """Take one optimizer step on a batch, row numbers of an Encoded split. Return its mean loss, a
     tensor on the device, so that nothing waits for it."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    own, batch_loss = own_share(rows), torch.zeros((), device=device)
-    for piece in np.array_split(own, min(accumulation, len(own)) or 1):
-        if len(piece):
-            with amp:
-                loss = split.forward(model, to_device(split.collate(piece), device)).loss
-                loss = loss * (len(piece) / len(rows))  # the pieces' losses add up to the mean
-            scaler.scale(loss).backward()  # only fp16 needs the scaler
-            batch_loss += loss.detach()
+    own = own_share(rows)
+    batch_loss = scaler.scale(torch.zeros((), device=device))  # a scale, also where own is empty
+    for piece in np.array_split(own, min(accumulation, len(own))) if len(own) else ():
+        with amp:
+            loss = split.forward(model, to_device(split.collate(piece), device)).loss
+            loss = loss * (len(piece) / len(rows))  # the pieces' losses add up to the mean
+        scaler.scale(loss).backward()  # only fp16 needs the scaler
+        batch_loss += loss.detach()
     add_up(batch_loss, trained)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)

@@ -132,6 +132,15 @@ def test_other_hosts_origins_and_uploads_are_refused(path, headers, served):
     assert refused.value.code in (400, 403)
 
 
+def test_what_is_asked_waits_for_its_turn(served):
+    """Two requests at once would set the length of one tokenizer."""
+    asked = urllib.request.Request(f"{served[0]}/gradio_api/run/ask", b'{"data": ["a film"]}',
+                                   {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked)
+    assert refused.value.code == 404
+
+
 @pytest.mark.parametrize("texts", [["bad \ud83d film"], ["who?", "bad \ud83d"]])
 def test_half_a_character_is_a_line(texts):
     one_line_exit(lambda: demo.check_asked(texts, ["a"]), "surrogate", "no character")

@@ -212,6 +212,19 @@ def test_largest_batch_fits_and_one_more_does_not(method, dtype):
     assert peak(fits["0.03"]) <= 0.03e9 < peak(fits["0.03"] + 1)
 
 
+def test_a_batch_far_beyond_those_that_were_measured_fits():
+    """One row at a time, gradients set the peak, whose line says nothing of many rows."""
+    sizes = config(DEFAULT_MODEL, num_hidden_layers=2), flags("full")
+    n = memory.predict_bytes(*sizes, 1, 16, torch.bfloat16, (2,))["fits"]["2"]
+    assert 1.9e9 < memory.predict_bytes(*sizes, n, 16, torch.bfloat16)["peak"] <= 2e9
+
+
+def test_a_dequantised_weight_is_there_in_two_types_for_a_moment():
+    sizes = (config("bert-base-uncased", num_hidden_layers=1, vocab_size=2000), flags("qlora"), 1,
+             16, torch.bfloat16)
+    same_bytes(memory.predict_bytes(*sizes), measure_bytes(*sizes))
+
+
 def test_between_two_batches_the_largest_is_on_the_safe_side():
     def peak(n):
         return max(1000 + 10 * n, 400 + 40 * n)  # they are equal at n = 20

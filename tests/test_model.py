@@ -132,6 +132,18 @@ def test_what_cannot_be_right_is_refused(spoil, words, label_names, folder):
     one_line_exit(lambda: load_pretrained(str(folder), label_names), folder, *words)
 
 
+def test_an_old_base_that_does_not_say_what_it_is(folder):
+    expected, _ = load_pretrained(str(folder), LABELS)
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in "tokenizer.json", "tokenizer_config.json":  # vocab.txt is all it had
+        (folder / name).unlink(missing_ok=True)
+    tokenizer, model = load_pretrained(str(folder), LABELS)
+    assert model.config.model_type == "bert"
+    assert tokenizer("a film").input_ids == expected("a film").input_ids
+
+
 def test_a_base_as_other_tools_leave_it_is_loaded_saved_and_computed_with(folder, tmp_path):
     """Tensors that are not contiguous, which only a .bin holds; a config that asks for tuples."""
     def act():

@@ -223,6 +223,7 @@ def launch(page, port):
     """Serve the page on 127.0.0.1, in threads of its own."""
     try:
         with patch.dict(os.environ, NO_PROXY):
+            page.queue(api_open=False)  # calls beside the queue would share a tokenizer at once
             page.launch(
                 server_name=HOSTS[0], server_port=port, share=False, quiet=True, footer_links=[],
                 css=CSS, ssr_mode=False, prevent_thread_lock=True,

@@ -84,11 +84,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 import fast
 from lora import replace_modules
-from model import build, git_commit, trained_tensors
+from model import build, git_commit, read_config, trained_tensors
 from plots import markdown_table, name_rows, plt, save_figure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +107,7 @@ class KeepNothing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        weight = gradient.new_empty(ctx.size)
+        weight = gradient.new_empty(ctx.size, dtype=torch.float32).to(gradient.dtype)
         return gradient.new_empty(*gradient.shape[:-1], weight.shape[1]), None
 
 
@@ -238,7 +238,8 @@ def predict_bytes(config, flags, batch_size, max_length, dtype, gb=()):
           FakeTensorMode(allow_non_fake_inputs=True)):  # the meta tensors, until they are replaced
         model.to_empty(device=DEVICE)
         kept, peaks = {}, {}
-        for n in {1, batch_size, 16 * batch_size, 32 * batch_size} if gb else {batch_size}:
+
+        def measure(n):
             model.zero_grad()
             with Alive(stored(model)) as alive:
                 # Without an attention mask: Hugging Face drops one that is all ones, but cannot
@@ -246,6 +247,12 @@ def predict_bytes(config, flags, batch_size, max_length, dtype, gb=()):
                 loss, kept[n] = count_kept(model, n, max_length, dtype)
                 backward(model, loss)
             peaks[n] = row["weights"] + row["optimizer"] + alive.peak
+
+        for n in {1, batch_size, 16 * batch_size, 32 * batch_size} if gb else {batch_size}:
+            measure(n)
+        for x in gb:  # beyond the largest measured batch no line is on the safe side
+            while (n := largest_batch(peaks, x * 1e9)) > max(peaks):
+                measure(n)
     return {**row, "kept": kept[batch_size], "peak": peaks[batch_size],
             "fits": {f"{x:g}": largest_batch(peaks, x * 1e9) for x in gb}}
 
@@ -323,7 +330,7 @@ def load_config(args):
     name = args.model
     try:
         config = (BertConfig(**MODELS[name]) if name in MODELS else
-                  AutoConfig.from_pretrained(name, local_files_only=True))
+                  read_config(name, local_files_only=True))
         check_config(name, config)
         check_length(args, config)
         config.num_labels, config.problem_type = 2, "single_label_classification"
