@@ -59,7 +59,7 @@ def is_head(model, name):
     return name.startswith(HEAD) or getattr(model, "new_pooler", False) and name.startswith(POOLER)
 
 
-def read_config(name, **where):
+def bert_config(name, **where):
     """Load the configuration of a hub id, folder or file; old BERTs do not say what they are."""
     raw, _ = transformers.BertConfig.get_config_dict(name, **where)
     is_old = "model_type" not in raw and "hidden_size" in raw
@@ -74,7 +74,7 @@ def load_pretrained(name, label_names):
     head_class = BertForSequenceClassification if label_names else BertForQuestionAnswering
     folder = model_folder() if name == DEFAULT_MODEL else name
     try:
-        config = read_config(folder)
+        config = bert_config(folder)
         check_config(name, config)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
         if not label_names and not tokenizer.is_fast:

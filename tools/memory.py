@@ -88,7 +88,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import fast
 from lora import replace_modules
-from model import build, git_commit, read_config, trained_tensors
+from model import bert_config, build, git_commit, trained_tensors
 from plots import markdown_table, name_rows, plt, save_figure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -330,7 +330,7 @@ def load_config(args):
     name = args.model
     try:
         config = (BertConfig(**MODELS[name]) if name in MODELS else
-                  read_config(name, local_files_only=True))
+                  bert_config(name, local_files_only=True))
         check_config(name, config)
         check_length(args, config)
         config.num_labels, config.problem_type = 2, "single_label_classification"
