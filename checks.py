@@ -96,8 +96,7 @@ def read_fields(file, path, needed):
         check_header(path, header, needed, reader.dialect.delimiter)
         start = reader.line_num + 1
         for fields in reader:
-            if len(header) == 1:
-                fields = fields or [""]  # an empty text, alone in its row
+            fields = fields or [""] * (len(header) == 1)  # an empty text, alone in its row
             if fields and len(fields) != len(header):
                 lost = f"; no {header[len(fields)]}" if len(fields) < len(header) else ""
                 fail(f"{path}, line {start}: fields found {len(fields)}, expected "
@@ -196,9 +195,9 @@ def find_columns(path, text, label):
     if texts == ["sentence"] and not text and SECOND not in columns and (more := look("texts")):
         warn(f"{path}: {some_of(more)} may hold texts, too, and is not read; the second text of "
              f"a pair stands in {SECOND}")
-    seen = {str(row.get(labels[0])).strip() for row in rows
-            if str(row.get(texts[0])).strip(HEADER_EDGES) != texts[0]}  # no header in between
-    if labels[0] in seen and labels[0] not in (label, "label"):
+    elsewhere = {str(row.get(labels[0])).strip() for row in rows  # in no header that comes again
+                 if str(row.get(texts[0])).strip(HEADER_EDGES) != texts[0]}
+    if labels[0] in elsewhere - {label, "label"}:
         fail(f"{path}, line 1: {labels[0]!r} is a label in other rows, too; are the columns' names "
              f"missing? Write them above it; if it is a name, say --label-column {labels[0]}")
     return texts[0], labels[0]
@@ -253,6 +252,13 @@ def warn_labels(names):
             warn(f"the labels {other!r} and {name!r} ({ascii(other)} and {ascii(name)}) count as "
                  "two classes")
             break
+
+
+def warn_untested(names, tested):
+    """Warn about labels that no test row has. tested: the test rows' labels, as positions."""
+    if untested := set(range(len(names))) - set(tested):
+        warn(f"no test row has the label {some_of([names[i] for i in sorted(untested)])}: in "
+             "macro-F1 a class that is only predicted counts as 0")
 
 
 def warn_repeats(trained, scored):

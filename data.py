@@ -23,8 +23,9 @@ from checks import (
     warn_labels,
     warn_quoting,
     warn_repeats,
+    warn_untested,
 )
-from common import fail, one_line, some_of, warn
+from common import fail, one_line
 from fetch import ratings_file
 from settings import RATED_TASKS, SPLIT_SEED
 from spread import ece, macro_f1, nll
@@ -241,10 +242,8 @@ def load_rated(name, fold=None):
         if abs(float(rating)) >= 0.5:
             ratings.setdefault(sentence.strip(), float(rating))
     labels = ["positive" if r > 0 else "negative" for r in ratings.values()]
-    rows = Rows(list(ratings), labels)
-    if fold:
-        return fold_task(rows, fold)
-    return make_task(rows)._replace(note=f"stratified with seed {SPLIT_SEED}")
+    rows, note = Rows(list(ratings), labels), f"stratified with seed {SPLIT_SEED}"
+    return fold_task(rows, fold) if fold else make_task(rows)._replace(note=note)
 
 
 def from_hub(name, config, revision, offline_task):
@@ -293,10 +292,7 @@ def load_folder(folder, s):
     task = (fold_task(splits["train"], s.fold) if s.fold else
             make_task(**splits, whole=s.whole_sentences))
     warn_labels(task.label_names)
-    untested = set(range(len(task.label_names))) - set(task.test.labels)
-    if untested:
-        warn("no test row has the label " + some_of([task.label_names[i] for i in untested])
-             + ": in macro-F1 a class that is only predicted counts as 0")
+    warn_untested(task.label_names, task.test.labels)
     warn_repeats(task.train.sentences, {"validation": task.validation.sentences,
                                         "test": task.test.sentences})
     return task

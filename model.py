@@ -201,11 +201,6 @@ def amp_dtype(amp):
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
-def autocast(device, dtype):
-    """Return the context in which a model of this type runs forward; None is plain fp32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
 def to_device(inputs, device):
     """Move a dict of CPU tensors to the device; from pinned memory, so that the CPU need not
     wait."""

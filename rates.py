@@ -199,8 +199,7 @@ def probe(flags):
 def plan(flags, parts, study, s, searches, more=0, at_once=1):
     """Say what a study will train and how long that will take: (the flags, with --epochs, if those
     of the settings `s` are too few; optimizer steps of a run; Progress). searches: whether learning
-    rates are searched first; more: trainings beyond those of parts and study; at_once: Progress'.
-    """
+    rates are searched first; more: trainings beyond those of its parts; at_once: Progress'."""
     size, epochs = probe([*flags, *parts[0], *study["full"].split()]), s.epochs
     if searches and not s.max_steps and not given("--epochs", flags):
         epochs = max(epochs, math.ceil(LEAST_STEPS / steps_of(s, size["examples"], 1)))

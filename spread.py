@@ -233,16 +233,16 @@ def paired_interval(labels, method, baseline, folds=None, comparisons=1):
         parts = [np.equal(folds, name) for name in names]
         each = [100 * (macro_f1(labels[part], method[0, part])
                        - macro_f1(labels[part], baseline[0, part])) for part in parts]
-        found = t_interval(statistics.mean(each), statistics.variance(each) / len(each),
-                           len(each) - 1, comparisons)
+        found = corrected_interval(each, 0, 1, comparisons)
     else:
         found = paired_bootstrap(labels, method[0], baseline[0], folds, comparisons)
     return found | {"low": max(found["low"], -100.0), "high": min(found["high"], 100.0)}
 
 
-def corrected_interval(differences, n_test, n_train):
+def corrected_interval(differences, n_test, n_train, comparisons=1):
     """Return {points, low, high} of one difference per fold (folds,): the mean and its 95 %
-    interval, had each fold been trained on rows of its own.
+    interval, had each fold been trained on rows of its own. With n_test 0 it is Student's t over
+    the folds; comparisons: as in t_interval.
 
     Trainings that share rows are correlated, so that s^2 / k is too small a variance for the mean
     of k folds, and no unbiased one can be had from one cross-validation (Bengio & Grandvalet 2004).
@@ -258,4 +258,4 @@ def corrected_interval(differences, n_test, n_train):
     k, mean = len(differences), statistics.mean(differences)
     # v = (1 / k + n_test / n_train) s^2
     v = (1 / k + n_test / n_train) * statistics.variance(differences)
-    return t_interval(mean, v, k - 1)
+    return t_interval(mean, v, k - 1, comparisons)

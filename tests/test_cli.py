@@ -31,7 +31,7 @@ import plots
 import rates
 import train as train_module
 from methods import STUDY
-from model import amp_dtype, autocast, load_pretrained, trained_tensors
+from model import amp_dtype, load_pretrained, trained_tensors
 from settings import checkpoint_path, read_flags, read_settings, result_path
 
 
@@ -118,7 +118,8 @@ def test_checkpoints_hold_what_trained_and_answer_on_a_fresh_base_as_the_run_did
         model, _ = checkpoint.attach(base, base_hash, path, dtype or torch.float32)
         fast.install(model)
         split = task.encode(task.test, tokenizer, s)
-        _, outcome = train_module.evaluate(model, split, device, autocast(device, dtype))
+        amp = torch.autocast(device.type, dtype, enabled=dtype is not None)
+        _, outcome = train_module.evaluate(model, split, device, amp)
         pairs = [list(pair) for pair in outcome["predictions"]]
         assert pairs == result["test_predictions"], name
         assert outcome["probabilities"] == result["test_probabilities"], name

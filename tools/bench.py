@@ -43,7 +43,8 @@ INFERENCE = {"plain": ("inference: BERT", "full"), "unmerged": ("inference: LoRA
 # The methods of the peer and the packages that it needs, which are not in requirements.txt. The
 # package with adapters needs an older transformers than ours.
 PEERS, PACKAGES = ("full", "lora_r8", "dora"), ("accelerate", "peft")
-GROUPED = "grouped_peer"  # its batches are of rows of about one length
+# How it is used: on random batches, or on batches of rows of about one length
+USED = {"peer": "", "grouped_peer": ", group_by_length"}
 ROUNDS, STEPS = 3, 16
 # --growth: tokens in a row, of which a table shows some; rows in a batch, and tokens at most
 LENGTHS, SHOWN_LENGTHS = (16, 32, 64, 128, 256, 512), (32, 128, 512)
@@ -113,7 +114,7 @@ MACHINE = torch.device(memory.DEVICE)
 class Benchmark(NamedTuple):
     """Hold one case of what is measured."""
     label: str
-    kind: str  # "train", "peer", GROUPED, "product" or one of INFERENCE
+    kind: str  # "train", "product", one of USED or of INFERENCE
     flags: str  # train.py's
     without: tuple = ()  # TRICKS that are left out
 
@@ -121,7 +122,7 @@ class Benchmark(NamedTuple):
     def process(self):
         """Name the process that runs it. The peer has one of its own, so that nothing that makes
         ours fast is in it. So has what keeps no memory: memory is kept for a whole process."""
-        if self.kind in ("peer", GROUPED):
+        if self.kind in USED:
             return "peer"
         return "default" if "kept_memory" in self.without else "ours"
 
@@ -166,12 +167,13 @@ def sample(split, s, by_length=True, as_peer=False):
     too long (movies) because of the longest of all, and their loader would seem too slow. as_peer:
     the batches are Trainer's with group_by_length.
     """
-    batches = split.batches(s.batch_size, np.random.default_rng(s.seed), by_length)
     if as_peer:
         from transformers.trainer_pt_utils import get_length_grouped_indices
         torch.manual_seed(s.seed)
         order = np.array(get_length_grouped_indices(split.lengths.tolist(), s.batch_size))
         batches = [order[i:i + s.batch_size] for i in range(0, len(order), s.batch_size)]
+    else:
+        batches = split.batches(s.batch_size, np.random.default_rng(s.seed), by_length)
     batches = [batch for batch in batches if len(batch) == s.batch_size] or batches
     batches.sort(key=lambda batch: split.lengths[batch].max())
     n = min(STEPS, len(batches))
@@ -218,8 +220,8 @@ def prepare_peer(s, split, fresh, is_grouped):
 def prepare(case, s, split, fresh):
     """Return (a function that runs one round of a case and returns its seconds, the batches of a
     round). s: the settings of its flags; split, fresh: load_rows's."""
-    if case.kind in ("peer", GROUPED):
-        return prepare_peer(s, split, fresh, case.kind == GROUPED)
+    if case.kind in USED:
+        return prepare_peer(s, split, fresh, case.kind == "grouped_peer")
     dtype = amp_dtype(s.amp)
     if case.kind == "product":
         n = 8192 if MACHINE.type == "cuda" else 2048
@@ -331,9 +333,8 @@ def method_cases():
     if all(map(importlib.util.find_spec, PACKAGES)):
         for name in PEERS:
             label = f"{case_label(name)}, Trainer{'' if name == 'full' else ' + peft'}"
-            cases[f"{name} peer"] = Benchmark(label, "peer", CASES[name].flags)
-            cases[f"{name} {GROUPED}"] = Benchmark(f"{label}, group_by_length", GROUPED,
-                                                   CASES[name].flags)
+            cases |= {f"{name} {kind}": Benchmark(label + how, kind, CASES[name].flags)
+                      for kind, how in USED.items()}
     return cases
 
 
@@ -353,7 +354,7 @@ def results_of(cases, timings, rate):
     for name, (seconds, flops, n_steps, n_rows) in timings.items():
         median, ms = statistics.median(seconds), [1000 * x / n_steps for x in seconds]
         full = timings["plain" if name in INFERENCE else "full"]
-        peers = {kind: timings.get(f"{name} {kind}") for kind in ("peer", GROUPED)}
+        peers = {kind: timings.get(f"{name} {kind}") for kind in USED}
         results[name] = {
             "label": cases[name].label, "step_ms": statistics.median(ms), "step_ms_rounds": ms,
             "sentences_per_s": n_rows / median, "matmul_share": flops / median / rate,
@@ -366,9 +367,9 @@ def bench_markdown(study):
     """Make the table and caption of a bench.json, as Markdown."""
     share = f"share of the {study['matmul_gflops']:,.0f} GFLOP/s of a matmul (%)"
     cases = study["cases"].values()
-    against = [kind for kind in ("full", "peer", GROUPED)  # earlier versions have no grouped peer
+    names = {"full": "full", "peer": "the peer", "grouped_peer": "the grouped peer"}
+    against = [kind for kind in names  # earlier versions have no grouped peer
                if any(case.get(f"vs_{kind}") for case in cases)]
-    names = {"full": "full", "peer": "the peer", GROUPED: "the grouped peer"}
     header = ["", "step (ms)", "sentences per s", share,
               *(f"speed against {names[kind]}" for kind in against)]
     rows = [[case["label"], f"{case['step_ms']:.0f}", f"{case['sentences_per_s']:.0f}",

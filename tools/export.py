@@ -132,7 +132,7 @@ def find(output, is_qa=False, only=None):
     metrics = output / "metrics"
     paths = [metrics / name for name in names if (metrics / name).exists()]
     if not paths:
-        paths = sorted(metrics.glob("sweep_*.json"))
+        paths = list(metrics.glob("sweep_*.json"))
     if not paths:
         fail(f"{metrics / names[0]} is not there; bash {script} makes it (and --output says where)")
     path = max(paths, key=lambda path: path.stat().st_mtime)

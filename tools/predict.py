@@ -131,7 +131,7 @@ from checkpoint import attach, check_tokenizer, read_about
 from checks import SECOND, STDIN, looks_quoted, read_table, rows_inside, warn_quoting
 from common import warn, write_json, write_whole
 from data import Rows, Sentences
-from model import amp_dtype, autocast, place
+from model import amp_dtype, place
 from qa import Question, Windows, question_scores, read_squad
 from settings import chosen_amp
 from tools.export import find, load_base, name_files
@@ -196,7 +196,8 @@ def outputs(method, split, is_file):
     what this machine computes fast, unless the run had --amp off."""
     is_fast = is_file and method.about["settings"].amp != "off"
     device = next(method.model.parameters()).device
-    amp = autocast(device, amp_dtype(chosen_amp("auto" if is_fast else "off")))
+    dtype = amp_dtype(chosen_amp("auto" if is_fast else "off"))
+    amp = torch.autocast(device.type, dtype, enabled=dtype is not None)
     return train.predict(method.model, split, device, amp)[1]
 
 

@@ -22,7 +22,7 @@ def main():
 
     import train
     from data import encode_splits
-    from model import amp_dtype, autocast, build, join_processes, load_pretrained, trained_tensors
+    from model import amp_dtype, build, join_processes, load_pretrained, trained_tensors
     from qa import load_task
     s, device, dtype = run.settings, join_processes(), amp_dtype(run.settings.amp)
     task = load_task(s, run.data)
@@ -30,7 +30,8 @@ def main():
     model = build(model, s, device, dtype).train()
     split = encode_splits(task, tokenizer, s)[0]["train"]
     optimizer = train.make_optimizer(list(trained_tensors(model).values()), s.lr)
-    amp, scaler = autocast(device, dtype), torch.amp.GradScaler(device.type, enabled=False)
+    amp = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
     times = []
     for rows in split.batches(s.batch_size, np.random.default_rng(s.seed))[:6]:
         begin = time.perf_counter()
