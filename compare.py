@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import fail, start, write_csv, write_json, write_whole
+from common import fail, start, warn, write_csv, write_json, write_whole
 from methods import CASES, FOLD_STUDY, STUDY, row_of
 from rates import TRAIN, best_rate, edge_mark, first_rates, plan, search, trained
 from settings import (
@@ -136,12 +136,11 @@ def checkpoint_mb(output, result):
 
 
 def mixed_hardware(results):
-    """Return a line that says what differs if times and memory of the results do not compare, or
-    None."""
+    """Return a line that says why times and memory of the results do not compare, or None."""
     for key in "device", "amp":
         if len(values := {str(r["environment"][key]) for r in results}) > 1:
-            return (f"runs with different {key} do not compare: {', '.join(sorted(values))}; "
-                    "delete one kind's files")
+            return (f"runs with different {key}: {', '.join(sorted(values))}; times and memory do "
+                    "not compare (delete one kind's files to run them again)")
     return None
 
 
@@ -305,8 +304,7 @@ def main(argv):
     args = make_parser().parse_args([*flags, *parts[0], "--method", "full"])
     s, is_list = asked_settings(args), "--list" in argv
     if s.is_qa:
-        fail("run_all.sh compares sentence classifiers; for question answering there is "
-             "run_grid.sh")
+        fail("run_all.sh compares sentence classifiers; questions have run_grid.sh")
     searches = not (given("--lr", flags) or has_searched_rates(s))
     flags = decide_amp(flags)
     jobs = [[*flags, *part, *own.split()] for part in parts for own in study.values()]
@@ -321,7 +319,7 @@ def main(argv):
         print_commands(jobs)
         return
 
-    runs = {name: [] for name in study}
+    runs, line = {name: [] for name in study}, None
     for part in parts:
         for name, own in study.items():
             rate = []
@@ -332,8 +330,9 @@ def main(argv):
             if not (result := trained([*flags, *part, *own.split(), *rate], progress)):
                 sys.exit(1)
             runs[name].append(result | {"checkpoint_mb": checkpoint_mb(args.output, result)})
-            if line := mixed_hardware([run for own in runs.values() for run in own]):
-                fail(line)  # now, not after hours
+            said, line = line, mixed_hardware([run for own in runs.values() for run in own])
+            if line != said:
+                warn(line)
             if progress:
                 print(so_far(runs), flush=True)
     model = args.model if s.model_sha256 else None

@@ -151,11 +151,14 @@ def peaks_of(study):
 
 
 def lines_of(study):
-    """Return what the verdict reads of each method of a study, a list of Lines."""
-    peaks, _ = peaks_of(study)
+    """Return what the verdict reads of each method of a study, a list of Lines. Times and memory
+    that were measured on several devices say nothing."""
+    entries, (peaks, is_predicted) = study["entries"], peaks_of(study)
+    devices = {run["environment"]["device"] for e in entries.values() for run in e["runs"]}
+    has_times, has_peaks = (len(devices) == 1 or own for own in ("timed" in study, is_predicted))
     return [Line(name, label_of(read_settings(e["runs"][0])), 100 * e["f1_macro"], e["vs_full"],
-                 e["epoch_time_s"], peaks[name], e["checkpoint_mb"], e["marks"])
-            for name, e in study["entries"].items()]
+                 e["epoch_time_s"] if has_times else None, peaks[name] if has_peaks else None,
+                 e["checkpoint_mb"], e["marks"]) for name, e in entries.items()]
 
 
 def study_verdict(study):
@@ -405,9 +408,8 @@ if __name__ == "__main__":
     found = [name for name in ("comparison", "crossvalidation")
              if (folder / "metrics" / f"{name}.json").exists()]
     if not found:
-        fail(f"{folder / 'metrics'} holds neither comparison.json nor crossvalidation.json, which "
-             "run_all.sh makes; python -m tools.NAME --redraw draws those of grid, sweep, memory, "
-             "multitask, bench")
+        fail(f"{folder / 'metrics'} holds neither comparison.json nor crossvalidation.json; python "
+             "-m tools.NAME --redraw draws those of grid, sweep, memory, multitask, bench")
     for name in found:
         draw_study(folder, name)
     draw_layers(folder / "figures" / "layers.png")

@@ -214,7 +214,7 @@ def test_partial_grid_draws_what_is_there_and_names_what_is_missing(flags, tmp_p
     capsys.readouterr()
     one_line_exit(lambda: main(*flags, "--output", tmp_path), "15 of 20 runs failed")
     said = capsys.readouterr()
-    assert "the minutes do not compare" in said.err and "full_epoch-2_lr_2e-4" in said.out
+    assert "times and memory do not compare" in said.err and "full_epoch-2_lr_2e-4" in said.out
 
 
 def test_a_grid_decides_its_precision_once_and_goes_on_in_no_other(flags, tmp_path, monkeypatch,

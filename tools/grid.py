@@ -462,7 +462,7 @@ def write_results(run, runs, results, tried, made_by):
     missing = [name for name in runs if name not in results]
     write_grid(run.output, made_by, results, missing, tried)
     if line := mixed_hardware(results.values()):
-        warn(f"the minutes do not compare: {line}")
+        warn(line)
     if missing:
         fail(f"{len(missing)} of {len(runs)} runs failed, see above; the same command tries them "
              f"again: {', '.join(missing)}")
