@@ -257,6 +257,18 @@ def test_scripts_find_their_folder_where_cd_prints_it(tmp_path):
     assert done.stdout == f"{ROOT}\n", done
 
 
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_an_installation_that_fails_does_not_look_finished(tmp_path):
+    stub, venv = tmp_path / "python3", tmp_path / "venv"
+    stub.write_text('#!/bin/sh\n'  # the environments that it makes can install nothing
+                    'case "$*" in "-m venv "*) mkdir -p "$3/bin"\n'
+                    'printf "exit 1" > "$3/bin/python"; chmod +x "$3/bin/python";; esac\n')
+    stub.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BERT_VENV": str(venv)}
+    done = run("bash", "setup.sh", cwd=ROOT, env=env)
+    assert done.returncode and (venv / "bin").exists() and not (venv / "installed.txt").exists()
+
+
 def test_the_citation_is_whole():
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     for key in "cff-version", "message", "title", "authors", "license":
