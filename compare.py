@@ -115,7 +115,8 @@ def decide_amp(flags, held=()):
     amps = {own["amp"] for own in made if all(own.get(key) == getattr(s, key) for key in same)}
     if amps and s.amp not in amps:
         fail(f"{args.output} has results of this study in {max(amps)}, and --amp auto is {s.amp} "
-             f"here: --amp {max(amps)} goes on, --amp {s.amp} with another --output begins anew")
+             f"here: --amp {max(amps)} goes on where the machine has it, --amp {s.amp} with "
+             "another --output begins anew")
     return [*flags, "--amp", s.amp]
 
 
@@ -319,16 +320,19 @@ def main(argv):
         print_commands(jobs)
         return
 
-    runs, line = {name: [] for name in study}, None
+    runs, line, failed = {name: [] for name in study}, None, set()
     for part in parts:
         for name, own in study.items():
+            if {"full", name} & failed:
+                continue
             rate = []
             if searches:
                 if part is parts[0]:
                     tried[name] = search([*flags, *part, *own.split()], steps, progress)
                 rate = ["--lr", f"{best_rate(tried[name])['lr']:g}"]
             if not (result := trained([*flags, *part, *own.split(), *rate], progress)):
-                sys.exit(1)
+                failed |= {name}
+                continue
             runs[name].append(result | {"checkpoint_mb": checkpoint_mb(args.output, result)})
             said, line = line, mixed_hardware([run for own in runs.values() for run in own])
             if line != said:
@@ -336,7 +340,12 @@ def main(argv):
             if progress:
                 print(so_far(runs), flush=True)
     model = args.model if s.model_sha256 else None
-    write_study(args.output, model, command, runs, tried, folds)
+    if "full" not in failed:
+        runs = {name: own for name, own in runs.items() if name not in failed}
+        write_study(args.output, model, command, runs, tried, folds)
+    if failed:
+        fail(f"no whole result of {' '.join(sorted(failed))}, see above; the same command tries "
+             "again")
 
 
 if __name__ == "__main__":

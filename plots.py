@@ -82,9 +82,10 @@ def markdown_table(header, rows):
 
 
 def plus_minus(entry, key, digits):
-    """Write a mean of an entry with its standard deviation, if there is one."""
-    std = entry[f"{key}_std"]
-    return f"{entry[key]:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+    """Write a mean of an entry, if there is one, with its standard deviation, if there is one."""
+    mean, std = entry[key], entry[f"{key}_std"]
+    return "–" if mean is None else f"{mean:.{digits}f}" + (
+        "" if std is None else f" ± {std:.{digits}f}")
 
 
 def floor_row(header, name, cells):
@@ -101,6 +102,7 @@ def study(runs):
     devices, amps = (" and ".join(sorted({r["environment"][key] for r in runs}))
                      for key in ("device", "amp"))
     seeds = sorted({r["settings"]["seed"] for r in runs})
+    devices += " (times and memory do not compare)" * (" and " in devices)
     numbers, n = ", ".join(map(str, seeds)), len(seeds)
     size = f"{rows['train']:,} training, {rows['test']:,} test {what}"
     if s.fold:
@@ -151,22 +153,19 @@ def peaks_of(study):
 
 
 def lines_of(study):
-    """Return what the verdict reads of each method of a study, a list of Lines. Times and memory
-    that were measured on several devices say nothing."""
-    entries, (peaks, is_predicted) = study["entries"], peaks_of(study)
-    devices = {run["environment"]["device"] for e in entries.values() for run in e["runs"]}
-    has_times, has_peaks = (len(devices) == 1 or own for own in ("timed" in study, is_predicted))
+    """Return what the verdict reads of each method of a study, a list of Lines."""
+    peaks, _ = peaks_of(study)
     return [Line(name, label_of(read_settings(e["runs"][0])), 100 * e["f1_macro"], e["vs_full"],
-                 e["epoch_time_s"] if has_times else None, peaks[name] if has_peaks else None,
-                 e["checkpoint_mb"], e["marks"]) for name, e in entries.items()]
+                 e["epoch_time_s"], peaks[name], e["checkpoint_mb"], e["marks"])
+            for name, e in study["entries"].items()]
 
 
 def study_verdict(study):
     """Write the verdict on a comparison.json or crossvalidation.json, as Markdown."""
     full, (_, model) = study["entries"]["full"], peaks_of(study)
     measured = memory_key(study["entries"])[1].removesuffix(" (GB)")
-    splits, advice = full["runs"][0]["splits"], ""
-    if full["n"] == 2:
+    splits, advice = full["runs"][0]["splits"].replace("sentences of train", ""), ""  # no folds
+    if full["n"] == 2 and "folds" not in full:
         advice = "Three trainings or more (--seeds 42 43 44) tell far more than two."
     elif "folds" not in full and ("of train are the test" in splits or "stratified" in splits):
         advice = "With `--folds 5` every row is tested, which tells more."
@@ -270,10 +269,15 @@ def answer_markdown(study, columns=ANSWER):
 # --- figures of the sentence study ---------------------------------------------------------------
 
 def read_study(path):
-    """Read a comparison.json or crossvalidation.json, and what tools.memory has left beside it."""
-    beside = path.with_name("memory.json")
-    return read_json(path, "entries", "floor") | {
-        "memory": read_json(beside, "methods", "model") if beside.exists() else None}
+    """Read a comparison.json or crossvalidation.json, and what tools.memory has left beside it.
+    Times and memory that were measured on several devices are left out."""
+    beside, study = path.with_name("memory.json"), read_json(path, "entries", "floor")
+    entries = study["entries"].values()
+    if len({run["environment"]["device"] for entry in entries for run in entry["runs"]}) > 1:
+        for entry in entries:
+            entry |= dict.fromkeys(("peak_rss_gb", "peak_vram_gb"))
+            entry["epoch_time_s"] = entry["epoch_time_s"] if "timed" in study else None
+    return study | {"memory": read_json(beside, "methods", "model") if beside.exists() else None}
 
 
 def draw_study(output, name):
@@ -325,7 +329,8 @@ def glance(study, what, path):
         lost.text(right + 0.2, y, said, va="center")
         for ax, value, form in ((seconds, entry["epoch_time_s"], "{:.0f} s"),
                                 (memory, peaks[name], "{:.2f} GB")):
-            ax.bar_label(ax.barh(y, value, color=color, height=0.6), fmt=form, padding=4)
+            bar = ax.barh(y, value or 0, color=color, height=0.6)
+            ax.bar_label(bar, fmt="–" if value is None else form, padding=4)
         mb = entry["checkpoint_mb"]
         disk.text(0, y, "–" if mb is None else f"{mb:.1f} MB" if mb >= 0.1 else
                   f"{1000 * mb:.0f} kB", va="center")

@@ -132,7 +132,10 @@ def trained(flags, progress=None):
     if not run.result.exists():
         said, begin = f"[{progress}] " if progress else "", time.perf_counter()
         print(f"== {said}python train.py {shlex.join(flags)}", flush=True)
-        if run_program([TRAIN], flags).returncode:
+        if (code := run_program([TRAIN], flags).returncode) < 0:
+            fail(f"a training was killed by signal {-code}, perhaps for its memory; the same "
+                 "command goes on")
+        if code:
             return None  # it has said why
         if progress:
             progress.times.append(time.perf_counter() - begin)

@@ -15,6 +15,7 @@ CLOSE = 2  # points below the best that a method may be to be taken for its time
 NEAR = 1.05  # times the least cost; a smaller difference decides nothing
 LARGEST = "always the largest class"  # the floors of sentences and of questions
 RANDOM = "a random piece of the passage"
+MISSED = 5  # rows; of fewer a good method may miss all
 UNSEEN = 3  # of n rows: what befalls 3 in n may befall none of n tested ones (the rule of three)
 LEARNED = 0.95  # of the loss of an answer that knows no more than the classes' shares
 
@@ -50,7 +51,8 @@ def marks_of(labels, predicted, runs, folds=None):
     chance = np.stack([np.bincount(own, minlength=k)[labels] / len(own) for own in predicted])
     if two_way_interval((predicted == labels) - chance, folds)["low"] <= 0:
         marks.append("not shown to beat chance")
-    if any(len(np.unique(own[np.equal(parts, k)])) == 1 for own in predicted for k in set(parts)):
+    if any(len(np.unique(own[part])) == 1 and np.sum(labels[part] != own[part][0]) >= MISSED
+           for own in predicted for part in (np.equal(parts, k) for k in set(parts))):
         marks.append("predicts one class only")
     from scipy.stats import entropy  # scikit-learn's own; slow, and needed here only
     # H = -sum p log p, the loss of an answer that is the classes' shares; results of earlier
@@ -112,7 +114,7 @@ def quality(others, rows, n):
         said.append(f"- **Close.** A loss of {CLOSE} points or more is ruled out{where} for "
                     f"{several(close)}.")
     if unclear:
-        most = max(100 * UNSEEN / rows, *(-o.vs["low"] for o in unclear))
+        most = min(100, max(100 * UNSEEN / rows, *(-o.vs["low"] for o in unclear)))
         said.append("- **Perhaps lost.** No difference is shown for "
                     f"{several([o.label for o in unclear])}, but up to {most:.1f} points may be "
                     "lost.")
@@ -127,7 +129,8 @@ def saved(full, others, key, what, ranked=""):
     known. ranked: the word to add if others are not ranked."""
     if None in [getattr(line, key) for line in (full, *others)]:
         return []
-    less, not_less = ([o.label for o in others if (getattr(o, key) < getattr(full, key)) is is_less]
+    less, not_less = ([o.label for o in others
+                       if (NEAR * getattr(o, key) < getattr(full, key)) is is_less]
                       for is_less in (True, False))
     if not less:
         return [f"No other {ranked}method needs less {what}."]
@@ -167,7 +170,7 @@ def choices(full, others, memory):
     costs = "seconds", "gb", "mb"
     if None not in [getattr(line, key) for line in ranked for key in costs]:
         saving = [line for line in close
-                  if all(getattr(line, key) < getattr(full, key) for key in costs)]
+                  if all(NEAR * getattr(line, key) < getattr(full, key) for key in costs)]
         rows.append(["nothing in particular", *(
             (saving[0].label, "scores best of those that save time, memory and disk") if saving
             else (best.label, "none that is close to it saves time, memory and disk"))])
@@ -190,7 +193,7 @@ def verdict(lines, unit, rows, n, what_varies="seed", memory="memory", advice=""
         what = {"seconds": "time an epoch", "gb": memory, "mb": "disk for a trained file"}
         gains = [line for key, name in what.items()
                  for line in saved(full, others, key, name, "ranked " * bool(marked))]
-        out = [*quality(others, rows, n), f"- **Gained.** {' '.join(gains)}"]
+        out = quality(others, rows, n) + [f"- **Gained.** {' '.join(gains)}"] * bool(gains)
     elif not full:
         out.append("- **No answer.** No run of full fine-tuning is finished, so that there is "
                    "nothing to compare the other methods with.")
@@ -208,7 +211,7 @@ def verdict(lines, unit, rows, n, what_varies="seed", memory="memory", advice=""
     unknown = []
     if ranks:
         half = statistics.median((o.vs["high"] - o.vs["low"]) / 2 for o in others)
-        half = max(half, 100 * UNSEEN / rows)
+        half = min(100, max(half, 100 * UNSEEN / rows))
         unknown.append(f"Runs like these often miss a difference of less than {half:.1f} points.")
         if half > CLOSE and advice:
             unknown.append(advice)

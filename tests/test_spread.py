@@ -246,6 +246,10 @@ def test_one_training_is_resampled_and_of_several_the_spread_is_known(task):
     assert got["points"] == pytest.approx(100 * np.mean(
         [f1(labels, b) - f1(labels, g) for b, g in zip(bad, good)]))
     assert got["low"] < got["points"] < got["high"]
+    # of two folds the interval is around what all rows show, whatever each fold does
+    folds = np.arange(120) < 90
+    assert paired_interval(labels, bad[:1], good[:1], folds)["points"] == pytest.approx(
+        100 * (f1(labels, bad[0]) - f1(labels, good[0])))
     wide = paired_interval(labels, bad, good, comparisons=10)
     assert wide["low"] < got["low"] and wide["high"] > got["high"]
 

@@ -110,6 +110,20 @@ def test_a_single_training_says_so_and_unknown_costs_are_left_out():
         line("a", 89.0, -1.0), n=3)
     text = verdict([FULL._replace(gb=None), line("a", 89.0, -1.0)], "F1", 500, 1)
     assert "memory" not in taken(text) and "less memory" not in text and "time" in taken(text)
+    bare = FULL._replace(seconds=None, gb=None, mb=None)
+    assert "Gained" not in verdict([bare, bare._replace(name="a", vs=line("a", 89, -1).vs)], "F1",
+                                   500, 1)
+
+
+def test_a_cost_that_is_hardly_lower_is_none_that_is_saved():
+    text = said(line("a", 89.0, -1.0, 19.9, 1.99, 90.0))
+    assert "No other method needs less time" in text and "No other method needs less memory" in text
+    assert taken(text)["nothing in particular"] == "method full"
+
+
+def test_no_more_is_lost_than_there_is():
+    text = verdict([FULL, line("a", 89.0, -1.0)], "F1", 2, 1)
+    assert "up to 100.0 points" in text and "less than 100.0 points" in text
 
 
 @pytest.mark.parametrize("wrong, loss, words", [
@@ -122,6 +136,17 @@ def test_what_has_not_learned_is_marked(wrong, loss, words):
     predicted[list(wrong)] = 1 - predicted[list(wrong)]
     marks = marks_of(labels, predicted[None], [{"history": [{"train_loss": loss}]}])
     assert words in " ".join(marks) if words else not marks
+
+
+def test_a_rare_class_that_is_missed_in_one_fold_is_no_single_answer():
+    labels, folds = np.array([0] * 95 + [1] * 5), np.arange(100) % 5
+    predicted = labels.copy()
+    predicted[99] = 0
+    runs = [{"history": [{"train_loss": 0.05}]}]
+    assert not marks_of(labels, predicted[None], runs, folds)
+    assert marks_of(labels, 0 * labels[None], runs, folds)
+    folds[95:] = 0
+    assert "predicts one class only" in marks_of(labels, 0 * labels[None], runs, folds)
 
 
 def test_a_loss_that_left_its_start_and_came_back_is_no_mark():
@@ -171,6 +196,7 @@ def test_a_rare_class_tells_less_than_its_rows():
 @pytest.mark.parametrize("n, splits, words", [
     (1, "no test rows: 50 of train are the test (seed 42); 50 of train validate", "--folds 5"),
     (1, "splits as given", None), (2, "splits as given", "Three trainings"),
+    (1, "no test rows: 50 whole sentences of train are the test (seed 42)", None),
     (3, "no test rows: the 9 labelled validation rows are the test", None)])
 def test_what_would_tell_more_can_be_done(n, splits, words):
     entries = json.loads(committed("metrics/comparison.json"))["entries"]
