@@ -331,7 +331,7 @@ def main(argv):
                     tried[name] = search([*flags, *part, *own.split()], steps, progress)
                 rate = ["--lr", f"{best_rate(tried[name])['lr']:g}"]
             if not (result := trained([*flags, *part, *own.split(), *rate], progress)):
-                failed |= {name}
+                failed.add(name)
                 continue
             runs[name].append(result | {"checkpoint_mb": checkpoint_mb(args.output, result)})
             said, line = line, mixed_hardware([run for own in runs.values() for run in own])

@@ -17,8 +17,9 @@ from test_house import PAPERS
 
 import compare
 import plots
-from settings import read_settings
+from settings import case_label, read_settings, short
 from tools import bench, grid, memory, multitask, recompute, sweep
+from verdict import points
 
 # the committed tables of figures/: where they are shown, and where they are linked
 SHOWN = {"answer": "README.md", "sweep_squad_en": "docs/questions.md",
@@ -188,6 +189,16 @@ def test_tables_that_are_only_in_docs_are_those_of_the_results():
     assert memory.ledger_markdown(ledger) in committed("docs/memory.md")
     assert bench.bench_markdown(read("bench")) in committed("docs/speed.md")
     assert bench.tricks_markdown(read("bench_tricks")) in committed("docs/speed.md")
+
+
+def test_the_table_of_the_second_series_is_that_of_its_file():
+    series, table = read("second_series")["methods"], read("crossvalidation")["entries"]
+    for name, own in series.items():
+        cells = [case_label(name), short(own["lr"]), f"{own['f1_macro']:.4f}",
+                 points(own["vs_full"]),
+                 points(table[name]["vs_full"]).partition(" ")[0]]
+        assert f"| {' | '.join(cells)} |" in committed("docs/measuring.md"), name
+    assert of_one_clean_commit([read("second_series")])
 
 
 # --- numbers in sentences ------------------------------------------------------------------------
