@@ -99,10 +99,9 @@ def study(runs):
     s, rows = read_settings(run), run["rows"]
     what = "questions" if s.is_qa else "sentences"
     task = "SYNTHETIC questions" if is_synthetic(s) else s.task
-    devices, amps = (" and ".join(sorted({r["environment"][key] for r in runs}))
-                     for key in ("device", "amp"))
+    devices, amps = (sorted({r["environment"][key] for r in runs}) for key in ("device", "amp"))
+    where = " and ".join(devices) + " (times and memory do not compare)" * (len(devices) > 1)
     seeds = sorted({r["settings"]["seed"] for r in runs})
-    devices += " (times and memory do not compare)" * (" and " in devices)
     numbers, n = ", ".join(map(str, seeds)), len(seeds)
     size = f"{rows['train']:,} training, {rows['test']:,} test {what}"
     if s.fold:
@@ -111,7 +110,7 @@ def study(runs):
         numbers = f"{seeds[0]} to {seeds[-1]}" if n > 1 else numbers
         size, n = f"{n_folds} folds, each {about}{size}", f"{max(n, n_folds)} trainings"
     return (f"{s.model} on {task} ({size}), seed{'s' if len(seeds) > 1 else ''} {numbers} (n = "
-            f"{n}), {devices}, amp {amps}")
+            f"{n}), {where}, amp {' and '.join(amps)}")
 
 
 # --- tables of the sentence study ----------------------------------------------------------------
@@ -164,10 +163,11 @@ def study_verdict(study):
     """Write the verdict on a comparison.json or crossvalidation.json, as Markdown."""
     full, (_, model) = study["entries"]["full"], peaks_of(study)
     measured = memory_key(study["entries"])[1].removesuffix(" (GB)")
-    splits, advice = full["runs"][0]["splits"].replace("sentences of train", ""), ""  # no folds
+    splits, advice = full["runs"][0]["splits"], ""
     if full["n"] == 2 and "folds" not in full:
         advice = "Three trainings or more (--seeds 42 43 44) tell far more than two."
-    elif "folds" not in full and ("of train are the test" in splits or "stratified" in splits):
+    elif "folds" not in full and "whole sentences" not in splits and (
+            "of train are the test" in splits or "stratified" in splits):
         advice = "With `--folds 5` every row is tested, which tells more."
     return verdict(lines_of(study), "macro-F1", tested_rows(full), full["n"],
                    "fold" if "folds" in full else "seed",
