@@ -17,7 +17,7 @@ from timeit import timeit
 
 from checks import find_columns
 from common import check_name, data_files, fail, fingerprint, model_files, read_json
-from methods import CASES, CHOICES, DEFAULT_TARGETS, METHODS, PLACEMENTS, TARGETS, WIDE_LR, label_of
+from methods import CASES, CHOICES, DEFAULT_TARGETS, METHODS, PLACEMENTS, TARGETS, label_of, lr_for
 
 SPLIT_SEED = 42  # splits are the same for every --seed: seeds are compared on the same test rows
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # fetch.py brings it; other names are a folder or a hub id
@@ -269,12 +269,8 @@ def asked_settings(args):
     text, label = (find_columns(files["train"], args.text_column, args.label_column)
                    if args.data and not is_qa else (None, None))
     own = method_settings(args, row)
-    if model != DEFAULT_MODEL:
-        rate = row.rates.questions if is_qa else row.rates.sentences
-    elif own["targets"] not in (None, DEFAULT_TARGETS):
-        rate = WIDE_LR
-    else:
-        rate = row.rates.small
+    rate = (lr_for(row, own["r"], own["targets"]) if model == DEFAULT_MODEL else
+            row.rates.questions if is_qa else row.rates.sentences)
     names = {f.name for f in dataclasses.fields(Settings)}
     values = {name: value for name, value in vars(args).items() if name in names}
     values |= own | length_settings(args, is_qa) | {

@@ -90,9 +90,9 @@ def is_close(vs, rows):
     return "yes" if min(vs["low"], -100 * UNSEEN / rows) > -CLOSE else "open"
 
 
-def several(items):
+def several(items, last="and"):
     """Join texts as a list in a sentence."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}"
 
 
 def quality(others, rows, n):
@@ -100,7 +100,8 @@ def quality(others, rows, n):
     shown."""
     lost = [o for o in others if o.vs["high"] < 0]
     gained = [o for o in others if o.vs["low"] > 0]
-    unclear = [o for o in others if o.vs["low"] <= 0 <= o.vs["high"]]
+    close = [o for o in others if is_close(o.vs, rows) == "yes"]
+    unclear = [o for o in others if o.vs["low"] <= 0 <= o.vs["high"] and o not in close]
     where = "" if n > 1 else " on these test rows"
     said = []
     if lost:
@@ -110,9 +111,9 @@ def quality(others, rows, n):
                     + several([o.label for o in lost])
                     + (f": {size}." if len(lost) == 1 else
                        f"; of these, {least.label} loses least, {size}."))
-    if close := [o.label for o in others if is_close(o.vs, rows) == "yes"]:
+    if close:
         said.append(f"- **Close.** A loss of {CLOSE} points or more is ruled out{where} for "
-                    f"{several(close)}.")
+                    f"{several([o.label for o in close])}.")
     if unclear:
         most = min(100, max(100 * UNSEEN / rows, *(-o.vs["low"] for o in unclear)))
         said.append("- **Perhaps lost.** No difference is shown for "
@@ -124,21 +125,26 @@ def quality(others, rows, n):
     return said
 
 
-def saved(full, others, key, what, ranked=""):
-    """Say which methods need less of something than full fine-tuning, or nothing if that is not
-    known. ranked: the word to add if others are not ranked."""
-    if None in [getattr(line, key) for line in (full, *others)]:
-        return []
-    less, not_less = ([o.label for o in others
-                       if (NEAR * getattr(o, key) < getattr(full, key)) is is_less]
-                      for is_less in (True, False))
-    if not less:
-        return [f"No other {ranked}method needs less {what}."]
-    if len(less) > len(not_less):
-        who = (f"All {ranked}but {several(not_less)} need" if not_less else
-               f"All other {ranked}methods need")
-        return [f"{who} less {what}."]
-    return [f"{several(less)} need{'s' * (len(less) == 1)} less {what}."]
+def saved(full, others, costs, ranked=""):
+    """Say which methods need less than full fine-tuning of what `costs` names, {field: name}, and
+    nothing of what is not known. ranked: the word to add if others are not ranked."""
+    saving = {}  # who needs less: of what
+    for key, what in costs.items():
+        if None in [getattr(line, key) for line in (full, *others)]:
+            continue
+        less, not_less = ([o.label for o in others
+                           if (NEAR * getattr(o, key) < getattr(full, key)) is is_less]
+                          for is_less in (True, False))
+        if not less:
+            who = f"No other {ranked}method needs"
+        elif len(less) > len(not_less):
+            who = (f"All {ranked}but {several(not_less)} need" if not_less else
+                   f"All other {ranked}methods need")
+        else:
+            who = f"{several(less)} need{'s' * (len(less) == 1)}"
+        saving.setdefault(who, []).append(what)
+    return [f"{who} less {several(what, 'or' if who.startswith('No') else 'and')}."
+            for who, what in saving.items()]
 
 
 def choices(full, others, memory):
@@ -190,9 +196,8 @@ def verdict(lines, unit, rows, n, what_varies="seed", memory="memory", advice=""
     ranks = full and not full.marks and others
     out = []
     if ranks:
-        what = {"seconds": "time an epoch", "gb": memory, "mb": "disk for a trained file"}
-        gains = [line for key, name in what.items()
-                 for line in saved(full, others, key, name, "ranked " * bool(marked))]
+        costs = {"seconds": "time an epoch", "gb": memory, "mb": "disk for a trained file"}
+        gains = saved(full, others, costs, "ranked " * bool(marked))
         out = quality(others, rows, n) + [f"- **Gained.** {' '.join(gains)}"] * bool(gains)
     elif not full:
         out.append("- **No answer.** No run of full fine-tuning is finished, so that there is "

@@ -63,7 +63,7 @@ def test_a_flag_that_changes_the_result_changes_the_name(flags):
 
 @pytest.mark.parametrize("flags", [
     ["--accumulation", 2], ["--r", 8], ["--targets", "query", "value"], ["--task", "movies"],
-    ["--model", "all-MiniLM-L6-v2"], ["--lr", "0.001"], ["--lr", "1e-3"], ["--max-length", 128],
+    ["--model", "all-MiniLM-L6-v2"], ["--lr", "0.002"], ["--lr", "2e-3"], ["--max-length", 128],
     ["--bottleneck", 32], ["--reduction", 4], ["--placement", "pfeiffer"], ["--output", "x"]],
     ids=lambda flags: " ".join(map(str, flags)))
 def test_a_flag_that_changes_nothing_keeps_the_name(flags):
@@ -222,13 +222,15 @@ def test_the_rates_of_the_small_model_are_the_searched_ones_whatever_the_task(tm
     d = write_splits(tmp_path / "d", {"train": 60}, rows)
     small = [["--task", "sst2"], ["--data", d], ["--task", "tweets"], ["--task", "squad"]]
     large = [["--model", "bert-base-uncased"], ["--model", "bert-base-uncased", "--data", d]]
-    for method, tuned, usual in (("full", 2e-4, 2e-5), ("lora", 1e-3, 1e-4), ("qlora", 1e-3, 1e-4),
+    for method, tuned, usual in (("full", 5e-5, 2e-5), ("lora", 2e-3, 1e-4), ("qlora", 1e-3, 1e-4),
                                  ("adapter", 1e-3, 1e-4)):
         assert settings("--method", method).lr == tuned
         assert [settings("--method", method, *flags).lr for flags in small] == [tuned] * 4
         assert [settings("--method", method, *flags).lr for flags in large] == [usual] * 2
         assert settings("--method", method, "--lr", "3e-3").lr == 3e-3
-    for targets, tuned in (["query", "value"], 1e-3), (["query value"], 1e-3), (["all"], 5e-4):
+    for r, tuned in (8, 2e-3), (16, 1e-3), (4, 1e-3):
+        assert settings("--method", "lora", "--r", r).lr == tuned
+    for targets, tuned in (["query", "value"], 2e-3), (["query value"], 2e-3), (["all"], 5e-4):
         wide = ["--targets", *targets]
         assert settings("--method", "lora", *wide).lr == tuned
         assert settings("--method", "lora", *wide, *large[0]).lr == 1e-4

@@ -213,7 +213,7 @@ def test_a_sweep_takes_the_rate_that_validates_best_and_compares_the_seeds(swept
     entries = entries_of(output)
     assert list(entries) == ["full, all rows", "lora --r 16, all rows"]
     full, lora = entries.values()
-    assert lora["lr"] == rates_of("--method", "lora")[1] and lora["n"] == 2
+    assert lora["lr"] == rates_of("--method", "lora", "--r", "16")[1] and lora["n"] == 2
     assert [t["validation"] for t in lora["tried"]] == [0.6, 0.9, 0.6]
     assert lora["validation"] == pytest.approx(0.9) and full["vs_full"] is None
     labels = np.arange(40) % 2

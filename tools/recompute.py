@@ -3,8 +3,9 @@
     python -m tools.recompute                    of the project's own results; some seconds
     python -m tools.recompute --output DIR       of the study in this folder
 
-Prints every difference to full fine-tuning of comparison.json, crossvalidation.json and the sweeps
-as it is published and as it comes out again; NLL and ECE, too, where the probabilities are there.
+Prints every difference to full fine-tuning of comparison.json, crossvalidation.json,
+full_rates.json and the sweeps as it is published and as it comes out again; NLL and ECE, too, where
+the probabilities are there.
 The answers behind grid.json and multitask.json are not kept.
 """
 if not __package__:
@@ -24,12 +25,17 @@ from verdict import points
 TOLERANCE = 1e-3  # points; tables have a tenth
 
 
+def numbers(path):
+    """Read a CSV file of whole numbers as {column: array}."""
+    return {name: np.array(own, dtype=int) for name, own in read_columns(path).items()}
+
+
 def study_intervals(path, answers):
     """Yield (method, what, published, again) of a comparison.json or crossvalidation.json, whose
     predictions are the CSV file `answers`."""
     study = read_json(path, "entries")
     try:
-        columns = {name: np.array(own, dtype=int) for name, own in read_columns(answers).items()}
+        columns = numbers(answers)
         labels, fold, full = columns["label"], columns.get("fold"), study["entries"]["full"]
         probabilities = path.with_name(f"{path.stem}_probabilities.npz")
         likely = np.load(probabilities) if probabilities.exists() else None
@@ -77,6 +83,18 @@ def sweep_intervals(path):
             yield name, "", entry["vs_full"], sweep.difference(answers, own, baseline)
 
 
+def rate_intervals(path, study):
+    """Yield the same of the study of folds, whose answers are the CSV file `study`, against full
+    fine-tuning at other learning rates, each a column beside `path`."""
+    columns = numbers(study)
+    for lr, baseline in numbers(path.with_name(f"{path.stem}_predictions.csv")).items():
+        vs_full = read_json(path, "rates")["rates"][lr]["vs_full"]
+        for name, vs in vs_full.items():
+            yield f"{name}, full at {lr}", "", vs, paired_interval(
+                columns["label"], columns[f"{name}_repeat1"][None], baseline[None],
+                columns["fold"], len(vs_full))
+
+
 def main(argv):
     start()
     parser = Parser(description="Compute the published intervals again.", allow_abbrev=False)
@@ -88,6 +106,9 @@ def main(argv):
                           ("crossvalidation", "crossvalidation_predictions")):
         if (metrics / f"{name}.json").exists():
             found[name] = study_intervals(metrics / f"{name}.json", metrics / f"{answers}.csv")
+    if (metrics / "full_rates.json").exists():
+        found["full_rates"] = rate_intervals(metrics / "full_rates.json",
+                                             metrics / "crossvalidation_predictions.csv")
     found |= {path.stem: sweep_intervals(path) for path in sorted(metrics.glob("sweep_*.json"))}
     if not found:
         fail(f"{metrics} holds no study; bash run_all.sh makes one")
