@@ -31,7 +31,7 @@ class Rates(NamedTuple):
     """Hold the default learning rates of a method.
 
     The first was searched by validation on `movies` (docs/measuring.md); DoRA and Pfeiffer take
-    LoRA's and Houlsby's, unsearched. The second is usual for bert-base. The third was best in the
+    LoRA r=16's and Houlsby's. The second is usual for bert-base. The third was best in the
     study on Portuguese SQuAD. BitFit's second is the default of its authors' code. BitFit's third
     and the head's second and third were not searched."""
     small: float  # the default model, whatever the task; lr_for knows two exceptions

@@ -31,7 +31,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 FACTOR = 2  # between neighbouring rates
 MOST = 6  # rates that a method may try
-USUAL_STEPS = 759  # of the runs that found the rates of methods.py: three epochs of `movies`
+USUAL_STEPS = 663  # of the runs that found the rates of methods.py: three epochs of 221
 LEAST_STEPS = 200  # of a training; with fewer, LoRA has hardly left its start
 START_SECONDS = 8  # for a run to import, load and save
 EVALUATION = 1.15  # a run's time, with evaluation, to that of its training steps
@@ -44,7 +44,7 @@ def first_rates(flags, steps):
     Fewer steps need larger rates, if not by much: from 1,000 to 58,112 sentences of SST-2 full
     fine-tuning's best rate was between 2e-4 and 5e-5, LoRA's hardly moved (docs/how-much-data.md).
     """
-    # lr = default (759 / steps)^(1/4), rounded to a power of FACTOR, so that runs can be reused
+    # lr = default (663 / steps)^(1/4), rounded to a power of FACTOR, so that runs can be reused
     power = round(math.log((USUAL_STEPS / steps) ** 0.25, FACTOR))
     default = asked_settings(make_parser().parse_args(flags)).lr
     centre = default * FACTOR ** power

@@ -154,7 +154,7 @@ def choices(full, others, memory):
     if best is full:
         why = f"{ranked[1].label} comes nearest, {points(ranked[1].vs)} points"
     else:
-        shown = "" if best.vs["low"] > 0 else ", a lead on these test rows that is not shown"
+        shown = "" if best.vs["low"] > 0 else ": the highest score, but no difference is shown"
         why = f"{points(best.vs)} points{shown}"
     rows = [["quality", best.label, why]]
     close = [line for line in ranked if line.score >= best.score - CLOSE]
@@ -228,7 +228,7 @@ def verdict(lines, unit, rows, n, what_varies="seed", memory="memory", advice=""
     out.append(f"- **Not told.** {' '.join(unknown)}")
     text = "\n".join(out) + "\n"
     if ranks:
-        take = f"take (measured within {CLOSE} points of the best)"
+        take = f"take (the best of the cheapest, within {CLOSE} points of the top score)"
         table = [["If what counts is", take, "because"], ["---"] * 3,
                  *choices(full, others, memory)]
         text += "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)

@@ -74,7 +74,7 @@ def test_which_to_take_is_the_cheapest_of_those_within_two_points():
     assert "| 5.0 instead of 20.0 s an epoch, for -1.0 points |" in text
     ahead = said(line("best", 90.4, 0.4), line("far", 88.3, -1.7, 1.0))
     assert taken(ahead)["quality"] == "method best"
-    assert "a lead on these test rows that is not shown" in ahead
+    assert "the highest score, but no difference is shown" in ahead
     assert taken(ahead)["time"] == "method best"  # far is 2.1 points below the best
     assert "**Gained.** All other methods need less time an epoch, memory and disk for a" in ahead
     dear = said(line("a", 89.0, -1.0, 30.0, 3.0, 0.1), line("b", 89.0, -1.0, 30.0, 1.0),
