@@ -243,7 +243,8 @@ def test_the_committed_verdicts_are_true_of_the_committed_numbers():
             "memory on bert-base (predicted)": least(lambda o: o.gb),
             "many tasks": min(close, key=lambda o: o.mb).label,
             "nothing in particular": next(o.label for o in sorted(close, key=lambda o: -o.score) if
-                                          o.seconds < lines[0].seconds and o.gb < lines[0].gb)}
+                                          1.05 * o.seconds < lines[0].seconds
+                                          and 1.05 * o.gb < lines[0].gb)}
     content = json.loads(committed("metrics/grid.json"))
     # its intervals draw single questions of those that are alike, and are too narrow to say so
     assert "too narrow" in grid.grid_markdown(content)

@@ -422,22 +422,20 @@ def measure_speed(args):
 
 
 def time_study(output, bench):
-    """Put the times of a bench.json into the study of folds, and draw it again: of each method the
-    median and standard deviation over the rounds of an epoch's seconds, as they would be if full
-    fine-tuning took its median in every round."""
+    """Put the times of a bench.json into the study of folds, and draw it again: median and standard
+    deviation over the rounds of an epoch's seconds, as if full fine-tuning were equally fast in all
+    rounds, since a busy machine slows a round's methods alike."""
     study = read_json(study_path(output), "entries")
     full, where = bench["cases"]["full"], bench["environment"]
     for name, entry in study["entries"].items():
         run = entry["runs"][0]
         steps = math.ceil(run["rows"]["train"] / run["settings"]["batch_size"])
-        own = bench["cases"][name]
-        # the ratio within a round: a busy machine slows both alike
-        step_ms = (own["step_ms_rounds"] if name == "full" else
-                   [full["step_ms"] / ratio for ratio in own["vs_full"]])
+        step_ms = (full["step_ms_rounds"] if name == "full" else
+                   [full["step_ms"] / ratio for ratio in bench["cases"][name]["vs_full"]])
         seconds = [steps * ms / 1000 for ms in step_ms]
         entry["epoch_time_s"] = statistics.median(seconds)
         entry["epoch_time_s_std"] = mean_std(seconds)[1]
-    study["timed"] = (f"{len(full['step_ms_rounds'])} rounds of `{bench['command']}` ({where['device']}, "
+    study["timed"] = (f"{len(full['vs_full'])} rounds of `{bench['command']}` ({where['device']}, "
                       f"amp {where['amp']})")
     write_json(study_path(output), study)
     draw_study(output, "crossvalidation")
