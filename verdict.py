@@ -128,7 +128,7 @@ def quality(others, rows, n):
 def saved(full, others, costs, ranked=""):
     """Say which methods need less than full fine-tuning of what `costs` names, {field: name}, and
     nothing of what is not known. ranked: the word to add if others are not ranked."""
-    saving = {}  # who needs less: of what
+    saving = {}  # (who needs less, how what they need less of is joined): of what
     for key, what in costs.items():
         if None in [getattr(line, key) for line in (full, *others)]:
             continue
@@ -136,15 +136,14 @@ def saved(full, others, costs, ranked=""):
                            if (NEAR * getattr(o, key) < getattr(full, key)) is is_less]
                           for is_less in (True, False))
         if not less:
-            who = f"No other {ranked}method needs"
+            who = f"No other {ranked}method needs", "or"
         elif len(less) > len(not_less):
             who = (f"All {ranked}but {several(not_less)} need" if not_less else
-                   f"All other {ranked}methods need")
+                   f"All other {ranked}methods need"), "and"
         else:
-            who = f"{several(less)} need{'s' * (len(less) == 1)}"
+            who = f"{several(less)} need{'s' * (len(less) == 1)}", "and"
         saving.setdefault(who, []).append(what)
-    return [f"{who} less {several(what, 'or' if who.startswith('No') else 'and')}."
-            for who, what in saving.items()]
+    return [f"{who} less {several(what, last)}." for (who, last), what in saving.items()]
 
 
 def choices(full, others, memory):

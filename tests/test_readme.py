@@ -187,6 +187,12 @@ def test_published_intervals_come_out_again_and_a_changed_answer_is_seen(tmp_pat
         act = functools.partial(recompute.main, ["--output", str(tmp_path)])
         one_line_exit(act, *words) if words else act()
     one_line_exit(lambda: recompute.main(["--output", str(tmp_path / "none")]), "holds no study")
+    # a study of folds that was trained again with other methods
+    (tmp_path / "metrics" / "comparison.json").unlink()
+    for name in "full_rates.json", "full_rates_predictions.csv":
+        shutil.copy(ROOT / "metrics" / name, tmp_path / "metrics")
+    (tmp_path / "metrics" / "crossvalidation_predictions.csv").write_text("label,fold\n1,1\n")
+    one_line_exit(act, "answers behind", "full_rates.json", "lora_r8_repeat1")
 
 
 def test_tables_that_are_only_in_docs_are_those_of_the_results():
