@@ -180,8 +180,8 @@ def combine(runs, baseline, comparisons, n_folds=None, tried=None):
     it chose the rate.
 
     With folds, f1_macro is of all sentences together (the mean over the repetitions), and there are
-    vs_full_new_rows (see spread.py) and calibration: {measure: {mean, std, vs_full}}, with a t
-    interval over the folds.
+    vs_full_new_rows (see spread.py), vs_full_t, Student's t over the folds, and calibration:
+    {measure: {mean, std, vs_full}}, with a t interval over the folds.
     """
     size, is_full = n_folds or 1, runs is baseline
     pairs, full = (joined(own, size, "test_predictions") for own in (runs, baseline))
@@ -206,6 +206,8 @@ def combine(runs, baseline, comparisons, n_folds=None, tried=None):
         "f1_macro": float(np.mean([macro_f1(labels, own) for own in predicted])),
         "vs_full_new_rows": None if is_full else
         corrected_interval(100 * by_fold("f1_macro"), rows["test"], rows["train"]),
+        "vs_full_t": None if is_full else
+        corrected_interval(100 * by_fold("f1_macro"), 0, rows["train"], comparisons),
         "calibration": {key: {
             **dict(zip(("mean", "std"), mean_std([run[key] for run in runs]))),
             "vs_full": None if is_full else corrected_interval(by_fold(key), 0, rows["train"])}
@@ -310,7 +312,7 @@ def main(argv):
     flags = decide_amp(flags)
     jobs = [[*flags, *part, *own.split()] for part in parts for own in study.values()]
     tried, progress = {}, None
-    if searches or not is_list and sum(not read_flags(job).result.exists() for job in jobs) > 1:
+    if searches or not is_list and any(not read_flags(job).result.exists() for job in jobs):
         with contextlib.redirect_stdout(sys.stderr if is_list else sys.stdout):
             flags, steps, progress = plan(flags, parts, study, s, searches)
     if is_list:

@@ -93,6 +93,7 @@ def ratings_file(task):
     file, sha256 = RATINGS[task]
     if not (DOWNLOADS / file).exists():
         sdist = tarfile.open(fileobj=io.BytesIO(pip_download(RATINGS_SDIST, RATINGS_SDIST_SHA256,
+                                                             "--only-binary", ":all:",
                                                              "--no-binary", "vaderSentiment")))
         inner = tarfile.open(fileobj=sdist.extractfile(
             "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"))

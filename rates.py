@@ -161,13 +161,17 @@ def search(flags, steps, progress=None):
     """Find the learning rate of a method by validation: [{lr, validation, loss}] of all rates that
     were tried. flags: of train.py, without --lr; steps: optimizer steps of a run."""
     first, tried = first_rates(flags, steps), []
+    label = label_of(asked_settings(make_parser().parse_args(flags)))
     while lr := next_rate(tried, first):
         if lr not in first and progress:
             progress.n += 1
-        tried.append({"lr": lr, **validation_of(trained([*flags, "--lr", f"{lr:g}"], progress))})
+        own = [*flags, "--lr", f"{lr:g}"]
+        is_new = not read_flags(own).result.exists()
+        tried.append({"lr": lr, **validation_of(trained(own, progress))})
+        if is_new:
+            print(f"{label}, validation so far: {said_rates(tried)}", flush=True)
     if not best_rate(tried):
         fail(f"no learning rate worked for {shlex.join(flags)}; see above")
-    label = label_of(asked_settings(make_parser().parse_args(flags)))
     print(f"== {label}: {short(best_rate(tried)['lr'])} validates best ({said_rates(tried)})",
           flush=True)
     return tried

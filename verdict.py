@@ -68,9 +68,9 @@ def marks_of(labels, predicted, runs, folds=None):
 # --- sentences -----------------------------------------------------------------------------------
 
 def points(vs, digits=1):
-    """Write a difference to full fine-tuning with its interval, or nothing where there is none."""
-    return "" if vs is None else (f"{vs['points']:+.{digits}f} [{vs['low']:+.{digits}f}, "
-                                  f"{vs['high']:+.{digits}f}]")
+    """Write a difference to full fine-tuning, with its interval if that is known."""
+    said = [f"{vs[key]:+.{digits}f}" for key in ("points", "low", "high") if key in (vs or ())]
+    return f"{said[0]} [{said[1]}, {said[2]}]" if len(said) == 3 else "".join(said)
 
 
 def even_rows(labels):

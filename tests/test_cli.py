@@ -594,7 +594,7 @@ def test_what_a_build_needs_is_not_built_itself(tmp_path):
     """Of an sdist pip runs code: only of the one whose hash is known."""
     (tmp_path / "pip.py").write_text("import sys; raise SystemExit(' '.join(sys.argv))")
     done = fetched(tmp_path, "ratings_file('movies')", PYTHONPATH=str(tmp_path))
-    one_line_error(done, "--no-binary vaderSentiment ", "--require-hashes")
+    one_line_error(done, "--only-binary :all: --no-binary vaderSentiment ", "--require-hashes")
 
 
 def test_a_python_without_pip_is_said(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, forked_environment, one_line_exit, run, save_small_bert, settings
 
 import compare
-import tools.grid as grid
 from settings import Run, read_flags, read_result, result_path, run_name
+from tools import grid, recompute
 
 # What train.py leaves of a run on ten test questions, but for its settings and scores
 RESULT = {"best_epoch": 1, "history": [{"validation_f1": 50.0, "validation_loss": 1.0}],
@@ -279,7 +279,7 @@ def test_of_equals_by_validation_the_test_chooses_none():
 # --- the whole ------------------------------------------------------------------------------------
 
 def test_run_grid_searches_skips_what_is_finished_goes_on_after_a_failure_and_then_mends_it(
-        flags, tmp_path):
+        flags, tmp_path, capsys, monkeypatch):
     # the middle of three rates validates best, then the highest; one is not tried yet
     rates = {name: ["8.5e-5", "1.7e-4", "3.4e-4"] if name == "full" else ["4e-4", "8e-4", "1.6e-3"]
              for name in grid.GRID_METHODS}
@@ -323,3 +323,12 @@ def test_run_grid_searches_skips_what_is_finished_goes_on_after_a_failure_and_th
     assert done.returncode == 0 and not done.stderr and blocked.is_file()
     assert done.stdout.count("] python train.py --") == 1 and "What next" in done.stdout
     assert list(read_grid(tmp_path)["runs"]) == list(runs)
+    # the intervals follow from the answers beside them
+    monkeypatch.setattr(recompute, "start", lambda: None)
+    recompute.main(["--output", str(tmp_path)])
+    assert "19 results came out as published" in capsys.readouterr().out
+    answers = tmp_path / "metrics" / "grid_answers.csv"
+    rows = [line.split(",") for line in answers.read_text().splitlines()]
+    rows[1][rows[0].index("lora_epoch-2_lr_8e-4")] = "50.0"
+    answers.write_text("\n".join(map(",".join, rows)))
+    one_line_exit(lambda: recompute.main(["--output", str(tmp_path)]), "grid.json does not follow")

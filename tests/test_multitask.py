@@ -13,7 +13,7 @@ import data
 import rates
 import train
 from settings import RATED_TASKS
-from tools import multitask
+from tools import multitask, recompute
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,14 @@ def test_all_of_it(seven_runs, tmp_path, monkeypatch, capfd):
         row = result["tasks"][task]["lora_r8"]
         assert row["changed_predictions"] == 0 and row["together"] == [row["f1_macro"]] * 2
         assert row["vs_full"]["low"] <= row["vs_full"]["points"] <= row["vs_full"]["high"]
+    monkeypatch.setattr(recompute, "start", lambda: None)
+    recompute.main(["--output", str(output)])
+    assert "4 results came out as published" in capfd.readouterr().out
+    answers = output / "metrics" / "multitask_answers.csv"
+    text = answers.read_text()
+    assert text.startswith("task,label,full,lora_r8\n") and text.count("\ntweets,") == 20
+    answers.write_text(text.replace("\ntweets,0", "\ntweets,1"))
+    one_line_exit(lambda: recompute.main(["--output", str(output)]), "tweets, lora_r8")
     full, lora = (result["methods"][method] for method in ("full", "lora_r8"))
     assert (full["trained_bytes"] == result["base_bytes"]
             and lora["trained_bytes"] == 4 * (2 * 2 * 2 * 8 * 48 + 2 * 48 + 2))

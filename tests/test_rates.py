@@ -138,6 +138,10 @@ def test_a_study_finds_each_method_s_rate_by_validation_and_uses_it(made_up, tmp
     so_far = re.findall("^test macro-F1 so far: (.*)$", said, flags=re.M)
     assert [line.count("(n = 1)") for line in so_far] == [1, 2, 3, 4, 5]
     assert "full fine-tuning 0.99" in so_far[0] and "adapter Houlsby 64" in so_far[4]
+    # and after each run of a search one of what validated how well
+    searched = re.findall("^LoRA r=8, validation so far: (.*)$", said, flags=re.M)
+    assert [line.count(": ") for line in searched] == [1, 2, 3, 4] and "4e-3: " in searched[2]
+    assert said.count(", validation so far: ") == len(asked)
     lines = said[said.index("What next"):].splitlines()[1:4]
     ask, export, page = (shlex.split(line, comments=True) for line in lines)
     assert ask[1:3] == ["-m", "tools.predict"] and page[2] == "tools.demo"
@@ -148,7 +152,7 @@ def test_a_study_finds_each_method_s_rate_by_validation_and_uses_it(made_up, tmp
     monkeypatch.setattr("plots.draw_study", lambda *_: None)
     n = len(asked)
     compare.main(flags)
-    assert len(asked) == n
+    assert len(asked) == n and "validation so far" not in capsys.readouterr().out
     compare.main([*flags, "--seeds", "42", "43"])
     assert len(asked) == n + 5 and all("43" in own for own in asked[n:])
     assert [float(own[own.index("--lr") + 1]) for own in asked[n:]] == [

@@ -62,6 +62,7 @@ from settings import (
     short,
 )
 from spread import two_way_interval
+from tools.sweep import difference
 from tools.synthetic import CHANCE
 from verdict import RANDOM, Line, verdict
 
@@ -262,25 +263,28 @@ def trainer_runs(folder):
 
 def add_scores(results):
     """Give every result `f1_by_level`, where its questions have levels, and `vs_full`: its F1 minus
-    that of full fine-tuning's run with the best validation F1, over the same questions. The answers
-    stay in the runs' own files."""
+    that of full fine-tuning's run with the best validation F1, over the same questions. Return the
+    F1 of every question, {run: F1s in percent}, and its `group`, if there are groups."""
     import qa  # torch is slow to import
-    f1 = {name: np.array(qa.question_scores(result.pop("test_predictions"))["f1"])
+    f1 = {name: np.round(qa.question_scores(result.pop("test_predictions"))["f1"], 6)
           for name, result in results.items()}
+    answers = dict(f1)
     full = next((row["run"] for row in best_of(rows_of(results)) if row["method"] == "full"), None)
     for name, result in results.items():
         result.pop("validation", None)
-        groups = result.pop("test_groups", None)
+        if groups := result.pop("test_groups", None):
+            answers["group"] = groups
         if levels := result.pop("test_levels", None):
             result["f1_by_level"] = {level: float(f1[name][np.array(levels) == level].mean())
                                      for level in dict.fromkeys(levels)}
         result["grouped"] = groups is not None
         if full and name != full:
-            result["vs_full"] = two_way_interval(f1[name] - f1[full], groups=groups)
+            result["vs_full"] = difference(answers, [name], [full])
         if random := result.pop("test_random", None):
             result["random_f1"] = statistics.mean(random)
             low = two_way_interval(f1[name] - random, groups=groups)["low"]
             result["beats_random"] = low > 0
+    return answers
 
 
 def rows_of(results):
@@ -371,14 +375,12 @@ def grid_markdown(content):
     floor = floor_of(runs)
     chance = [floor_row(header, floor[0], {"F1 (%)": f"{floor[1]:.1f}", "trainable": "0",
                                            "exact match (%)": floor[2]})] if floor else []
-    # of versions that drew single questions, also where they were generated and are alike
-    is_narrow = is_synthetic(read_settings(first)) and not first.get("grouped")
+    has_intervals = kind == "test" and "grouped" in first  # versions before kept no answers
     best = [[row["run"], f"{row['f1']:.2f}", vs_full[row["run"]], f"{row['validation_f1']:.2f}",
              *(f"{row[f'f1_{level}']:.1f}" for level in levels)] for row in best_of(rows)]
     interval = ("; [ ] is a 95 % interval, over test questions only, of the "
                 "difference to full fine-tuning's run with the best validation F1"
-                + ", too narrow where questions are generated" * is_narrow
-                if kind == "test" else "")
+                if has_intervals else "")
 
     return "".join([
         f"All {len(runs)} runs by F1: {title}{interval}; made by `{content['command']}`.\n\n",
@@ -387,8 +389,8 @@ def grid_markdown(content):
         "\nBest configuration of each method, by validation F1",
         "; the last columns are the F1 of each level" if levels else "", ":\n\n",
         markdown_table(["run", "F1 (%)", "vs full (points)", "validation F1 (%)", *levels], best),
-        "" if kind != "test" or is_narrow else "\n" + verdict(
-            lines_of_grid(content), "F1", first["rows"]["test"], 1)])
+        "\n" + verdict(lines_of_grid(content), "F1", first["rows"]["test"], 1)
+        if has_intervals else ""])
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -458,7 +460,9 @@ def write_results(run, runs, results, tried, made_by):
     grid_runs'; made_by: the command."""
     if not results:
         fail("no run worked, see above")
-    add_scores(results)
+    answers, metrics = add_scores(results), run.output / "metrics"
+    write_csv(metrics / "grid_answers.csv",  # before the JSON, which says that they are there
+              [dict(zip(answers, row)) for row in zip(*answers.values())])
     missing = [name for name in runs if name not in results]
     write_grid(run.output, made_by, results, missing, tried)
     if line := mixed_hardware(results.values()):

@@ -21,7 +21,7 @@ if not __package__:
 
 import sys
 
-from common import check_writable, command, fail, read_json, start, write_json
+from common import check_writable, command, fail, read_json, start, write_csv, write_json
 from compare import decide_amp, explain, refuse
 from methods import CASES, named, row_of
 from rates import trained
@@ -104,6 +104,15 @@ def switch(slots, tensors):
     """Point the trained parameters of a model, `slots`, at the tensors of another task."""
     for name, p in slots.items():
         p.data = tensors[name]
+
+
+def answer_rows(results):
+    """Return one dict per test sentence of every task: its label, and what each method predicted.
+    results: {method: {task: result}}."""
+    return [{"task": task, "label": pairs[0][0], **{
+        method: predicted for method, (_, predicted) in zip(results, pairs)}}
+        for task in results["full"]
+        for pairs in zip(*(own[task]["test_predictions"] for own in results.values()))]
 
 
 def on_device(tensors, device):
@@ -221,8 +230,10 @@ def multitask_markdown(study):
                       f"{1000 * method['switch_ms']:.0f}", f"{method['load_ms']:.1f}", *taken,
                       f"{bytes_of(study, name, most, 'file_bytes') / 1e6:,.0f}"])
 
+    # versions before kept no answers, and have no intervals
+    interval = "; [ ] is a 95 % interval, over test sentences only" * any("[" in c for c in rows[0])
     return (f"{markdown_table(header, rows)}\n{markdown_table(cost_header, costs)}\n"
-            f"{multitask_caption(study)}; [ ] is a 95 % interval, over test sentences only. "
+            f"{multitask_caption(study)}{interval}. "
             "Memory is measured in a fresh process, beyond Python and its libraries; "
             f"for all but full fine-tuning with the base and its tokenizer{note}.\n")
 
@@ -299,6 +310,8 @@ def main(args, runs):
         entry["memory"] = memory_of(files, model_name, labels, method != "full")
         methods[method] = entry
 
+    # before the JSON, which says that they are there
+    write_csv(args.output / "metrics" / "multitask_answers.csv", answer_rows(results))
     write_json(args.output / "metrics" / "multitask.json",
                {"command": command(), "model": s.model, "seed": s.seed,
                 "base_bytes": sum(p.nbytes for p in base.parameters()), "tasks": table,
