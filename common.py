@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 if os.environ.get("RANK", "0") != "0" or not (sys.stderr and sys.stderr.isatty()):
@@ -110,6 +111,16 @@ def start():
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):  # a notebook's have no encoding
             stream.reconfigure(errors="backslashreplace")
+
+
+def meet_processes(gpu=None):
+    """Let torchrun's processes meet, if they have not, over NCCL between GPUs and Gloo between
+    CPUs. gpu: the torch.device of this one's. They may wait for hours, while one downloads."""
+    import torch.distributed as dist  # slow
+    if not dist.is_initialized():
+        # with device_id the first barrier opens no context on another GPU (torch's documentation)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=4),
+                                device_id=gpu)
 
 
 def command():

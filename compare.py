@@ -138,8 +138,8 @@ def checkpoint_mb(output, result):
 
 def mixed_hardware(results):
     """Return a line that says why times and memory of the results do not compare, or None."""
-    for key in "device", "amp":
-        if len(values := {str(r["environment"][key]) for r in results}) > 1:
+    for key in "device", "amp", "cpu":  # versions before did not say the last
+        if len(values := {r["environment"].get(key) for r in results} - {None}) > 1:
             return (f"runs with different {key}: {', '.join(sorted(values))}; times and memory do "
                     "not compare (delete one kind's files to run them again)")
     return None

@@ -7,7 +7,6 @@ import platform
 import resource
 import subprocess
 import sys
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import AutoTokenizer, BertForQuestionAnswering, BertForSequenc
 import fast
 from adapters import put_houlsby, put_pfeiffer
 from checks import check_config, check_length, check_loading, fit_tokenizer
-from common import fail, warn
+from common import fail, meet_processes, warn
 from fetch import model_folder
 from lora import put_dora, put_lora
 from methods import HEAD, kind_of, row_of, trains
@@ -259,18 +258,14 @@ def environment(device, dtype):
 # join_processes chooses the device, and the other functions change nothing.
 
 def join_processes():
-    """Meet the other processes, over NCCL between GPUs and Gloo between CPUs. Return the
-    torch.device of this one. They may wait for hours, while one of them downloads."""
+    """Meet the other processes. Return the torch.device of this one."""
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if LOCAL_RANK >= (n := torch.cuda.device_count()):
             fail(f"there are {n} GPUs here; torchrun --nproc-per-node {n} starts as many processes")
         torch.cuda.set_device(device)
     if WORLD > 1:
-        # with device_id the first barrier opens no context on another GPU (torch's documentation)
-        own_gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=4),
-                                device_id=own_gpu)
+        meet_processes(device if device.type == "cuda" else None)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     return device

@@ -16,7 +16,16 @@ from pathlib import Path
 from timeit import timeit
 
 from checks import find_columns
-from common import check_name, data_files, fail, fingerprint, model_files, read_json
+from common import (
+    check_name,
+    data_files,
+    fail,
+    fingerprint,
+    meet_processes,
+    model_files,
+    read_json,
+    warn,
+)
 from methods import CASES, CHOICES, DEFAULT_TARGETS, METHODS, PLACEMENTS, TARGETS, label_of, lr_for
 
 SPLIT_SEED = 42  # splits are the same for every --seed: seeds are compared on the same test rows
@@ -134,6 +143,7 @@ class Run:
     model: str  # hub id or folder
     output: Path
     has_default_rate: bool  # neither --lr nor a rate that was searched for this task
+    is_auto: bool = False  # whether the machine chose the precision
 
     @property
     def said(self):
@@ -163,6 +173,11 @@ class Run:
             sys.exit()
         check_name(self.result)
         check_name(self.checkpoint)
+        for amp in AMP[1:] if self.is_auto else ():
+            other = result_path(self.output, dataclasses.replace(self.settings, amp=amp))
+            if other.exists():
+                warn(f"{other} is the same run in {amp}; --amp auto is {self.settings.amp} here, "
+                     "and trains it anew")
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -290,20 +305,32 @@ FACTORS = (512, 384), (384, 1536)  # the shapes of two matrices in the small mod
 LEAST_SPEEDUP = 1.2  # that bf16 must have on a CPU; noise does not cross it
 
 
-@functools.cache
-def bf16_speedup():
+def time_bf16():
     """Return how many times as fast in bf16 as in fp32 this CPU multiplies FACTORS, by the shortest
-    of three times each, taken in turns, once a process. None on CUDA, and without instructions for
-    bf16: emulated, it was 5 times slower."""
+    of three times each, taken in turns. None without instructions for bf16: emulated, it was 5
+    times slower."""
     import torch  # slow
-    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if torch.cuda.is_available() or not has_bf16:
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return None
     sides = [[torch.ones(shape, dtype=dtype) for shape in FACTORS]
              for dtype in (torch.float32, torch.bfloat16)]
     times = [[timeit(lambda: torch.mm(*side), number=1) for side in sides] for _ in range(4)]
     fp32, bf16 = map(min, zip(*times[1:]))  # the first try is slow
     return fp32 / bf16
+
+
+@functools.cache
+def bf16_speedup():
+    """Return what time_bf16 measures, once a process; None on CUDA. torchrun's processes must take
+    the same type, and each would time another number: all get that of the first one."""
+    import torch  # slow
+    if torch.cuda.is_available():
+        return None
+    measured = [None if int(os.environ.get("RANK", 0)) else time_bf16()]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        meet_processes()
+        torch.distributed.broadcast_object_list(measured)
+    return measured[0]
 
 
 def chosen_amp(mode):
@@ -321,10 +348,7 @@ def chosen_amp(mode):
         return mode
     if on_cuda:
         return "bf16" if has_bf16 else "fp16"
-    # torchrun's processes must take the same one, and each would time another number
-    is_fast = (torch.cpu._is_amx_tile_supported() if "WORLD_SIZE" in os.environ else
-               has_bf16 and speedup >= LEAST_SPEEDUP)
-    return "bf16" if is_fast else "off"
+    return "bf16" if has_bf16 and speedup >= LEAST_SPEEDUP else "off"
 
 
 def settings_of(args):
@@ -343,7 +367,7 @@ def read_flags(argv=None):
     args = make_parser().parse_args(argv)
     s = settings_of(args)
     is_default = not args.lr and not has_searched_rates(s)
-    return Run(s, args.data, model_of(args), args.output, is_default)
+    return Run(s, args.data, model_of(args), args.output, is_default, args.amp == "auto")
 
 
 def read_result(path):

@@ -1,5 +1,6 @@
 """The whole command line, end to end: run_all.sh on the real small model with a few steps, train.py
 on a tiny one, and everything that can be wrong."""
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from conftest import (
     load_folder,
     one_line_error,
     one_line_exit,
+    one_warning,
     program,
     run,
     save_small_bert,
@@ -361,6 +363,42 @@ def test_a_finished_run_is_said_to_be_finished(lora_run):
     assert line.startswith(f"finished already: {result_file(output)} (CPU")
     assert ", amp off; delete it to run again)" in line
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+
+
+def test_a_run_that_another_processor_made_in_another_precision_is_said(lora_run, monkeypatch,
+                                                                        capsys):
+    flags, output = lora_run
+    at = flags.index("--amp")
+    flags = [str(flag) for flag in (*flags[:at], *flags[at + 2:], "--output", output)]
+    for speedup, said in (2.0, True), (0.5, False):
+        monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
+        run = read_flags(flags)
+        with contextlib.suppress(SystemExit):  # finished already
+            run.exit_if_finished()
+        stderr = capsys.readouterr().err
+        if said:
+            one_warning(stderr, result_file(output), "same run in off", "--amp auto is bf16")
+        assert said or not stderr
+    read_flags([*flags, "--amp", "bf16"]).exit_if_finished()  # asked for
+    assert not capsys.readouterr().err
+
+
+def test_peaks_are_read_after_the_steps_of_an_epoch_and_before_its_evaluation(lora_run, tmp_path,
+                                                                              monkeypatch):
+    seen = []
+
+    def note(name):
+        act = getattr(train_module, name)
+        monkeypatch.setattr(train_module, name, lambda *args: (seen.append(name), act(*args))[1])
+
+    for name in "forget_peak", "step", "peak_memory", "evaluate":
+        note(name)
+    main(train_module, *lora_run[0], "--max-steps", 3, "--epochs", 2, "--output", tmp_path)
+    n = seen.count("step")
+    epoch = ["forget_peak", "step", "peak_memory", "evaluate"]
+    assert n == 3 and list(dict.fromkeys(seen)) == epoch
+    assert [name for name in seen if name != "step"] == [
+        name for name in epoch if name != "step"] * (seen.count("evaluate") - 1) + ["evaluate"]
 
 
 def test_accumulation_changes_nothing_that_matters(lora_run, tmp_path):

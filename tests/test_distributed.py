@@ -102,6 +102,25 @@ def test_two_processes_take_the_steps_of_one(without_dropout, many_rows, tmp_pat
         assert torch.allclose(tensor, tensors[1][name], atol=2e-4), name
 
 
+CHOICE = """
+import os, sys, torch
+import common, settings
+
+common.start()
+torch.cuda.is_available = lambda: False
+settings.time_bf16 = lambda: float(sys.argv[1 + int(os.environ["RANK"])])
+print(settings.chosen_amp("auto"), settings.bf16_speedup())
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("speeds, chosen", [((1.1, 1.3), "off 1.1"), ((1.3, 0.5), "bf16 1.3")])
+def test_processes_take_the_precision_that_is_fast_in_the_first_one(speeds, chosen, tmp_path):
+    (tmp_path / "choice.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CHOICE}")
+    done = in_forks(2, tmp_path, tmp_path / "choice.py", *speeds)
+    assert done.returncode == 0 and done.stdout.splitlines() == [chosen] * 2, done.stderr
+
+
 STEPS = """
 import contextlib, sys, torch
 from types import SimpleNamespace

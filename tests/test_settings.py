@@ -25,6 +25,7 @@ from settings import (
 )
 
 # of every setting a value that LoRA on `movies` does not have
+HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 OTHER = {
     "method": "dora", "r": 4, "alpha": 16.0, "dropout": 0.2, "targets": "all",
     "placement": "pfeiffer", "bottleneck": 32, "reduction": 16, "lr": 1e-5, "epochs": 2,
@@ -89,16 +90,6 @@ def test_the_precision_that_auto_chose_gives_the_name_of_the_same_flag(speedup, 
     assert asked_settings(make_parser().parse_args(["--method", "full"])).amp == "auto"
 
 
-@pytest.mark.parametrize("has_amx", [False, True])
-def test_processes_of_torchrun_choose_alike_whatever_each_measures(has_amx, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for speedup in 0.5, 2.0:
-        monkeypatch.setattr("settings.bf16_speedup", lambda: speedup)
-        assert chosen_amp("auto") == ("bf16" if has_amx else "off")
-
-
 @pytest.fixture
 def cpu_with_bf16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -118,9 +109,14 @@ def test_the_speed_of_bf16_is_the_shortest_of_three_times_after_a_slow_one(cpu_w
 
 
 def test_the_speed_of_bf16_is_soon_known(cpu_with_bf16, monkeypatch):
-    monkeypatch.setattr("settings.FACTORS", ((64, 64), (64, 256)))  # slow where it is emulated
-    begin = time.perf_counter()
-    assert 0 < bf16_speedup.__wrapped__() < 100 and time.perf_counter() - begin < 0.3
+    if not HAS_BF16:  # emulated, such factors take half a second
+        monkeypatch.setattr("settings.FACTORS", ((64, 64), (64, 256)))
+    times = []
+    for _ in range(5):  # other tests run beside this one
+        begin = time.perf_counter()
+        assert 0 < bf16_speedup.__wrapped__() < 100
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.1
 
 
 def test_where_the_folders_are_is_not_in_the_name(tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def switch(slots, tensors):
         p.data = tensors[name]
 
 
-def answer_rows(results):
+def predictions_by_task(results):
     """Return one dict per test sentence of every task: its label, and what each method predicted.
     results: {method: {task: result}}."""
     return [{"task": task, "label": pairs[0][0], **{
@@ -311,7 +311,7 @@ def main(args, runs):
         methods[method] = entry
 
     # before the JSON, which says that they are there
-    write_csv(args.output / "metrics" / "multitask_answers.csv", answer_rows(results))
+    write_csv(args.output / "metrics" / "multitask_answers.csv", predictions_by_task(results))
     write_json(args.output / "metrics" / "multitask.json",
                {"command": command(), "model": s.model, "seed": s.seed,
                 "base_bytes": sum(p.nbytes for p in base.parameters()), "tasks": table,
