@@ -102,6 +102,9 @@ def end(kind, error, traceback):
 def start():
     """Call first in a program. Ctrl-C exits quietly, which is safe because files are written whole;
     a closed pipe is no error; characters that a terminal cannot show are escaped."""
+    if sys.flags.optimize > 1:
+        fail("python -OO drops the texts that transformers needs to start; run it without -OO and "
+             "PYTHONOPTIMIZE=2")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.excepthook = end
     # None where they were closed (`>&-`)

@@ -52,10 +52,9 @@ RUNS, FOLD_RUNS = ({name: CASES[name].flags for name in names} for names in (STU
 # --- flags of a study ----------------------------------------------------------------------------
 
 def explain(program, argv):
-    """Answer --help of a program, whose other flags are train.py's, by its docstring (that is gone
-    with python -OO)."""
+    """Answer --help of a program, whose other flags are train.py's, by its docstring."""
     if {"-h", "--help"} & set(argv):
-        print(f"{(program or '').strip()}\n\npython train.py --help explains the other flags.")
+        print(f"{program.strip()}\n\npython train.py --help explains the other flags.")
         sys.exit()
 
 

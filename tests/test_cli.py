@@ -501,6 +501,19 @@ def test_help_and_typos_wait_for_nothing_slow(name, flags):
         one_line_error(done, "--help" if "--r" not in flags else "at least 1")
 
 
+def test_without_asserts_a_model_trains_and_without_docstrings_one_line_says_why_not(lora_run,
+                                                                                   tmp_path):
+    flags = ["train.py", *lora_run[0], "--max-steps", 2, "--output", tmp_path]
+    for level, works in ("-O", True), ("-OO", False):
+        done = run(sys.executable, level, *flags, cwd=ROOT)
+        if works:
+            assert done.returncode == 0 and result_of(tmp_path)["f1_macro"] >= 0, done.stderr
+        else:
+            one_line_error(done, "-OO", "PYTHONOPTIMIZE")
+    for name in "compare.py", "plots.py":
+        one_line_error(run(sys.executable, "-OO", ROOT / name, "--help"), "-OO")
+
+
 def test_help_names_every_flag_with_default():
     done = train("--help")
     assert done.returncode == 0 and done.stdout.count("usage:") == 1

@@ -2,6 +2,7 @@
 import base64
 import importlib.util
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -156,6 +157,12 @@ def test_a_proxy_is_not_asked_for_the_page(monkeypatch):
         assert answer.status == 200
     page.close()
     assert demo.os.environ["ALL_PROXY"] == "socks5://127.0.0.1:9"
+
+
+def test_a_proxy_of_another_kind_lets_gradio_be_imported():
+    done = run(sys.executable, "-c", "import tools.demo", cwd=ROOT,
+               env=os.environ | {"ALL_PROXY": "socks5://127.0.0.1:9"})
+    assert done.returncode == 0 and not done.stdout, done.stderr
 
 
 def test_a_port_that_may_not_be_used_is_a_line(monkeypatch):

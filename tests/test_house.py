@@ -271,6 +271,10 @@ def test_an_installation_that_fails_does_not_look_finished(tmp_path):
 
 def test_the_citation_is_whole():
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    for key in "cff-version", "message", "title", "authors", "license":
-        assert re.search(rf"^{key}:", text, flags=re.M)
+    for key, value in (("cff-version", r"1\.2\.0"), ("message", ".+"), ("title", ".+"),
+                       ("type", "software"), ("license", r"Apache-2\.0"),
+                       ("version", r"\d+\.\d+\.\d+"), ("date-released", r"20\d\d-\d\d-\d\d"),
+                       ("authors", r"\n  - name: .+")):
+        assert re.search(rf"^{key}: ?{value}$", text, flags=re.M), key
+    assert "(CITATION.cff)" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "Apache License" in (Path(ROOT) / "LICENSE").read_text(encoding="utf-8")

@@ -139,6 +139,19 @@ def test_every_committed_table_is_redrawn(redrawn):
         assert shown in committed(paper), name
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("metrics/*.json")), ids=lambda p: p.stem)
+def test_every_file_of_results_says_of_which_commit_it_is(path):
+    def commits(value):
+        if isinstance(value, dict):
+            own = [value["git_commit"]] if "git_commit" in value else []
+            value = [*own, *value.values()]
+        elif not isinstance(value, list):
+            return [value] if re.fullmatch("[0-9a-f]{40}(-dirty)?", str(value)) else []
+        return [commit for part in value for commit in commits(part)]
+
+    assert commits(json.loads(path.read_text()))
+
+
 def test_every_committed_figure_is_redrawn(redrawn):
     figures = {path.name for path in ROOT.glob("figures/*.png")}
     assert figures == {path.name for path in redrawn.glob("*.png")}
