@@ -218,12 +218,14 @@ def read_json(path, *keys):
 
 
 def check_writable(folder, flag="--output"):
-    """Exit now, not after the training, if no file can be made and renamed in `folder`, which
-    `flag` named."""
+    """Exit now, not after the training, if no file can be made, written to the disk and renamed in
+    `folder`, which `flag` named."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as made:
-            Path(made, "part").write_text("as write_whole does it")
+            with open(Path(made, "part"), "w") as file:
+                file.write("as write_whole does it")
+                os.fsync(file.fileno())
             os.replace(Path(made, "part"), Path(made, "whole"))
     except OSError as e:
         fail(f"cannot write into {folder}: {e.strerror}; choose another {flag}")

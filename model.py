@@ -254,8 +254,9 @@ def environment(device, dtype):
 # Data parallelism by torchrun. Each process holds the whole model and computes its share of every
 # batch; the gradients are added up before every step, so that all copies stay equal and take the
 # steps that one process would take. Nothing is sent at the start: all read the same file, draw from
-# the same seed, and quantise on the CPU, before place() moves the model. In one process
-# join_processes chooses the device, and the other functions change nothing.
+# the same seed, and quantise on the CPU: Linear4bit does so in its first .to(device)
+# (bitsandbytes' documentation), and place() moves the model later. In one process join_processes
+# chooses the device, and the other functions change nothing.
 
 def join_processes():
     """Meet the other processes. Return the torch.device of this one."""

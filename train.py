@@ -137,7 +137,7 @@ def main(argv=None):
         for batch in tqdm(batches, f"epoch {epoch}/{s.epochs}", unit="step", mininterval=1):
             loss = step(model, optimizer, train, batch, device, amp, scaler, s.accumulation)
             total_loss += len(batch) * loss
-            schedule.step()  # also where fp16's scaler left a step out, so that all rates end at 0
+            schedule.step()  # also where GradScaler.step (torch.amp) left one out: rates end at 0
         train_loss = total_loss.item() / sum(map(len, batches))  # .item() waits for the GPU
         seconds, peaks = time.perf_counter() - begin, peak_memory(device, peaks)
 

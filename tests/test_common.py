@@ -245,10 +245,12 @@ def test_a_mount_without_modes_or_locks_holds_results(tmp_path, monkeypatch):
     assert common.read_json(tmp_path / "a.json", "a") == {"a": 1}
 
 
-def test_a_folder_in_which_nothing_can_be_renamed_is_refused_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("needed", ["replace", "fsync"])
+def test_a_folder_in_which_nothing_can_be_written_whole_is_refused_at_once(needed, tmp_path,
+                                                                           monkeypatch):
     common.check_writable(tmp_path)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(common.os, "replace", refuse)
+    monkeypatch.setattr(common.os, needed, refuse)
     one_line_exit(lambda: common.check_writable(tmp_path), "cannot write into", "--output")
 
 

@@ -293,10 +293,12 @@ def test_bad_tables_are_one_line_before_anything_is_answered(text, flags, words,
 
 @pytest.mark.parametrize("name, text, words", [
     ("in.csv", "a film that I liked\nanother\n", ["'a film that I liked'", "no label"]),
+    ("in.tsv", "fine\nanother\n", ["'fine'", "no label"]),
     ("in.csv", 'id,text\n1,"good\n2,bad\n3,so so\n4,fine"\n', ["opens at line 2", "line 5"]),
     ("in.csv", 'text\n"good' + 12 * "\nfine" + '"\n', ["opens at line 2", "closes at line 14"]),
     ("in.tsv", 'id\ttext\n1\t"a ""good"" film"\n', ["1 rows, line 2 first, look quoted"]),
-    ("in.csv", 'id,text\n1,"good\nfine"\n', []), ("in.csv", "customer review\ngood\n", []),
+    ("in.csv", 'id,text\n1,"good\nfine"\n', []), ("in.csv", "text\ngood\n", []),
+    ("in.csv", "customer review\ngood\n", ["'customer review'", "--column"]),
     ("in.csv", 'id,text\n1,"good, fine\nAnn"\n', []),
     ("in.csv", 'text\n"Hi!\n\nI liked it.\nAnn"\n', [])])
 def test_what_may_cost_rows_is_said_as_in_training(name, text, words, tmp_path, capsys):

@@ -313,9 +313,9 @@ def find_column(path, columns, asked, trained):
         if name in columns:
             return name
     if len(columns) == 1:
-        if len(columns[0].split()) > 3:
-            warn(f"{path}: the first line, {columns[0]!r}, is taken for the column's name and gets "
-                 "no label; if it is a text, write text above it, or call the file .txt")
+        warn(f"{path}: the first line, {columns[0]!r}, is taken for the column's name and gets no "
+             "label; if it is a text, write text above it, or call the file .txt, and if it is a "
+             "name, say --column")
         return columns[0]
     fail(f"{path} has the columns {', '.join(columns)}; --column says which holds the texts")
 
