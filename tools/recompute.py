@@ -101,15 +101,6 @@ def sweep_intervals(path):
             yield name, entry["vs_full"], sweep.difference(answers, own, baseline)
 
 
-def single_intervals(path, answers):
-    """Yield the same of single runs that are held against columns of a sweep's answers."""
-    columns = numbers(answers)
-    for i, run in enumerate(read_json(path, "runs")["runs"], 1):
-        for name, vs in run.get("minus", {}).items():
-            yield f"run {i} minus {name}", vs, paired_interval(
-                columns["label"], [run["test_predicted"]], columns[name][None])
-
-
 def rate_intervals(path, study):
     """Yield the same of the study of folds, whose answers are the CSV file `study`, against full
     fine-tuning at other learning rates, each a column beside `path`."""
@@ -153,7 +144,6 @@ def main(argv):
         "comparison": (study_intervals, "predictions.csv"),
         "crossvalidation": (study_intervals, "crossvalidation_predictions.csv"),
         "full_rates": (rate_intervals, "crossvalidation_predictions.csv"),
-        "sst2_small_model": (single_intervals, "sweep_sst2.csv"),
         "grid": (grid_intervals, "grid_answers.csv"),
         "multitask": (multitask_intervals, "multitask_answers.csv")}
     found = {name: compute(metrics / f"{name}.json", metrics / answers)
