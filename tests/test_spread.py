@@ -296,6 +296,7 @@ def test_intervals_hold_what_they_should_as_often_as_they_say(monkeypatch):
           lambda *study: corrected_interval(by_fold(*study), 0, 1), 5, 3)
     count("the same, Nadeau and Bengio", 200,
           lambda *study: corrected_interval(by_fold(*study), 1, 4), 5, 3)
+    count("5 folds, 2 trainings each", 200, paired_interval, 5, 2)
     count("3 seeds", 200, lambda *study: paired_interval(*study[:3]), 1, 3)
     count("2 folds, 1 training each", 200, paired_interval, 2, 1)
     count("5 folds, 1 training each", 40, paired_interval, 5, 1)
