@@ -205,15 +205,23 @@ def alone(folder):
         yield
 
 
+@contextlib.contextmanager
+def as_written(path):
+    """Exit with one line if a file is not as this project writes it."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        fail(f"{path} is damaged or of an earlier version ({type(e).__name__}: {e}); delete it, "
+             "and what made it makes it anew")
+
+
 def read_json(path, *keys):
     """Read a JSON object that this project wrote, which has these keys."""
-    try:
+    check_ordinary(path)
+    with as_written(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        fail(f"{path} is damaged ({e}); delete it")
-    if not isinstance(content, dict) or not content.keys() >= set(keys):
-        fail(f"{path} is damaged or of an earlier version; delete it, and what made it makes it "
-             "anew")
+        if missing := set(keys) - content.keys():
+            raise LookupError(f"no {min(missing)}")
     return content
 
 
@@ -223,8 +231,8 @@ def check_writable(folder, flag="--output"):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as made:
-            with open(Path(made, "part"), "w") as file:
-                file.write("as write_whole does it")
+            Path(made, "part").write_text("as write_whole does it")
+            with open(Path(made, "part"), "rb") as file:
                 os.fsync(file.fileno())
             os.replace(Path(made, "part"), Path(made, "whole"))
     except OSError as e:

@@ -238,10 +238,15 @@ def write_arrays(path, arrays):
 
 
 def so_far(runs):
-    """Write the mean test score of each method that has runs, {name: results}, as one line."""
-    scores = [f"{case_label(name)} {np.mean([r['f1_macro'] for r in own]):.4f} (n = {len(own)})"
-              for name, own in runs.items() if own]
-    return f"test macro-F1 so far: {', '.join(scores)}"
+    """Write the mean test score of each method that has runs, {name: results}, as one line, with
+    the points to full fine-tuning's in the same seeds and folds."""
+    said, full = [], [r["f1_macro"] for r in runs["full"]]
+    for name, own in runs.items():
+        if n := len(own):
+            score = np.mean([r["f1_macro"] for r in own])
+            points = f"{100 * (score - np.mean(full[:n])):+.1f}, " if name != "full" else ""
+            said.append(f"{case_label(name)} {score:.4f} ({points}n = {n})")
+    return f"test macro-F1 so far: {', '.join(said)}"
 
 
 def print_next(output, lines, results, model, kind=".csv"):

@@ -9,6 +9,7 @@ at all.
 import sys; sys.path.insert(0, __file__.rpartition("/")[0])  # isort: skip (for PYTHONSAFEPATH=1)
 import hashlib
 import io
+import os
 import re
 import subprocess
 import tarfile
@@ -116,8 +117,9 @@ def synthetic_folder(sha256):
 
     if not is_right():
         # a program of its own, as pip is: the methods and the loop need nothing from tools/
+        here = str(Path(__file__).parent)
         done = subprocess.run([sys.executable, "-m", "tools.synthetic"], capture_output=True,
-                              text=True, cwd=Path(__file__).parent)
+                              text=True, cwd=here, env=os.environ | {"PYTHONPATH": here})
         if done.returncode or not is_right():
             reason = (done.stderr.strip().splitlines() or ["they are other ones"])[-1]
             fail(f"could not generate the questions in {folder} ({reason})")

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -239,12 +240,14 @@ def peak_memory(device, before):
 
 def environment(device, dtype):
     """Return what made the numbers, besides the settings."""
-    n = torch.get_num_threads()
+    n, info = torch.get_num_threads(), Path("/proc/cpuinfo")
+    kind = re.search("model name\\s*: (.*)", info.read_text() if info.exists() else "")
     cpu = f"CPU, {n} thread{'s' if n > 1 else ''}"
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return {"device": f"{WORLD} x {name}" if WORLD > 1 else name,
             "amp": str(dtype).removeprefix("torch.") if dtype else "off",
-            "cpu": torch.backends.cpu.get_cpu_capability(), "bf16_speedup": bf16_speedup(),
+            "cpu": f"{kind[1] if kind else platform.machine()}, "
+                   f"{torch.backends.cpu.get_cpu_capability()}", "bf16_speedup": bf16_speedup(),
             "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "bitsandbytes": version("bitsandbytes"),
             "git_commit": git_commit()}
@@ -255,8 +258,9 @@ def environment(device, dtype):
 # batch; the gradients are added up before every step, so that all copies stay equal and take the
 # steps that one process would take. Nothing is sent at the start: all read the same file, draw from
 # the same seed, and quantise on the CPU: Linear4bit does so in its first .to(device)
-# (bitsandbytes' documentation), and place() moves the model later. In one process join_processes
-# chooses the device, and the other functions change nothing.
+# (bitsandbytes' documentation), and place() moves the model later. So CPUs of several machines
+# should be of one kind. In one process join_processes chooses the device, and the other functions
+# change nothing.
 
 def join_processes():
     """Meet the other processes. Return the torch.device of this one."""

@@ -126,8 +126,7 @@ def study_of(entries):
 
 
 def tested_rows(entry):
-    """Return verdict.even_rows of the sentences that the runs of an entry tested; studies of
-    earlier versions are of even classes."""
+    """Return verdict.even_rows of the tested sentences; earlier versions' are of even classes."""
     return entry.get("even_rows") or entry.get("test_rows") or entry["runs"][0]["rows"]["test"]
 
 
@@ -273,7 +272,8 @@ def read_study(path):
     Times and memory that were measured on several devices are left out."""
     beside, study = path.with_name("memory.json"), read_json(path, "entries", "floor")
     entries = study["entries"].values()
-    if len({run["environment"]["device"] for entry in entries for run in entry["runs"]}) > 1:
+    places = [run["environment"] for entry in entries for run in entry["runs"]]
+    if any(len({p.get(key) for p in places} - {None}) > 1 for key in ("device", "cpu")):
         for entry in entries:
             entry |= dict.fromkeys(("peak_rss_gb", "peak_vram_gb"))
             entry["epoch_time_s"] = entry["epoch_time_s"] if "timed" in study else None

@@ -17,6 +17,7 @@ from timeit import timeit
 
 from checks import find_columns
 from common import (
+    as_written,
     check_name,
     data_files,
     fail,
@@ -372,7 +373,10 @@ def read_flags(argv=None):
 
 def read_result(path):
     """Read the JSON that a finished run left."""
-    return read_json(path, "settings", "environment", "history")
+    result = read_json(path, "settings", "environment", "history")
+    with as_written(path):
+        read_settings(result), result["environment"]["device"], result["environment"]["amp"]
+    return result
 
 
 def read_settings(result):

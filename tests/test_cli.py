@@ -212,7 +212,7 @@ def test_a_study_decides_its_precision_once_and_goes_on_in_no_other(data_dir, tm
             assert len(lines) == 5 and all(f" --amp {amp} --" in line for line in lines)
         # another method's and seed's run is there, as of a machine where auto was another type
         begun = vars(settings(*flags, "--method", "head", "--seed", 3)) | {"amp": other}
-        rest = {"environment": {}, "history": []}
+        rest = {"environment": {"device": "CPU", "amp": other}, "history": []}
         (runs / "begun.json").write_text(json.dumps({"settings": begun} | rest))
         one_line_exit(lambda: main(compare, "--list", *flags),
                       f"in {other}, and --amp auto is {amp} here: --amp {other} goes on")
@@ -381,6 +381,17 @@ def test_a_run_that_another_processor_made_in_another_precision_is_said(lora_run
         assert said or not stderr
     read_flags([*flags, "--amp", "bf16"]).exit_if_finished()  # asked for
     assert not capsys.readouterr().err
+
+
+def test_questions_are_generated_with_a_safe_path(tmp_path):
+    for name in "fetch.py", "common.py":
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "synthetic.py").write_text("import common; common.fail('it was run')")
+    done = run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+               "import fetch; fetch.synthetic_folder('')", cwd=tmp_path,
+               env=os.environ | {"PYTHONSAFEPATH": "1"})
+    one_line_error(done, "could not generate", "it was run")
 
 
 def test_peaks_are_read_after_the_steps_of_an_epoch_and_before_its_evaluation(lora_run, tmp_path,

@@ -1,5 +1,6 @@
 """How a program begins, speaks and ends: nothing is fetched when bitsandbytes is imported, no
 terminal, disk or GPU ends it in more than one line, and files are written whole."""
+import json
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ import checks
 import common
 import plots
 import qa
+from settings import read_result
 
 OPS = """
 import logging
@@ -270,6 +272,14 @@ def test_two_programs_that_rewrite_a_file_lose_nothing(tmp_path):
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     assert file.read_text() == "400"
+
+
+@pytest.mark.parametrize("settings, environment", [
+    ([], {"device": "", "amp": ""}), ({"colour": 1}, {"device": "", "amp": ""}), ({}, {})])
+def test_a_result_with_other_json_in_it_is_one_line(settings, environment, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(
+        {"settings": settings, "environment": environment, "history": []}))
+    one_line_exit(lambda: read_result(tmp_path / "a.json"), "a.json is damaged", "delete")
 
 
 @pytest.mark.parametrize("content", ["3", "[]", "{", '{"b": 1}'])

@@ -292,6 +292,15 @@ def test_a_missing_fold_is_trained_and_no_other(made_up, capsys, monkeypatch):
     assert "CPU, 2 threads and a GPU" in answer and "| quality |" in answer
     assert "| time |" not in answer and "less time" not in answer and "less memory" not in answer
     plots.glance(plots.read_study(study), "training", folder / "glance.png")
+    for kind, is_said in ("another CPU, AVX512", True), (None, False):  # None: it is not known
+        capsys.readouterr()
+        for other, own in (path, kind), (paths["full", 0, 1], "a CPU, AVX2"):
+            result = json.loads(text if other == path else other.read_text())
+            result["environment"]["cpu"] = own
+            other.write_text(json.dumps(result))
+        compare.main(study_flags(folder))
+        assert ("a CPU, AVX2, another CPU, AVX512" in capsys.readouterr().err) is is_said
+        assert ("| time |" not in answer_of(study)) is is_said
     path.write_text(text)
     compare.main(study_flags(folder))
     path.unlink()  # the next training fails: the others' results stand

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import METHODS as METHOD_FLAGS
 from conftest import ROOT, build, one_line_error, program, run, settings, tiny_bert
 
@@ -103,7 +104,7 @@ def functions(name):
 def test_what_a_reader_meets_is_short():
     assert lines(ROOT / "train.py") <= 175 and lines(ROOT / "plots.py") <= 420
     assert lines(ROOT / "CONTRIBUTING.md") <= 40
-    assert sum(map(lines, MODULES.values())) <= 8657
+    assert sum(map(lines, MODULES.values())) <= 8696
     for name in MODULES:
         for node in functions(name):
             if (name, node.name) != ("train", "main"):  # the loop, as one story
@@ -271,6 +272,7 @@ def test_an_installation_that_fails_does_not_look_finished(tmp_path):
 
 def test_the_citation_is_whole():
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["authors"][0].keys() == {"name"}
     for key, value in (("cff-version", r"1\.2\.0"), ("message", ".+"), ("title", ".+"),
                        ("type", "software"), ("license", r"Apache-2\.0"),
                        ("version", r"\d+\.\d+\.\d+"), ("date-released", r"20\d\d-\d\d-\d\d"),

@@ -239,6 +239,7 @@ def test_every_row_comes_back_with_label_and_probabilities(kind, to, act, tmp_pa
         assert rows[2]["more"] == ({"a": 2} if to == "jsonl" else '{"a": 2}')
     done, said = capsys.readouterr()
     assert f"wrote {out}: {len(TEXTS)} rows" in done
+    assert ("rows, 1 of them with line breaks\n" in done) is (kind in ("csv", "jsonl"))
     for words in "1 of the texts are empty", "1 of the texts were cut at the 128 tokens":
         assert words in said
     assert sorted(p.name for p in tmp_path.iterdir()) == [source.name, out.name]

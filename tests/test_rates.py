@@ -136,7 +136,7 @@ def test_a_study_finds_each_method_s_rate_by_validation_and_uses_it(made_up, tmp
         assert words in said, words
     # after each method there is a line of all that have a result
     so_far = re.findall("^test macro-F1 so far: (.*)$", said, flags=re.M)
-    assert [line.count("(n = 1)") for line in so_far] == [1, 2, 3, 4, 5]
+    assert [line.count("n = 1)") for line in so_far] == [1, 2, 3, 4, 5]
     assert "full fine-tuning 0.99" in so_far[0] and "adapter Houlsby 64" in so_far[4]
     # and after each run of a search one of what validated how well
     searched = re.findall("^LoRA r=8, validation so far: (.*)$", said, flags=re.M)

@@ -318,6 +318,13 @@ def test_redraw_draws_again_what_is_there(swept, capsys):
     assert again.startswith("| training rows") and said.endswith(again)
 
 
+@pytest.mark.parametrize("entries", [[], [3], {"x": 3}, {"x": {"runs": [{"settings": {"y": 1}}]}}])
+def test_a_damaged_sweep_is_one_line(entries, swept, tmp_path):
+    path = tmp_path / "sweep_mine.json"
+    path.write_text(json.dumps({"entries": entries}))
+    one_line_exit(lambda: sweep.held(path, settings("--method", "full", *swept[0])), "damaged")
+
+
 def test_answers_of_another_rate_or_seed_are_in_no_interval(swept, monkeypatch):
     flags, output = swept
     monkeypatch.setattr(sweep, "draw_sweep", lambda path: None)

@@ -142,6 +142,20 @@ def test_scores_that_run_qa_wrote_after_its_state(name, folder):
         assert result["train_time_s"] == (30 if name == "all_results.json" else None)
 
 
+def test_all_files_of_run_qa_are_read_together(folder, capsys):
+    """Its state has steps and time, eval_results.json the scores, all_results.json both."""
+    own = folder / "qlora_epoch-2_lr_2e-4"
+    content = json.loads(state([])) | {"global_step": 4, "max_steps": 6}
+    content["log_history"].append({"epoch": 2.0, "train_runtime": 30.0})
+    (own / "trainer_state.json").write_text(json.dumps(content))
+    scores = {"epoch": 2.0, "eval_exact_match": 61.0, "eval_f1": 73.5}
+    (own / "eval_results.json").write_text(json.dumps(scores))
+    (own / "all_results.json").write_text(json.dumps(scores | {"train_runtime": 30.0}))
+    result = grid.trainer_runs(folder)[0]["qlora_epoch-2_lr_2e-4"]
+    assert (result["f1"], result["best_epoch"], result["train_time_s"]) == (73.5, 2, 30)
+    assert len(result["history"]) == 1 and "ends at step 4 of 6:" in capsys.readouterr().err
+
+
 def test_file_dates_do_not_count(folder):
     for path in folder.rglob("trainer_state.json"):
         os.utime(path, (1, 1))

@@ -85,7 +85,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from checkpoint import attach, read_about, read_tensors
-from common import read_json, usual_mode, write_json, write_whole
+from common import check_ordinary, read_json, usual_mode, write_json, write_whole
 from lora import merge_lora
 from methods import CASES, HEAD, TARGETS, label_of, named, row_of
 from model import load_pretrained
@@ -242,6 +242,7 @@ def read_config(folder):
     if not (folder / PEFT_TENSORS).exists():
         fail(f"{folder} has no {PEFT_TENSORS}; peft writes it with save_pretrained(folder, "
              "safe_serialization=True)")
+    check_ordinary(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, r, alpha = config["peft_type"], config.get("r"), config.get("lora_alpha")
@@ -314,6 +315,7 @@ def describe_foreign(folder, config, is_qa, n_labels):
     """Return what can be said of a folder that another program wrote. Labels get transformers'
     names, the longest input is the tokenizer's, and what nothing tells is None."""
     model = config.get("base_model_name_or_path") or DEFAULT_MODEL
+    check_ordinary(folder / "tokenizer_config.json")
     try:
         said = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
         max_length = int(json.loads(said)["model_max_length"])

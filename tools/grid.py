@@ -36,6 +36,8 @@ from pathlib import Path
 import numpy as np
 
 from common import (
+    as_written,
+    check_ordinary,
     check_writable,
     command,
     fail,
@@ -198,24 +200,22 @@ def trainer_run(folder):
     # run_qa.py evaluates after it has written the state, into files of their own
     ends = [folder / "eval_results.json", folder / "all_results.json"]
     paths = [path for path in (find_state(folder), *ends) if path and path.exists()]
-    if not paths:
-        return None
+    logs, evaluations, steps = [], [], {}
     try:
         for path in paths:
+            check_ordinary(path)
             state = json.loads(path.read_text(encoding="utf-8"))
-            state = state if "log_history" in state else {"log_history": [{"epoch": 0.0, **state}]}
-            evaluations = [entry for entry in state["log_history"]
-                           if math.isfinite(entry.get("eval_f1", math.nan))]
-            if evaluations:
-                break
-        else:
+            log = state.get("log_history", [{"epoch": 0.0, **state}])
+            logs, steps = [*logs, *log], steps or state
+            if found := [e for e in log if math.isfinite(e.get("eval_f1", math.nan))]:
+                evaluations = evaluations or in_percent(path, found)
+        if not evaluations:
             return None
-        evaluations = in_percent(path, evaluations)
-        times = [e["train_runtime"] for e in state["log_history"] if "train_runtime" in e]
+        times = [e["train_runtime"] for e in logs if "train_runtime" in e]
         best, last = max(evaluations, key=lambda e: e["eval_f1"]), evaluations[-1]
-        if state.get("global_step", 0) < state.get("max_steps", 0):
-            warn(f"{path} ends at step {state['global_step']:,} of {state['max_steps']:,}: what "
-                 "came later, if anything did, is not in its scores")
+        if steps.get("global_step", 0) < steps.get("max_steps", 0):
+            warn(f"{paths[0]} ends at step {steps['global_step']:,} of {steps['max_steps']:,}: "
+                 "what came later, if anything did, is not in its scores")
         return {"f1": best["eval_f1"], "exact_match": best["eval_exact_match"],
                 "f1_last": last["eval_f1"], "exact_match_last": last["eval_exact_match"],
                 "best_epoch": round(best["epoch"], 2),
@@ -421,11 +421,9 @@ def redraw(output):
     if not path.exists():
         fail(f"there is no {path}; bash run_grid.sh makes it")
     content = read_json(path, "command", "runs")
-    try:
+    with as_written(path):
         for result in content["runs"].values():
             read_settings(result)
-    except (LookupError, TypeError, AttributeError) as e:
-        fail(f"{path} is damaged or of an earlier version ({e}); bash run_grid.sh makes it anew")
     grid_bars(content["runs"], figures / "grid_f1.png")
     write_table(figures / "grid.md", grid_markdown(content))
 

@@ -29,7 +29,7 @@ if not __package__:
 from pathlib import Path
 
 from checks import check_config, check_length
-from common import check_writable, command, fail, read_json, start, write_json
+from common import check_ordinary, check_writable, command, fail, read_json, start, write_json
 from methods import CASES
 from settings import DEFAULT_MODEL, Parser, case_label, number, read_flags
 
@@ -328,6 +328,7 @@ def load_config(args):
     """Return the configuration that the flags name, with two labels; exit if this project can make
     no model of it, or none that reads rows as long as --max-length."""
     name = args.model
+    check_ordinary(Path(name))
     try:
         config = (BertConfig(**MODELS[name]) if name in MODELS else
                   bert_config(name, local_files_only=True))

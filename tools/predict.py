@@ -416,7 +416,8 @@ def predict_rows(methods, tokenizer, args):
                 asked = [tuple(row[name] for name in texts) if has_pairs else row[texts[0]]
                          for row in chunk]
                 labels, n_cut = label_texts(methods, tokenizer, asked)
-                counts.update(rows=len(chunk), cut=n_cut, empty=sum(map(is_empty, asked)))
+                counts.update(rows=len(chunk), cut=n_cut, empty=sum(map(is_empty, asked)),
+                              broken=sum("\n" in str(text).strip() for text in asked))
                 for row, own in zip(chunk, labels):
                     write_row(row | own)
                 file.flush()
@@ -426,7 +427,9 @@ def predict_rows(methods, tokenizer, args):
         write(os.dup(sys.stdout.fileno()))  # opened as UTF-8, whatever the locale
     else:
         write_whole(args.to, write)
-        print(f"wrote {args.to}: {counts['rows']:,} rows")
+        # such as a stray quote puts into one
+        broken = f", {n} of them with line breaks" if (n := counts["broken"]) else ""
+        print(f"wrote {args.to}: {counts['rows']:,} rows{broken}")
     if counts["empty"]:
         warn(f"{counts['empty']:,} of the texts are empty and have no label")
     if counts["cut"]:

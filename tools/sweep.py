@@ -20,10 +20,22 @@ if not __package__:
 
 import shlex
 import sys
+from itertools import product
 
 import numpy as np
 
-from common import alone, command, fail, read_columns, read_json, start, warn, write_csv, write_json
+from common import (
+    alone,
+    as_written,
+    command,
+    fail,
+    read_columns,
+    read_json,
+    start,
+    warn,
+    write_csv,
+    write_json,
+)
 from compare import decide_amp, explain, mixed_hardware, refuse, split_seeds
 from methods import CASES, FOLD_STUDY, label_of, named
 from rates import best_rate, beyond, probe, score_name, search, steps_of, trained, validation_of
@@ -172,12 +184,12 @@ def held(path, s):
     common = vars(s).keys() - FREE
     if s.amp == "auto":
         common -= {"amp"}  # another machine may have taken it for something else
-    for entry in entries.values():
-        other = read_settings(entry["runs"][0])
-        for key in sorted(common):
-            if getattr(s, key) != getattr(other, key):
-                fail(f"{path} holds results of another study ({key} {getattr(other, key)}, here "
-                     f"{getattr(s, key)}); give this one an --output of its own")
+    with as_written(path):
+        others = [read_settings(entry["runs"][0]) for entry in entries.values()]
+    for other, key in product(others, sorted(common)):
+        if getattr(s, key) != getattr(other, key):
+            fail(f"{path} holds results of another study ({key} {getattr(other, key)}, here "
+                 f"{getattr(s, key)}); give this one an --output of its own")
     try:
         columns = read_columns(path.with_suffix(".csv"))
         kind = int if "label" in columns else float
