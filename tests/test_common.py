@@ -290,6 +290,7 @@ def test_a_file_with_other_json_in_it_is_one_line(content, tmp_path):
 
 @pytest.mark.parametrize("read", [
     lambda path: list(checks.read_table(path)), qa.read_squad, checkpoint.read_about,
+    common.read_json,
     lambda path: common.fingerprint([path])])
 def test_a_named_pipe_is_refused_and_not_waited_for(read, tmp_path):
     os.mkfifo(tmp_path / "train.csv")
@@ -306,7 +307,7 @@ def test_what_torch_warns_of_for_the_future_is_not_repeated_by_every_process():
 
 
 @pytest.mark.parametrize("command", [
-    ["env", "PYTHONSAFEPATH=1", "bash", "run_all.sh"],
+    ["env", "PYTHONSAFEPATH=1", "PYTHONOPTIMIZE=2", "bash", "run_all.sh"],
     *(["env", "-C", "/", "PYTHONSAFEPATH=1", sys.executable, ROOT / name]
       for name in ("train.py", "compare.py", "plots.py", "fetch.py"))])
 def test_unusual_ways_to_start_python(command):
