@@ -104,7 +104,7 @@ def functions(name):
 def test_what_a_reader_meets_is_short():
     assert lines(ROOT / "train.py") <= 175 and lines(ROOT / "plots.py") <= 420
     assert lines(ROOT / "CONTRIBUTING.md") <= 40
-    assert sum(map(lines, MODULES.values())) <= 8696
+    assert sum(map(lines, MODULES.values())) <= 8692
     for name in MODULES:
         for node in functions(name):
             if (name, node.name) != ("train", "main"):  # the loop, as one story

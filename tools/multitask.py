@@ -230,10 +230,8 @@ def multitask_markdown(study):
                       f"{1000 * method['switch_ms']:.0f}", f"{method['load_ms']:.1f}", *taken,
                       f"{bytes_of(study, name, most, 'file_bytes') / 1e6:,.0f}"])
 
-    # versions before kept no answers, and have no intervals
-    interval = "; [ ] is a 95 % interval, over test sentences only" * any("[" in c for c in rows[0])
     return (f"{markdown_table(header, rows)}\n{markdown_table(cost_header, costs)}\n"
-            f"{multitask_caption(study)}{interval}. "
+            f"{multitask_caption(study)}; [ ] is a 95 % interval, over test sentences only. "
             "Memory is measured in a fresh process, beyond Python and its libraries; "
             f"for all but full fine-tuning with the base and its tokenizer{note}.\n")
 

@@ -124,14 +124,12 @@ def grid_intervals(path, answers):
 
 def multitask_intervals(path, answers):
     """Yield the same of a multitask.json, whose predictions are the CSV file `answers`."""
-    study, columns = read_json(path, "tasks", "methods"), None
+    study = read_json(path, "tasks", "methods")
+    columns = {name: np.array(own) for name, own in read_columns(answers).items()}
     for task, name in product(study["tasks"], list(study["methods"])[1:]):
-        published = study["tasks"][task][name]["vs_full"]
-        if "low" in published:
-            columns = columns or {key: np.array(own) for key, own in read_columns(answers).items()}
-            own = columns["task"] == task
-            yield f"{task}, {name}", published, paired_bootstrap(
-                *(columns[who][own].astype(int) for who in ("label", name, "full")))
+        own = columns["task"] == task
+        yield f"{task}, {name}", study["tasks"][task][name]["vs_full"], paired_bootstrap(
+            *(columns[who][own].astype(int) for who in ("label", name, "full")))
 
 
 def main(argv):
