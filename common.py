@@ -126,6 +126,12 @@ def meet_processes(gpu=None):
                                 device_id=gpu)
 
 
+def own_path():
+    """Return $PYTHONPATH with this folder, which PYTHONSAFEPATH=1 hides, before what is in it."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(Path(__file__).parent), *filter(None, [given])])
+
+
 def command():
     """Return the command line of this program, for the file that it writes."""
     file = Path(sys.argv[0])
@@ -184,6 +190,11 @@ def write_csv(path, rows):
             writer.writeheader()
             writer.writerows(rows)
     write_whole(path, write)
+
+
+def write_columns(path, columns):
+    """Write {column: values} as a CSV file with a header."""
+    write_csv(path, [dict(zip(columns, row)) for row in zip(*columns.values())])
 
 
 def read_columns(path):

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from common import fail, fingerprint, start, write_whole
+from common import fail, fingerprint, own_path, start, write_whole
 
 DOWNLOADS = Path(__file__).parent / "downloads"
 
@@ -117,9 +117,8 @@ def synthetic_folder(sha256):
 
     if not is_right():
         # a program of its own, as pip is: the methods and the loop need nothing from tools/
-        here = str(Path(__file__).parent)
         done = subprocess.run([sys.executable, "-m", "tools.synthetic"], capture_output=True,
-                              text=True, cwd=here, env=os.environ | {"PYTHONPATH": here})
+                              text=True, env=os.environ | {"PYTHONPATH": own_path()})
         if done.returncode or not is_right():
             reason = (done.stderr.strip().splitlines() or ["they are other ones"])[-1]
             fail(f"could not generate the questions in {folder} ({reason})")

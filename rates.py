@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import fail, warned
+from common import fail, own_path, warned
 from methods import label_of
 from settings import (
     asked_settings,
@@ -117,10 +117,9 @@ def run_program(program, flags, stdout=None):
     """Run a program of a study, a list of Python's arguments, with these flags of train.py, and
     return the finished process. It prints where this program does, also under redirect_stdout. All
     of them share the file of what was warned of."""
-    path = os.pathsep.join([str(TRAIN.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run([sys.executable, *program, *flags], stdin=subprocess.DEVNULL,
-                          stdout=stdout or sys.stdout, text=True,
-                          env={"BERT_WARNED": warned().name, **os.environ, "PYTHONPATH": path})
+    return subprocess.run(
+        [sys.executable, *program, *flags], stdin=subprocess.DEVNULL, stdout=stdout or sys.stdout,
+        text=True, env={"BERT_WARNED": warned().name, **os.environ, "PYTHONPATH": own_path()})
 
 
 def trained(flags, progress=None):

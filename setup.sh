@@ -2,7 +2,7 @@
 # Sourced by run_all.sh, run_grid.sh and tests/run.sh: makes .venv with the pinned requirements and sets $here and $python.
 # $BERT_VENV is another place for it: the containers bring theirs in /opt/venv.
 set -euo pipefail  # run alone, too: an installation that failed must not look finished
-# with the first, Python does not find the files beside the program that it runs; with 2 in the other, no transformers
+# the first hides the files beside a program from Python, the second the texts that transformers needs to start
 unset PYTHONSAFEPATH PYTHONOPTIMIZE
 here="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 venv="${BERT_VENV:-$here/.venv}"

@@ -24,8 +24,8 @@ from settings import (
     run_name,
 )
 
-# of every setting a value that LoRA on `movies` does not have
 HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+# of every setting a value that LoRA on `movies` does not have
 OTHER = {
     "method": "dora", "r": 4, "alpha": 16.0, "dropout": 0.2, "targets": "all",
     "placement": "pfeiffer", "bottleneck": 32, "reduction": 16, "lr": 1e-5, "epochs": 2,

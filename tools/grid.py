@@ -45,6 +45,7 @@ from common import (
     start,
     warn,
     warned,
+    write_columns,
     write_csv,
     write_json,
 )
@@ -458,9 +459,9 @@ def write_results(run, runs, results, tried, made_by):
     grid_runs'; made_by: the command."""
     if not results:
         fail("no run worked, see above")
-    answers, metrics = add_scores(results), run.output / "metrics"
-    write_csv(metrics / "grid_answers.csv",  # before the JSON, which says that they are there
-              [dict(zip(answers, row)) for row in zip(*answers.values())])
+    answers = add_scores(results)
+    # before the JSON, which says that they are there
+    write_columns(run.output / "metrics" / "grid_answers.csv", answers)
     missing = [name for name in runs if name not in results]
     write_grid(run.output, made_by, results, missing, tried)
     if line := mixed_hardware(results.values()):

@@ -21,7 +21,7 @@ if not __package__:
 
 import sys
 
-from common import check_writable, command, fail, read_json, start, write_csv, write_json
+from common import check_writable, command, fail, read_json, start, write_columns, write_json
 from compare import decide_amp, explain, refuse
 from methods import CASES, named, row_of
 from rates import trained
@@ -104,15 +104,6 @@ def switch(slots, tensors):
     """Point the trained parameters of a model, `slots`, at the tensors of another task."""
     for name, p in slots.items():
         p.data = tensors[name]
-
-
-def predictions_by_task(results):
-    """Return one dict per test sentence of every task: its label, and what each method predicted.
-    results: {method: {task: result}}."""
-    return [{"task": task, "label": pairs[0][0], **{
-        method: predicted for method, (_, predicted) in zip(results, pairs)}}
-        for task in results["full"]
-        for pairs in zip(*(own[task]["test_predictions"] for own in results.values()))]
 
 
 def on_device(tensors, device):
@@ -309,7 +300,12 @@ def main(args, runs):
         methods[method] = entry
 
     # before the JSON, which says that they are there
-    write_csv(args.output / "metrics" / "multitask_answers.csv", predictions_by_task(results))
+    pairs = {method: [(task, *pair) for task, result in of_tasks.items()
+                      for pair in result["test_predictions"]]
+             for method, of_tasks in results.items()}  # (task, label, predicted)
+    write_columns(args.output / "metrics" / "multitask_answers.csv", {
+        "task": [task for task, *_ in pairs["full"]], "label": [y for _, y, _ in pairs["full"]],
+        **{method: [predicted for *_, predicted in own] for method, own in pairs.items()}})
     write_json(args.output / "metrics" / "multitask.json",
                {"command": command(), "model": s.model, "seed": s.seed,
                 "base_bytes": sum(p.nbytes for p in base.parameters()), "tasks": table,

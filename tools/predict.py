@@ -417,7 +417,7 @@ def predict_rows(methods, tokenizer, args):
                          for row in chunk]
                 labels, n_cut = label_texts(methods, tokenizer, asked)
                 counts.update(rows=len(chunk), cut=n_cut, empty=sum(map(is_empty, asked)),
-                              broken=sum("\n" in str(text).strip() for text in asked))
+                              broken=sum("\n" in "".join(text).strip() for text in asked))
                 for row, own in zip(chunk, labels):
                     write_row(row | own)
                 file.flush()

@@ -15,17 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+import spread
 from common import fail, read_columns, read_json, start
 from settings import Parser, read_settings
-from spread import (
-    corrected_interval,
-    ece,
-    macro_f1,
-    nll,
-    paired_bootstrap,
-    paired_interval,
-    scaled,
-)
 from tools import sweep
 from verdict import points
 
@@ -42,11 +34,11 @@ def measures(labels, likely, parts, runs):
     """Return {measure: one value per training} of probabilities (repetitions, sentences, labels),
     each of whose `parts` one training tested; with the runs' temperatures, scaled ones, too."""
     each = [(labels[part], own[part]) for own in likely for part in parts]
-    found = {"nll": [nll(*own) for own in each], "ece": [ece(*own) for own in each]}
+    found = {"nll": [spread.nll(*own) for own in each], "ece": [spread.ece(*own) for own in each]}
     if "temperature" in runs[0]:
-        each = [(own, scaled(p, run["temperature"])) for (own, p), run in zip(each, runs)]
-        found |= {"nll_scaled": [nll(*own) for own in each],
-                  "ece_scaled": [ece(*own) for own in each]}
+        each = [(own, spread.scaled(p, run["temperature"])) for (own, p), run in zip(each, runs)]
+        found |= {"nll_scaled": [spread.nll(*own) for own in each],
+                  "ece_scaled": [spread.ece(*own) for own in each]}
     return found
 
 
@@ -73,21 +65,23 @@ def study_intervals(path, answers):
             f"repeat{i + 1}" for i in range(entry["n"] // entry["folds"])]
         method, baseline = (np.stack([columns[f"{who}_{of}"] for of in each])
                             for who in (name, "full"))  # (repetitions, sentences)
-        yield name, entry["vs_full"], paired_interval(labels, method, baseline, fold, comparisons)
+        yield name, entry["vs_full"], spread.paired_interval(
+            labels, method, baseline, fold, comparisons)
         if fold is not None:
-            differences = [100 * np.mean([macro_f1(labels[own], m[own])
-                                          - macro_f1(labels[own], b[own])
+            differences = [100 * np.mean([spread.macro_f1(labels[own], m[own])
+                                          - spread.macro_f1(labels[own], b[own])
                                           for m, b in zip(method, baseline)])
                            for own in parts]
             rows = full["runs"][0]["rows"]
             yield (f"{name}, for new rows", entry["vs_full_new_rows"],
-                   corrected_interval(differences, rows["test"], rows["train"]))
+                   spread.corrected_interval(differences, rows["test"], rows["train"]))
             yield (f"{name}, t over the folds", entry["vs_full_t"],
-                   corrected_interval(differences, 0, rows["train"], comparisons))
+                   spread.corrected_interval(differences, 0, rows["train"], comparisons))
         for key, own in entry.get("calibration", {}).items() if likely is not None else ():
             by_fold = np.reshape(np.subtract(found[name][key], found["full"][key]),
                                  (-1, entry["folds"])).mean(0)
-            yield f"{name}, {key}", own["vs_full"], corrected_interval(by_fold, 0, rows["train"])
+            yield f"{name}, {key}", own["vs_full"], spread.corrected_interval(
+                by_fold, 0, rows["train"])
 
 
 def sweep_intervals(path):
@@ -108,7 +102,7 @@ def rate_intervals(path, study):
     for lr, baseline in numbers(path.with_name(f"{path.stem}_predictions.csv")).items():
         vs_full = rates[lr]["vs_full"]
         for name, vs in vs_full.items():
-            yield f"{name}, full at {lr}", vs, paired_interval(
+            yield f"{name}, full at {lr}", vs, spread.paired_interval(
                 columns["label"], columns[f"{name}_repeat1"][None], baseline[None],
                 columns["fold"], len(vs_full))
 
@@ -128,7 +122,7 @@ def multitask_intervals(path, answers):
     columns = {name: np.array(own) for name, own in read_columns(answers).items()}
     for task, name in product(study["tasks"], list(study["methods"])[1:]):
         own = columns["task"] == task
-        yield f"{task}, {name}", study["tasks"][task][name]["vs_full"], paired_bootstrap(
+        yield f"{task}, {name}", study["tasks"][task][name]["vs_full"], spread.paired_bootstrap(
             *(columns[who][own].astype(int) for who in ("label", name, "full")))
 
 

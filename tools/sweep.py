@@ -33,7 +33,7 @@ from common import (
     read_json,
     start,
     warn,
-    write_csv,
+    write_columns,
     write_json,
 )
 from compare import decide_amp, explain, mixed_hardware, refuse, split_seeds
@@ -216,7 +216,7 @@ def add_entry(path, s, name, entry, results):
         entry["label"] = method
     entries[name] = entry
     # before the JSON, which says that they are there
-    write_csv(path.with_suffix(".csv"), [dict(zip(answers, row)) for row in zip(*answers.values())])
+    write_columns(path.with_suffix(".csv"), answers)
     write_json(path, {"command": command(), "floor": None, "entries": entries})
     return entries
 
